@@ -1,0 +1,88 @@
+"""Messages to token ids: the request, and apart from it a prefilled assistant message."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError as JinjaError
+from transformers import PreTrainedTokenizerBase
+
+from model.errors import TemplateError
+
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+"""For base models, which bring no chat template of their own."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids of a conversation, split where the response begins."""
+
+    request: tuple[int, ...]
+    """Everything that the client supplied, ending with the template's opening of the answer."""
+    prefill: tuple[int, ...] = ()
+    """A prefilled assistant message: the first tokens of the response."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or a plain one where the tokenizer has none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        template = tokenizer.chat_template
+        self.source: str = template if isinstance(template, str) and template else FALLBACK_TEMPLATE
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the template's source."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def encode(self, messages: Sequence[Message], *, continue_final: bool = False) -> EncodedPrompt:
+        """Return the ids of `messages`.
+
+        Args:
+            messages: the conversation, at least one message.
+            continue_final: the last message, an assistant's, is a prefill that the model continues.
+
+        Raises:
+            TemplateError: if the template refuses the messages, or `continue_final` has no assistant
+                message to continue.
+        """
+        if not messages:
+            raise TemplateError("messages must hold at least one message")
+        if not continue_final:
+            return EncodedPrompt(self._ids(self._render(messages)))
+        if messages[-1].role != "assistant":
+            raise TemplateError(f"only an assistant message can be continued, the last one has role {messages[-1].role!r}")
+        if len(messages) == 1:
+            raise TemplateError("a prefilled assistant message needs a message before it")
+        rendered = self._render(messages[:-1])
+        request = self._ids(rendered)
+        whole = self._ids(rendered + messages[-1].content)
+        if whole[: len(request)] == request:
+            return EncodedPrompt(request, whole[len(request) :])
+        return EncodedPrompt(request, self._ids(messages[-1].content))  # the border would merge: keep it
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        conversation: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                conversation, chat_template=self.source, tokenize=False, add_generation_prompt=True
+            )
+        except (JinjaError, ValueError, TypeError) as error:
+            raise TemplateError(f"the chat template refuses these messages: {error}") from error
+        return str(rendered)

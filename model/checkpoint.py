@@ -1,0 +1,103 @@
+"""Safety checkpoints: `safety_config.json` beside `safety_head.safetensors`."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from model.chat import ChatTemplate
+from model.config import SafetyConfig
+from model.errors import BaseMismatch, CheckpointError
+from model.guarded_lm import GuardedLM
+from model.pretrained import NAMED, Pretrained
+from model.safety_head import TokenHead
+
+CONFIG_FILE = "safety_config.json"
+HEAD_FILE = "safety_head.safetensors"
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+"""Checkpoints that come with this release."""
+
+
+def fingerprint_weights(model: PreTrainedModel) -> str:
+    """Return a SHA-256 over names, shapes and 16 evenly spaced values of every parameter.
+
+    Values are rounded to bfloat16 first, so the fingerprint is the same in every precision; a
+    fine-tuned or merged model has another one.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
+        digest.update(json.dumps([name, list(parameter.shape), picked.tolist()]).encode())
+    return digest.hexdigest()
+
+
+def find(name: str) -> Path:
+    """Return the folder of a checkpoint: a path, or a name below the shipped `checkpoints/`.
+
+    Raises:
+        CheckpointError: if there is none, listing the shipped ones.
+    """
+    for folder in (Path(name).expanduser(), SHIPPED / name):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    shipped = sorted(str(found.parent.relative_to(SHIPPED)) for found in SHIPPED.glob(f"**/{CONFIG_FILE}"))
+    raise CheckpointError(f"no {CONFIG_FILE} in {name!r}; shipped checkpoints are {shipped}")
+
+
+def default_for(model_name: str) -> str | None:
+    """Return the name of the shipped checkpoint that belongs to a named model, or None."""
+    return NAMED[model_name].checkpoint if model_name in NAMED else None
+
+
+def save(folder: Path, head: TokenHead, config: SafetyConfig) -> None:
+    """Write a checkpoint; the configuration comes last and atomically, so a torn write is never valid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    save_file(tensors, folder / HEAD_FILE)
+    scratch = folder / f".{CONFIG_FILE}"
+    scratch.write_text(config.to_json(), encoding="utf-8")
+    os.replace(scratch, folder / CONFIG_FILE)
+
+
+def load_head(folder: Path) -> tuple[TokenHead, SafetyConfig]:
+    """Return the head and configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated, or does not have the shapes configured.
+    """
+    try:
+        config = SafetyConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        head = TokenHead(config.token_head)
+        head.load_state_dict(load_file(folder / HEAD_FILE))
+    except (OSError, SafetensorError, RuntimeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {folder}: {error}") from error
+    return head, config
+
+
+def attach(pretrained: Pretrained, folder: Path) -> GuardedLM:
+    """Return the model with the signal of the checkpoint `folder`.
+
+    Raises:
+        BaseMismatch: if the checkpoint was trained on other weights or another chat template.
+        CheckpointError: if the checkpoint cannot be read.
+    """
+    head, config = load_head(folder)
+    found = fingerprint_weights(pretrained.model)
+    if found != config.base.weights:
+        raise BaseMismatch(
+            f"checkpoint {folder} was trained on {config.base.name} ({config.base.weights[:12]}), "
+            f"but {pretrained.name} is {found[:12]}; train a head for it with ballast-train head"
+        )
+    template = ChatTemplate(pretrained.tokenizer).fingerprint
+    if template != config.base.chat_template:
+        raise BaseMismatch(
+            f"checkpoint {folder} was calibrated with chat template {config.base.chat_template[:12]}, "
+            f"but {pretrained.name} has {template[:12]}"
+        )
+    return GuardedLM(pretrained.model, pretrained.tokenizer, head, config)

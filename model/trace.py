@@ -1,0 +1,85 @@
+"""The assessments of one sequence, in order. Pure Python: no tensors, no I/O, no clock.
+
+Smoothing follows Constitutional Classifiers++ (arXiv 2601.04603): an exponential moving average of
+the logits. Deviation: the weight of a new logit depends on how many tokens it covers, so that the
+smoothed risk means the same under every schedule.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+LOGIT_LIMIT = 20.0
+"""Logits are clamped here, so that one extreme value cannot outweigh all that follow."""
+
+
+def probability(logit: float) -> float:
+    """Return the logistic function of `logit`, in (0, 1); NaN counts as certain harm (1.0)."""
+    if math.isnan(logit):
+        return 1.0
+    clamped = max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
+    return 1.0 / (1.0 + math.exp(-clamped))
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """One evaluation of the signal: it covers the request and the first `position` response tokens."""
+
+    position: int
+    risk: float
+    smoothed_logit: float
+
+    @property
+    def smoothed(self) -> float:
+        """The smoothed response risk, 0 to 1."""
+        return probability(self.smoothed_logit)
+
+
+@dataclass
+class Trace:
+    """The request risk and every assessment of one response.
+
+    Args:
+        smoothing: weight of the newest token's logit in the moving average, in (0, 1]; 1 does not smooth.
+    """
+
+    smoothing: float
+    request_risk: float | None = None
+    assessments: list[Assessment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.smoothing <= 1.0:
+            raise ValueError(f"smoothing must be in (0, 1], got {self.smoothing}")
+
+    @property
+    def position(self) -> int:
+        """How many response tokens the newest assessment covers."""
+        return self.assessments[-1].position if self.assessments else 0
+
+    def add(self, position: int, logit: float) -> Assessment:
+        """Append the assessment of the first `position` tokens and return it.
+
+        Raises:
+            ValueError: if `position` does not lie after the newest assessment.
+        """
+        if position <= self.position:
+            raise ValueError(f"assessments move forward: {position} is not after {self.position}")
+        clamped = LOGIT_LIMIT if math.isnan(logit) else max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
+        smoothed = clamped
+        if self.assessments:
+            kept = (1.0 - self.smoothing) ** (position - self.position)
+            smoothed = kept * self.assessments[-1].smoothed_logit + (1.0 - kept) * clamped
+        assessment = Assessment(position, probability(logit), smoothed)
+        self.assessments.append(assessment)
+        return assessment
+
+    def response_risk(self, patience: int) -> float | None:
+        """Return what a policy of this patience would have acted on, or None without assessments.
+
+        It is the highest value, over the sequence, of the lowest of `patience` consecutive smoothed
+        risks, and the last one if that is higher.
+        """
+        if not self.assessments:
+            return None
+        smoothed = [assessment.smoothed for assessment in self.assessments]
+        windows = (min(smoothed[end - patience : end]) for end in range(patience, len(smoothed) + 1))
+        return max([smoothed[-1], *windows])
