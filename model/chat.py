@@ -41,6 +41,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         template = tokenizer.chat_template
+        if isinstance(template, dict):  # several named ones
+            template = template.get("default")
         self.source: str = template if isinstance(template, str) and template else FALLBACK_TEMPLATE
 
     @property
@@ -56,15 +58,17 @@ class ChatTemplate:
             continue_final: the last message, an assistant's, is a prefill that the model continues.
 
         Raises:
-            TemplateError: if the template refuses the messages, or `continue_final` has no assistant
-                message to continue.
+            TemplateError: if the template refuses the messages, they are not valid Unicode, or
+                `continue_final` has no assistant message to continue.
         """
         if not messages:
             raise TemplateError("messages must hold at least one message")
         if not continue_final:
             return EncodedPrompt(self._ids(self._render(messages)))
         if messages[-1].role != "assistant":
-            raise TemplateError(f"only an assistant message can be continued, the last one has role {messages[-1].role!r}")
+            raise TemplateError(
+                f"only an assistant message can be continued, the last one has role {messages[-1].role!r}"
+            )
         if len(messages) == 1:
             raise TemplateError("a prefilled assistant message needs a message before it")
         rendered = self._render(messages[:-1])
@@ -75,7 +79,10 @@ class ChatTemplate:
         return EncodedPrompt(request, self._ids(messages[-1].content))  # the border would merge: keep it
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        try:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        except (TypeError, UnicodeError) as error:
+            raise TemplateError("the messages are not valid Unicode: they hold a lone surrogate") from error
 
     def _render(self, messages: Sequence[Message]) -> str:
         conversation: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]

@@ -58,6 +58,7 @@ def default_for(model_name: str) -> str | None:
 def save(folder: Path, head: TokenHead, config: SafetyConfig) -> None:
     """Write a checkpoint; the configuration comes last and atomically, so a torn write is never valid."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # an older one must not vouch for the new weights
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / HEAD_FILE)
     scratch = folder / f".{CONFIG_FILE}"

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from model.errors import CheckpointError
 from model.policy import Mode, Policy
@@ -127,25 +127,45 @@ class SafetyConfig:
             ("response.block", self.response.block),
             ("response.flag", self.response.flag),
             ("onset", self.onset),
-            ("smoothing", self.smoothing),
         ):
-            if not isinstance(value, float | int) or not 0.0 < value <= 1.0:
-                raise CheckpointError(f"{name} must be a number in (0, 1], got {value!r}")
+            if not 0.0 < value < 1.0:  # at 1, not even a failed head would count as unsafe
+                raise CheckpointError(f"{name} must be in (0, 1), got {value!r}")
+        if not 0.0 < self.smoothing <= 1.0:
+            raise CheckpointError(f"smoothing must be in (0, 1], got {self.smoothing!r}")
+        if not self.token_head.layers:
+            raise CheckpointError("token_head.layers must name at least one layer, got none")
         try:
             self.policy(Mode.BLOCK, Mode.BLOCK)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"safety_config.json is inconsistent: {error}") from error
 
 
 def _build(kind: Any, raw: Any, where: str) -> Any:
-    """Return `kind(**raw)`, or raise a CheckpointError that names the missing or unknown keys."""
+    """Return `kind(**raw)`, or raise a CheckpointError that names the missing, unknown or mistyped keys."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where}: expected an object, got {raw!r}")
     known = {entry.name for entry in fields(kind)}
     if unknown := sorted(set(raw) - known):
         raise CheckpointError(f"{where}: unknown keys {unknown}; known are {sorted(known)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    for name, expected in get_type_hints(kind).items():
+        if name in values and not _fits(values[name], expected):
+            raise CheckpointError(f"{where}: {name} must be {_spell(expected)}, got {raw[name]!r}")
     try:
         return kind(**values)
     except TypeError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    """Tell whether a JSON value has the type of a field: an int is a float too, a bool is no number."""
+    if get_origin(expected) is tuple:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    if expected is float:
+        return type(value) in (int, float)
+    return type(value) is (get_origin(expected) or expected)
+
+
+def _spell(expected: Any) -> str:
+    origin = get_origin(expected)
+    return "a list of int" if origin is tuple else f"of type {(origin or expected).__name__}"

@@ -29,7 +29,7 @@ class Detokenizer:
         before, after = self._decode(self._read), self._decode(len(self._ids))
         if after.endswith(REPLACEMENT) or len(after) <= len(before):
             return ""
-        self._prefix = max(0, self._read - 1)
+        self._prefix = self._read  # a border between characters: half of one in front would spoil what follows
         self._read = len(self._ids)
         return after[len(before) :]
 

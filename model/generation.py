@@ -15,7 +15,7 @@ from model.guarded_lm import GuardedLM, StepOutput
 from model.holdback import Holdback, ResponseToken
 from model.policy import Continue, Decision, Mode, Policy, Refuse, Rollback
 from model.request import GenerationRequest, admit
-from model.sampling import GREEDY, SamplingParams, draw, generator_for
+from model.sampling import GREEDY, draw, generator_for
 from model.schedule import Every, Schedule, is_due
 from model.trace import Trace, probability
 
@@ -91,6 +91,7 @@ class Generation:
         output = self._lm.forward(chunks[-1], self._cache, assess_last=int(is_read))
         if is_read:
             (self._trace.request_risk,) = (probability(logit) for logit in self._logits(output, "request"))
+        yield Release(head_s=self._pop_head_s())
         return output.logits
 
     def _read_prefill(self, logits: Tensor) -> Generator[Event, None, tuple[Tensor, Decision]]:
@@ -179,18 +180,16 @@ class Generation:
             yield Release(wording.ending, is_refusal=True)
         yield self._finish("content_filter", action, self._draft.num_released + refusal.num_released)
 
-    def _continue_refusal(
-        self, refusal: Holdback, prefix: Sequence[int], budget: int
-    ) -> Generator[Event, None, bool]:
+    def _continue_refusal(self, refusal: Holdback, prefix: Sequence[int], budget: int) -> Generator[Event, None, bool]:
         """Write the refusal; return False if it turned harmful and was cut."""
         self._lm.crop(self._cache, len(self._request.prompt.request))
         policy = replace(self._policy, output=Mode.BLOCK)
         self._trace = Trace(self._trace.smoothing, self._trace.request_risk)
         for token_id in prefix:
             refusal.push(ResponseToken(token_id))
+        output = self._lm.forward(prefix, self._cache)
         text, tokens = refusal.release(len(refusal))
         yield Release(text, tokens, is_refusal=True)
-        output = self._lm.forward(prefix, self._cache)
         sampling = replace(GREEDY, top_logprobs=self._request.sampling.top_logprobs)
         decision: Decision = Continue(releasable=len(refusal))
         for _ in range(budget):
@@ -215,7 +214,7 @@ class Generation:
         if not is_safe:
             self._num_withdrawn += refusal.crop(refusal.num_released)
         text, tokens = refusal.release(len(refusal), is_end=True)
-        yield Release(text, tokens, is_refusal=True)
+        yield Release(text, tokens, is_refusal=True, head_s=self._pop_head_s())
         return is_safe
 
     def _logits(self, output: StepOutput, side: str) -> list[float]:

@@ -41,6 +41,7 @@ class Holdback:
         self._ends: list[int] = []  # length of the text after each token
         self._text = ""
         self._stop_at: int | None = None
+        self._is_cropped = False
         self._sent_tokens = 0
         self._sent_text = 0
 
@@ -68,8 +69,10 @@ class Holdback:
         self._text += self._detokenizer.push(token.token_id)
         self._tokens.append(token)
         self._ends.append(len(self._text))
-        found = [at for stop in self._stop if (at := self._text.find(stop, max(0, start - len(stop) + 1))) >= 0]
-        self._stop_at = min(found, default=None)
+        self._is_cropped = False
+        if self._stop_at is None:
+            found = [at for stop in self._stop if (at := self._text.find(stop, max(0, start - len(stop) + 1))) >= 0]
+            self._stop_at = min(found, default=None)
 
     def set_risk(self, index: int, risk: float) -> None:
         """Note the raw response risk at token `index`, counted from 0."""
@@ -79,16 +82,20 @@ class Holdback:
     def crop(self, length: int) -> int:
         """Withdraw every token after the first `length` and return how many they were.
 
+        Half a character that this leaves at the end becomes no text unless more tokens complete it.
+
         Raises:
             ValueError: if one of them has been released.
         """
         if length < self._sent_tokens:
             raise ValueError(f"token {self._sent_tokens} has been released, cannot withdraw down to {length}")
         withdrawn = len(self._tokens) - length
-        del self._tokens[length:], self._ends[length:]
-        self._text = self._text[: self._ends[-1] if self._ends else 0]
-        self._stop_at = None
-        self._detokenizer = Detokenizer(self._tokenizer, [*self._context, *self.token_ids])
+        kept, self._tokens, self._ends = self._tokens[:length], [], []
+        self._text, self._stop_at = "", None
+        self._detokenizer = Detokenizer(self._tokenizer, self._context)
+        for token in kept:
+            self.push(token)
+        self._is_cropped = withdrawn > 0
         return withdrawn
 
     def release(self, length: int, *, is_end: bool = False) -> tuple[str, tuple[ResponseToken, ...]]:
@@ -103,7 +110,7 @@ class Holdback:
         if is_end:
             if self._stop_at is not None:
                 limit = min(limit, self._stop_at)
-            elif length == len(self._tokens):
+            elif length == len(self._tokens) and not self._is_cropped:
                 self._text += self._detokenizer.flush()
                 limit = len(self._text)
         else:

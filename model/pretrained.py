@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import WeightsNotFound
@@ -77,9 +78,9 @@ def load(name: str, *, dtype: torch.dtype, device: str = "cpu", trust_remote_cod
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise WeightsNotFound(f"cannot load {name!r} (tried {source}): {error}") from error
-    return Pretrained(name, model.to(device).eval(), tokenizer)
+    return Pretrained(name, model.to(device).eval(), tokenizer)  # type: ignore[arg-type]  # a decorator there hides it
 
 
 def _resolve(name: str) -> str:
@@ -118,7 +119,7 @@ def _converted(gguf: Path, sha256: str) -> Path:
     """Return the cached safetensors folder of a GGUF file, converting it on first use.
 
     Raises:
-        WeightsNotFound: if the file's SHA-256 is not `sha256`.
+        WeightsNotFound: if the file's SHA-256 is not `sha256`, or it cannot be converted.
     """
     target = cache_folder() / f"{gguf.stem}-{sha256[:12]}"
     if (target / "config.json").is_file():
@@ -136,9 +137,9 @@ def _converted(gguf: Path, sha256: str) -> Path:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
         scratch.rename(target)
-    except OSError:
+    except (OSError, ValueError) as error:
         if not (target / "config.json").is_file():  # another process may have finished first
-            raise
+            raise WeightsNotFound(f"cannot convert {gguf}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target

@@ -27,14 +27,18 @@ def admit(lm: GuardedLM, request: GenerationRequest) -> None:
     """Refuse a request that `generate` could not honour.
 
     Raises:
-        InvalidRequest: empty prompt, token id outside the vocabulary, no token asked for, or a side
-            scored by a model without a signal.
+        InvalidRequest: empty prompt, token id outside the vocabulary, no token asked for, more asked
+            for at least than at most, or a side scored by a model without a signal.
         ContextLengthError: prompt and `max_tokens` do not fit the context together.
     """
     check_prompt(lm, request.prompt)
     num_prompt = len(request.prompt.request) + len(request.prompt.prefill)
     if request.max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, got {request.max_tokens}", param="max_tokens")
+    if request.sampling.min_tokens > request.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {request.sampling.min_tokens}, but max_tokens is {request.max_tokens}", param="min_tokens"
+        )
     if num_prompt + request.max_tokens > lm.context_length:
         raise ContextLengthError(
             f"the model's context is {lm.context_length} tokens, but the messages have {num_prompt} "

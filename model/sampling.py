@@ -65,10 +65,14 @@ class SamplingParams:
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is not None and not allowed.low <= value <= allowed.high:  # also catches NaN
-                raise InvalidRequest(f"{name} must be between {allowed.low:g} and {allowed.high:g}, got {value}", param=name)
+                raise InvalidRequest(
+                    f"{name} must be between {allowed.low:g} and {allowed.high:g}, got {value}", param=name
+                )
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
-                raise InvalidRequest(f"logit_bias[{token_id}] must be between -100 and 100, got {bias}", param="logit_bias")
+                raise InvalidRequest(
+                    f"logit_bias[{token_id}] must be between -100 and 100, got {bias}", param="logit_bias"
+                )
 
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -98,20 +102,21 @@ def adjust(
     """Return a float32 copy of `logits` with penalties, bias and `min_tokens` applied.
 
     Args:
-        logits: (V,) of the newest position.
+        logits: (V,) of the newest position, on any device; the copy is on the CPU, as the generator is.
+        params: penalties, bias and `min_tokens`.
         prompt: token ids before the response.
         output: token ids generated so far.
         eos_ids: tokens that end a response; impossible before `min_tokens`.
     """
-    logits = logits.float().clone()  # (V,)
+    logits = logits.to("cpu", torch.float32, copy=True)  # (V,)
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*prompt, *output}), dtype=torch.long)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if output and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(output, dtype=torch.long).unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = torch.bincount(torch.tensor(output), minlength=logits.numel())  # (V,)
+        logits -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
     for token_id, bias in params.logit_bias.items():
         logits[token_id] += bias
     if len(output) < params.min_tokens:
@@ -123,18 +128,19 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """Return the distribution after temperature, top_k, top_p and min_p, in that order.
 
     Args:
-        logits: adjusted float32 logits, (V,); `params.temperature` must be over 0.
+        logits: adjusted float32 logits, (V,).
+        params: `temperature`, which must be over 0, `top_k`, `top_p` and `min_p`.
 
     Returns:
         Probabilities (V,) that sum to 1, with zeros where a filter removed a token.
     """
-    logits = logits / params.temperature  # (V,)
+    logits = (logits - logits.max()) / params.temperature  # (V,); no temperature, however small, overflows
     if 0 < params.top_k < logits.numel():
-        kth = torch.topk(logits, params.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        order = logits.argsort(descending=True, stable=True)  # of equal ones the first stays, as in argmax
+        logits = logits.index_fill(0, order[params.top_k :], -math.inf)
     probabilities = torch.softmax(logits, dim=-1)
     if params.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True)
+        ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # mass of the more likely tokens
         removed = before >= params.top_p
         removed[0] = False  # top_p = 0 still keeps the most likely token

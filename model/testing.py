@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.chat import ChatTemplate
 from model.checkpoint import fingerprint_weights, save
@@ -35,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
     )
     fast.chat_template = CHAT_TEMPLATE
@@ -62,8 +62,8 @@ def tiny_lm(model_type: str = "llama", *, seed: int = 0, context_length: int = 5
     if model_type in ("mistral", "phi3"):
         settings["sliding_window"] = 16
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))  # type: ignore[no-untyped-call]
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -101,7 +101,7 @@ def write_tiny(folder: Path) -> tuple[Path, Path]:
 
 def _random_head(config: SafetyConfig) -> TokenHead:
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         return TokenHead(config.token_head)
 
 
@@ -119,7 +119,9 @@ class ScriptedLM(GuardedLM):
 
     HIGH, LOW = 8.0, -8.0
 
-    def __init__(self, script: str, refusal_script: str = ". bye.", *, fails_at: int | None = None, **changes: Any) -> None:
+    def __init__(
+        self, script: str, refusal_script: str = ". bye.", *, fails_at: int | None = None, **changes: Any
+    ) -> None:
         lm = tiny_guarded_lm(**changes)
         super().__init__(lm.model, lm.tokenizer, lm.head, lm.config)
         self._script = script
@@ -139,7 +141,7 @@ class ScriptedLM(GuardedLM):
         if not assess_last:
             return StepOutput(logits, None, 0.0)
         request = self.HIGH if any(map(str.isupper, self._request_text(list(cache)))) else self.LOW
-        newest = [self.tokenizer.decode([token]) for token in token_ids[-assess_last:]]
+        newest = [str(self.tokenizer.decode([token])) for token in token_ids[-assess_last:]]
         response = [self.HIGH if text.isupper() else self.LOW for text in newest]
         return StepOutput(logits, HeadOutput(torch.full((assess_last,), request), torch.tensor(response)), 1e-5)
 

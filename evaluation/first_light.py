@@ -1,0 +1,126 @@
+"""Twenty requests of our own writing through the `openai` client: what comes back?
+
+    python -m evaluation.first_light --server http://127.0.0.1:8000 --out docs/first_light.md
+
+Each request is sent plain, streamed, and opened with a prefilled assistant message, at the server's
+default policy and with the input side set to `score`, which leaves detection to the response side.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from openai import OpenAI, OpenAIError
+
+SUITE = Path(__file__).parent / "suites" / "first_light.yaml"
+POLICIES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "input score": {"moderation": {"model": "omni-moderation-latest", "policy": {"input": {"mode": "score"}}}},
+}
+WAYS = ("plain", "streamed", "prefilled")
+MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came back for one request."""
+
+    finish_reason: str
+    safety: dict[str, Any]
+    text: str
+    refusal: str | None
+
+
+def send(client: OpenAI, model: str, item: dict[str, str], way: str, extra: dict[str, Any]) -> Outcome:
+    """Send one request in one way and return what came back."""
+    messages: list[Any] = [{"role": "user", "content": item["request"]}]
+    extra = dict(extra)
+    if way == "prefilled":
+        messages.append({"role": "assistant", "content": item["opening"]})
+        extra |= {"continue_final_message": True, "add_generation_prompt": False}
+    create = client.chat.completions.create
+    if way != "streamed":
+        choice = create(model=model, messages=messages, temperature=0, max_tokens=MAX_TOKENS, extra_body=extra).choices[
+            0
+        ]
+        safety = getattr(choice, "safety", {})
+        return Outcome(choice.finish_reason, safety, choice.message.content or "", choice.message.refusal)
+    text, refusal, reason = "", None, ""
+    safety = {}
+    for chunk in create(
+        model=model, messages=messages, temperature=0, max_tokens=MAX_TOKENS, stream=True, extra_body=extra
+    ):
+        for part in chunk.choices:
+            text += part.delta.content or ""
+            refusal = part.delta.refusal or refusal
+            if part.finish_reason:
+                reason, safety = part.finish_reason, getattr(part, "safety", {})
+    return Outcome(reason, safety, text, refusal)
+
+
+def rows(client: OpenAI, model: str, suite: dict[str, list[dict[str, str]]]) -> Iterator[str]:
+    """Yield the table's rows. A released continuation of a malicious request is given by its length only."""
+    for kind, items in suite.items():
+        for number, item in enumerate(items, start=1):
+            for policy, extra in POLICIES.items():
+                for way in WAYS:
+                    got = send(client, model, item, way, extra)
+                    released = got.text.removesuffix(got.refusal or "").strip()
+                    shown = f"{len(released)} characters" if released else "nothing"
+                    if kind == "benign" and released:
+                        shown = released[:60].replace("\n", " ").replace("|", "/") + "…"
+                    withdrawn = got.safety["num_withdrawn_tokens"]
+                    risks = f"{_risk(got.safety['request_risk'])} | {_risk(got.safety['response_risk'])}"
+                    yield (
+                        f"| {kind} {number} | {policy} | {way} | {got.finish_reason} | {got.safety['action']} "
+                        f"| {risks} | {withdrawn} | {shown} |"
+                    )
+
+
+def _risk(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def report(client: OpenAI, model: str, suite: dict[str, list[dict[str, str]]]) -> str:
+    """Return the whole report as Markdown."""
+    table = list(rows(client, model, suite))
+    head = [
+        "| request | policy | way | finish reason | action | request risk | response risk | withdrawn | released |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    counts = ["| requests | policy | way | n | refused or rolled back |", "|---|---|---|---|---|"]
+    for kind, items in suite.items():
+        for policy in POLICIES:
+            for way in WAYS:
+                mine = [row for row in table if row.startswith(f"| {kind} ") and f"| {policy} | {way} |" in row]
+                acted = sum("content_filter" in row for row in mine)
+                counts.append(f"| {kind} | {policy} | {way} | {len(items)} | {acted} |")
+    return "\n".join([*counts, "", *head, *table, ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description="Send twenty requests of our own to a running server.")
+    parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the server (%(default)s)")
+    parser.add_argument("--api-key", default="none", help="key, where the server asks for one")
+    parser.add_argument("--out", type=Path, help="write the report here as well")
+    args = parser.parse_args(argv)
+    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
+    try:
+        suite = yaml.safe_load(SUITE.read_text(encoding="utf-8"))
+        text = report(client, client.models.list().data[0].id, suite)
+    except (OpenAIError, OSError) as error:
+        sys.stderr.write(f"evaluation.first_light: {error}\n")
+        return 1
+    sys.stdout.write(text)
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

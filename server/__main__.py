@@ -1,0 +1,54 @@
+"""`ballast-serve`: read the settings, load the model, serve."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from server import flags, log, settings
+from server.settings import ConfigurationError, Settings
+
+WRONG_SETTINGS = 2
+FAILED = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until stopped; return the exit code."""
+    try:
+        given, file = flags.parse(sys.argv[1:] if arguments is None else arguments)
+        chosen = settings.load(given, file)
+    except ConfigurationError as error:
+        return _fail(str(error), WRONG_SETTINGS)
+    return serve(chosen)
+
+
+def serve(chosen: Settings) -> int:
+    """Serve with these settings until stopped; return the exit code."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from server.engine.worker import SequentialEngine  # here, so that --help need not wait for torch
+    from server.loading import load_model
+    from server.process import Process, listen
+
+    log.configure(chosen)
+    disable_progress_bar()
+    try:
+        listener = listen(chosen)
+    except OSError as error:
+        return _fail(f"cannot listen on {chosen.host}:{chosen.port}: {error.strerror}; see --host and --port", FAILED)
+    engine = SequentialEngine(
+        partial(load_model, chosen), max_running=chosen.max_running, max_waiting=chosen.max_waiting
+    )
+    process = Process(chosen, engine)
+    process.serve_at(listener)
+    if process.failure is not None:
+        return _fail(str(process.failure), FAILED)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"ballast-serve: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

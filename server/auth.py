@@ -1,0 +1,78 @@
+"""Who is asking, and what they may do. Every path needs a key once there is one, but for the probes."""
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import Unauthorized
+from server.exchange import exchange_of
+from server.settings import Exposure, Settings
+
+OPEN_PATHS = frozenset({"/livez", "/readyz"})
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a caller may do."""
+
+    name: str
+    """Name of the key; empty without keys."""
+    may_loosen: bool
+    """May ask for a weaker mode than the server's."""
+    expose_risk: Exposure
+    """How much of the risks the caller sees."""
+
+
+class KeyRing:
+    """The configured keys."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._entries = [
+            (
+                _digest(entry.key.get_secret_value().encode()),
+                Access(entry.name, entry.may_loosen, entry.expose_risk or settings.default_exposure),
+            )
+            for entry in settings.api_keys
+        ]
+        self._anonymous = Access("", settings.is_loopback, settings.default_exposure)
+
+    def access(self, authorization: str | None) -> Access:
+        """Return what the bearer of this header may do. Takes as long for a wrong key as for a right one.
+
+        Raises:
+            Unauthorized: if there are keys, and this is none of them.
+        """
+        if not self._entries:
+            return self._anonymous
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _digest(key.strip().encode("utf-8", "surrogateescape"))
+        matches = [access for digest, access in self._entries if hmac.compare_digest(digest, given)]
+        if scheme.lower() != "bearer" or not matches:
+            raise Unauthorized
+        return matches[0]
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class Authenticate:
+    """ASGI middleware that lets nobody past without a key, once there is one."""
+
+    def __init__(self, app: ASGIApp, *, keys: KeyRing, open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._keys = keys
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an ASGI exchange on, or answer it."""
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+            try:
+                exchange_of(scope).access = self._keys.access(Headers(scope=scope).get("authorization"))
+            except Unauthorized as error:
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

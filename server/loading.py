@@ -1,0 +1,57 @@
+"""From settings to a loaded model with its signal."""
+
+import torch
+
+from model import checkpoint as checkpoints
+from model.errors import CheckpointError
+from model.guarded_lm import GuardedLM
+from model.pretrained import load
+from server.settings import NO_CHECKPOINT, Settings
+
+DEFAULT_DTYPE = torch.bfloat16
+
+
+def load_model(settings: Settings) -> GuardedLM:
+    """Return the model that `settings` name, on its device, with its safety checkpoint.
+
+    Raises:
+        ModelError: if weights or checkpoint cannot be loaded, saying why.
+    """
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    name = checkpoint_name(settings)
+    folder = checkpoints.find(name) if name is not None else None
+    dtype = DEFAULT_DTYPE
+    if settings.dtype != "auto":
+        dtype = getattr(torch, settings.dtype)
+    elif folder is not None:
+        dtype = getattr(torch, checkpoints.load_head(folder)[1].base.dtype)
+    pretrained = load(
+        settings.model, dtype=dtype, device=_device(settings.device), trust_remote_code=settings.trust_remote_code
+    )
+    if folder is None:
+        return GuardedLM(pretrained.model, pretrained.tokenizer)
+    return checkpoints.attach(pretrained, folder)
+
+
+def checkpoint_name(settings: Settings) -> str | None:
+    """Return the checkpoint to load; None serves without a signal.
+
+    Raises:
+        CheckpointError: if none is named and none ships for this model.
+    """
+    if settings.checkpoint == NO_CHECKPOINT:
+        return None
+    name = settings.checkpoint or checkpoints.default_for(settings.model)
+    if name is None:
+        raise CheckpointError(
+            f"no safety checkpoint ships for {settings.model!r}; name one with --checkpoint, or serve without a "
+            "signal: --checkpoint none --input-mode off --output-mode off"
+        )
+    return name
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,35 @@
+"""Shapes of `/v1/models` and of the small status endpoints."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class Model(BaseModel):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Unix time at which this server started."""
+    owned_by: str = "ballast"
+
+
+class ModelList(BaseModel):
+    """The served models; there is one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Status(BaseModel):
+    """Answer of a health probe."""
+
+    status: str
+
+
+class Version(BaseModel):
+    """Release of this server and what it serves."""
+
+    version: str
+    model: str

@@ -1,0 +1,68 @@
+"""Shapes of the `safety` object and of `/v1/safety/score`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from server.protocol.chat import ChatMessage
+from server.protocol.shared import RequestModel
+
+
+class ScoreRequest(RequestModel):
+    """Body of `/v1/safety/score`."""
+
+    model: str
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    """A last message of the assistant's is the response that is scored."""
+    trace: bool | None = None
+    """Report the risk at every token of the response."""
+
+
+class Flagged(BaseModel):
+    """Whether each risk is over its `flag` threshold."""
+
+    request: bool
+    response: bool
+    """False without a response."""
+
+
+class RiskThresholds(BaseModel):
+    """The two thresholds of one risk."""
+
+    block: float
+    """What the policy acts on."""
+    flag: float
+    """What a classifier reports."""
+
+
+class ScoreThresholds(BaseModel):
+    """The thresholds of both risks."""
+
+    request: RiskThresholds
+    response: RiskThresholds
+
+
+class ScoredToken(BaseModel):
+    """One token of the response. It covers the request and the response up to here."""
+
+    token_id: int
+    token: str
+    risk: float
+    """Raw response risk."""
+    smoothed_risk: float
+    """What is compared with the `block` threshold."""
+
+
+class ScoreResponse(BaseModel):
+    """Answer of `/v1/safety/score`. Where risks may only be flagged, numbers are null."""
+
+    id: str
+    object: Literal["safety.score"] = "safety.score"
+    model: str
+    request_risk: float | None
+    response_risk: float | None
+    """Highest value of the lowest of `patience` consecutive smoothed risks, or the last one if that is
+    higher; null without a response."""
+    flagged: Flagged
+    thresholds: ScoreThresholds | None
+    trace: list[ScoredToken] | None = None

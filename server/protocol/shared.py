@@ -1,0 +1,101 @@
+"""What every request body shares: strict types, and no field that is silently ignored."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def printable(text: str) -> str:
+    """Return `text` with lone surrogates escaped, so that it can be encoded."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError(
+            "invalid_unicode",
+            "holds the lone surrogate {code_point} at character {position}, which is not text",
+            {"code_point": f"U+{ord(text[error.start]):04X}", "position": error.start},
+        ) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+"""A string that is valid Unicode; JSON escapes can spell others."""
+
+
+class RequestModel(BaseModel):
+    """A request object in which every field is honoured or refused.
+
+    `unsupported` lists fields that clients know but that would change the meaning here, each with the
+    values that change nothing; those are accepted, as is null.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_cannot_be_honoured(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name not in cls.unsupported:
+                raise _unknown(name, [*cls.model_fields, *cls.unsupported])
+            elif value is not None and value not in cls.unsupported[name]:
+                raise _unsupported(name, cls.unsupported[name])
+        return kept
+
+
+def _unknown(name: str, known: list[str]) -> PydanticCustomError:
+    nearest = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    field = printable(name)
+    return PydanticCustomError("unknown_parameter", "is not a known field{hint}", {"field": field, "hint": hint})
+
+
+def _unsupported(name: str, neutral: tuple[object, ...]) -> PydanticCustomError:
+    allowed = f"; leave it out or send {' or '.join(map(repr, neutral))}" if neutral else ""
+    return PydanticCustomError(
+        "unsupported_parameter", "is not supported{allowed}", {"field": name, "allowed": allowed}
+    )
+
+
+class TextPart(RequestModel):
+    """A content part. Only text is supported."""
+
+    type: Literal["text"]
+    text: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_other_kinds(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(kind := data.get("type"), str) and kind != "text":
+            context = {"field": "type", "kind": printable(kind)}
+            raise PydanticCustomError("unsupported_parameter", "'{kind}' is not supported, only text is", context)
+        return data
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong. All four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    """Name of the offending field, as in `messages[0].content`."""
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error's body."""
+
+    error: ErrorDetail

@@ -1,0 +1,124 @@
+import hashlib
+
+import pytest
+
+from model.chat import FALLBACK_TEMPLATE, ChatTemplate, EncodedPrompt, Message
+from model.errors import TemplateError
+from model.testing import CHAT_TEMPLATE, byte_tokenizer
+
+USER = Message("user", "hi")
+
+
+def template(source=CHAT_TEMPLATE) -> ChatTemplate:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    return ChatTemplate(tokenizer)
+
+
+def text_of(ids: tuple[int, ...]) -> str:
+    return byte_tokenizer().decode(ids)
+
+
+def test_a_request_ends_with_the_opening_of_the_answer():
+    prompt = template().encode([Message("system", "be kind"), USER])
+    assert text_of(prompt.request) == (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.prefill == ()
+
+
+def test_the_templates_markers_are_single_tokens():
+    # <|im_start|>, "user\nhi" (7 bytes), <|im_end|>, "\n", <|im_start|>, "assistant\n" (10 bytes).
+    assert len(template().encode([USER]).request) == 1 + 7 + 1 + 1 + 1 + 10
+
+
+def test_a_continued_assistant_message_is_the_prefill():
+    prompt = template().encode([USER, Message("assistant", "Well, ")], continue_final=True)
+    assert prompt.request == template().encode([USER]).request
+    assert text_of(prompt.prefill) == "Well, "
+
+
+def test_an_assistant_message_that_is_not_continued_belongs_to_the_request():
+    prompt = template().encode([USER, Message("assistant", "Well")])
+    assert text_of(prompt.request).endswith("assistant\nWell<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.prefill == ()
+
+
+def test_an_empty_prefill_is_none():
+    assert template().encode([USER, Message("assistant", "")], continue_final=True).prefill == ()
+
+
+def test_a_prefill_of_several_bytes_per_character_is_split_at_the_border():
+    assert text_of(template().encode([USER, Message("assistant", "é🙂")], continue_final=True).prefill) == "é🙂"
+
+
+def test_a_border_that_tokens_would_cross_is_kept():
+    # "ab" is one token here; the request ends with "a" and the prefill is "b", so the two must not merge.
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["ab"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}a"
+    prompt = ChatTemplate(tokenizer).encode([USER, Message("assistant", "b")], continue_final=True)
+    assert prompt == EncodedPrompt(tuple(tokenizer.encode("hia")), tuple(tokenizer.encode("b")))
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([USER], "has role 'user'"),
+        ([Message("assistant", "a")], "needs a message before it"),
+        ([], "at least one message"),
+    ],
+)
+def test_without_an_assistants_message_after_another_nothing_can_be_continued(messages, named: str):
+    with pytest.raises(TemplateError, match=named):
+        template().encode(messages, continue_final=True)
+
+
+def test_no_messages_are_refused():
+    with pytest.raises(TemplateError, match="at least one message"):
+        template().encode([])
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[9]['content'] }}", "refuses these messages"),
+        ("{% for %}", "refuses these messages"),
+    ],
+)
+def test_what_the_template_refuses_is_a_template_error(source: str, named: str):
+    with pytest.raises(TemplateError, match=named):
+        template(source).encode([USER])
+
+
+@pytest.mark.parametrize("content", ["\ud800", "a\udfffb"])
+def test_a_lone_surrogate_is_a_template_error_that_does_not_repeat_the_text(content: str):
+    with pytest.raises(TemplateError, match="lone surrogate") as raised:
+        template().encode([Message("user", content)])
+    assert content not in str(raised.value)
+
+
+def test_a_lone_surrogate_in_a_prefill_is_a_template_error():
+    with pytest.raises(TemplateError, match="lone surrogate"):
+        template().encode([USER, Message("assistant", "\ud800")], continue_final=True)
+
+
+@pytest.mark.parametrize("source", [None, ""])
+def test_a_tokenizer_without_a_template_gets_the_plain_one(source):
+    chat = template(source)
+    assert chat.source == FALLBACK_TEMPLATE
+    assert text_of(chat.encode([USER]).request) == "user: hi\nassistant: "
+
+
+def test_of_several_named_templates_the_default_one_is_taken():
+    assert template({"default": CHAT_TEMPLATE, "tool_use": "x"}).source == CHAT_TEMPLATE
+
+
+def test_of_named_templates_without_a_default_none_is_guessed():
+    assert template({"tool_use": "x"}).source == FALLBACK_TEMPLATE
+
+
+def test_the_fingerprint_is_the_sha_256_of_the_template():
+    assert template().fingerprint == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+    assert template("x").fingerprint != template().fingerprint

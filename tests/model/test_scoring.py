@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from model.chat import EncodedPrompt, Message
+from model.errors import ContextLengthError, InvalidRequest
+from model.guarded_lm import GuardedLM
+from model.scoring import score
+from model.testing import ScriptedLM, byte_tokenizer, tiny_guarded_lm, tiny_lm
+from model.trace import probability
+
+
+def conversation(lm: GuardedLM, user: str, answer: str) -> EncodedPrompt:
+    return lm.chat.encode([Message("user", user), Message("assistant", answer)], continue_final=True)
+
+
+def test_each_response_token_has_an_assessment():
+    # In the scripted model an upper-case letter is harm.
+    lm = ScriptedLM("")
+    trace = score(lm, conversation(lm, "hi", "abCd"))
+    assert [a.position for a in trace.assessments] == [1, 2, 3, 4]
+    assert [a.risk > 0.5 for a in trace.assessments] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("user", "is_malicious"), [("hi", False), ("Hi", True)])
+def test_the_request_risk_is_read_at_the_end_of_the_request(user: str, is_malicious: bool):
+    lm = ScriptedLM("")
+    assert (score(lm, conversation(lm, user, "abc")).request_risk > 0.5) is is_malicious
+
+
+def test_a_request_alone_has_no_response_risk():
+    lm = ScriptedLM("")
+    trace = score(lm, lm.chat.encode([Message("user", "hi")]))
+    assert trace.response_risk(3) is None
+    assert trace.request_risk is not None
+
+
+def test_risks_are_the_heads_at_the_states_of_one_pass():
+    lm = tiny_guarded_lm()
+    prompt = conversation(lm, "hi", "some text")
+    trace = score(lm, prompt)
+    with torch.inference_mode():
+        ids = torch.tensor([[*prompt.request, *prompt.prefill]])
+        output = lm.head(lm.model(ids, output_hidden_states=True).hidden_states[-1][0])
+    border = len(prompt.request)
+    assert trace.request_risk == pytest.approx(probability(float(output.request[border - 1])), abs=1e-6)
+    expected = [probability(float(logit)) for logit in output.response[border:]]
+    assert [a.risk for a in trace.assessments] == pytest.approx(expected, abs=1e-6)
+
+
+def test_it_is_one_forward_pass():
+    lm = ScriptedLM("")
+    score(lm, conversation(lm, "hi", "a" * 200))
+    assert len(lm.fed) == 1
+
+
+def test_smoothing_is_that_of_the_checkpoint():
+    lm = ScriptedLM("", smoothing=0.25)
+    trace = score(lm, conversation(lm, "hi", "aB"))
+    # Logits -8 and 8: 0.25 * 8 + 0.75 * -8 = -4.
+    assert [a.smoothed_logit for a in trace.assessments] == pytest.approx([-8, -4])
+
+
+def test_a_failed_head_is_certain_harm():
+    lm = tiny_guarded_lm()
+    with torch.no_grad():
+        lm.head.out.bias.fill_(float("nan"))
+    trace = score(lm, conversation(lm, "hi", "abc"))
+    assert trace.request_risk == 1.0
+    assert [a.risk for a in trace.assessments] == [1.0] * 3
+
+
+def test_a_model_without_a_signal_cannot_score():
+    lm = GuardedLM(tiny_lm(), byte_tokenizer())
+    with pytest.raises(InvalidRequest, match="no safety signal") as raised:
+        score(lm, conversation(lm, "hi", "abc"))
+    assert raised.value.param == "model"
+
+
+def test_a_conversation_over_the_context_is_refused_with_both_numbers():
+    lm = tiny_guarded_lm()
+    prompt = conversation(lm, "hi", "a" * 600)
+    length = len(prompt.request) + 600
+    with pytest.raises(ContextLengthError, match=f"512 tokens, but the messages have {length}"):
+        score(lm, prompt)
+
+
+def test_a_conversation_that_fills_the_context_is_scored():
+    lm = tiny_guarded_lm()
+    request = lm.chat.encode([Message("user", "hi")]).request
+    trace = score(lm, EncodedPrompt(request, (70,) * (512 - len(request))))
+    assert trace.position == 512 - len(request)

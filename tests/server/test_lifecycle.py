@@ -1,0 +1,170 @@
+"""From a start that takes its time to a stop that lets requests finish."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import openai
+import pytest
+
+from model.errors import WeightsNotFound
+from model.testing import write_tiny
+from server import __main__ as command
+
+LONG = "good day to you. " * 12
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_while_the_model_loads_the_server_is_alive_and_asks_to_come_back(serve, scripted):
+    loaded = threading.Event()
+
+    def load():
+        assert loaded.wait(10)
+        return scripted("good day.")
+
+    server = serve(lm=load, wait=False)
+    try:
+        assert server.http.get("/livez").status_code == 200
+        for response in (server.http.get("/readyz"), server.post(), server.post("/v1/safety/score")):
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "not_ready"
+            assert int(response.headers["retry-after"]) >= 1
+    finally:
+        loaded.set()
+    wait_until(lambda: server.http.get("/readyz").status_code == 200)
+    assert server.post().status_code == 200
+
+
+def test_a_server_can_be_stopped_while_its_model_loads(serve, scripted):
+    loaded = threading.Event()
+    serve(lm=lambda: loaded.wait(10) and scripted("x"), wait=False)
+    threading.Timer(0.5, loaded.set).start()
+
+
+def test_a_model_that_does_not_load_leaves_the_server_alive_and_not_ready(serve):
+    def load():
+        raise WeightsNotFound("no weights here")
+
+    server = serve(lm=load, wait=False)
+    time.sleep(0.1)
+    assert server.http.get("/livez").status_code == 200
+    assert server.http.get("/readyz").status_code == 503
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "json"])
+def test_a_client_that_disconnects_frees_the_engine_at_once(serve, stream):
+    """Twelve times 17 tokens of 10 ms each would take two seconds."""
+    server = serve(LONG, slow=True)
+    body = {"model": "tiny", "stream": stream, "messages": [{"role": "user", "content": "hello"}], "n": 2}
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+        request = httpx2.Request("POST", server.url + "/v1/chat/completions", json=body)
+        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        wait_until(lambda: server.engine.stats().num_running == 2)
+        time.sleep(0.1)
+    left = time.monotonic()
+    wait_until(lambda: server.engine.stats().num_running == 0)
+    assert time.monotonic() - left < 0.5
+    endpoint = 'endpoint="/v1/chat/completions",finish_reason="aborted"'
+    wait_until(lambda: server.metric(f'ballast_requests_total{{{endpoint},status="499"}}') == 1)
+    assert server.post(max_tokens=2).status_code == 200
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
+    server = serve(LONG, slow=True, max_running=1, max_waiting=0)
+    stream = server.chat("hello", stream=True)
+    next(iter(stream))
+    response = server.post()
+    assert response.status_code == 429
+    assert response.json()["error"]["code"] == "overloaded"
+    assert int(response.headers["retry-after-ms"]) == 1000 * int(response.headers["retry-after"]) > 0
+    with pytest.raises(openai.RateLimitError):
+        server.chat("hello", stream=True)
+    stream.close()
+
+
+def test_choices_that_do_not_all_fit_the_queue_leave_nothing_behind(serve):
+    server = serve(max_running=1, max_waiting=1)
+    assert server.post(n=3).status_code == 429
+    wait_until(lambda: server.engine.stats().num_waiting + server.engine.stats().num_running == 0)
+    assert server.post(n=2).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def process(tiny):
+    """`ballast-serve` as a process on a free port, ready: the process and its address."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    model, checkpoint = map(str, tiny)
+    flags = ["--model", model, "--checkpoint", checkpoint, "--port", str(port), "--served-model-name", "tiny"]
+    flags += ["--num-threads", "1", "--input-mode", "off", "--output-mode", "off"]
+    started = subprocess.Popen([sys.executable, "-m", "server", *flags], stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    wait_until(lambda: started.poll() is not None or answer(url + "/readyz") == 200, 60)
+    yield started, url
+    started.kill()
+    started.wait()
+    started.stderr.close()
+
+
+def answer(url):
+    try:
+        return httpx2.get(url).status_code
+    except httpx2.HTTPError:
+        return None
+
+
+def test_sigterm_lets_a_stream_finish_while_probes_and_new_requests_get_503(process):
+    started, url = process
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    long = {**body, "n": 4, "max_tokens": 450, "ignore_eos": True, "stream": True}
+    with (
+        httpx2.Client(base_url=url, timeout=30) as http,
+        http.stream("POST", "/v1/chat/completions", json=long) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        started.send_signal(signal.SIGTERM)
+        wait_until(lambda: answer(url + "/readyz") == 503)
+        assert answer(url + "/livez") == 200
+        assert httpx2.post(url + "/v1/chat/completions", json=body).status_code == 503
+        received = [line for line in lines if line]
+    assert received[-1] == "data: [DONE]"
+    assert sum('"finish_reason":"length"' in line for line in received) == 4
+    started.wait(15)
+    assert "Traceback" not in started.stderr.read()
+
+
+def test_a_port_in_use_is_one_clear_line(logging_as_before, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert command.main(["--port", str(taken.getsockname()[1])]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Address already in use" in line
+
+
+def test_weights_that_are_missing_end_the_server_with_one_clear_line(logging_as_before, capsys, tiny):
+    flags = ["--model", str(tiny[0] / "nothing"), "--checkpoint", str(tiny[1]), "--port", "0"]
+    assert command.main(flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nothing does not exist" in line
+
+
+def test_a_checkpoint_that_is_missing_ends_the_server_with_one_clear_line(logging_as_before, capsys, tiny):
+    assert command.main(["--model", str(tiny[0]), "--checkpoint", "absent", "--port", "0"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no safety_config.json in 'absent'" in line

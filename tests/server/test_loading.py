@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from model.errors import CheckpointError
+from model.testing import write_tiny
+from server.loading import load_model
+from server.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_a_model_is_loaded_with_its_checkpoint_in_the_precision_of_the_calibration(tiny):
+    model, checkpoint = tiny
+    lm = load_model(Settings(model=str(model), checkpoint=str(checkpoint), device="cpu"))
+    assert lm.config is not None
+    assert lm.model.dtype == torch.float32
+
+
+def test_a_precision_can_be_chosen(tiny):
+    model, checkpoint = tiny
+    lm = load_model(Settings(model=str(model), checkpoint=str(checkpoint), device="cpu", dtype="bfloat16"))
+    assert lm.model.dtype == torch.bfloat16
+
+
+def test_a_model_is_served_without_a_signal_only_if_asked_for(tiny):
+    model = str(tiny[0])
+    off = {"input_mode": "off", "output_mode": "off"}
+    assert load_model(Settings(model=model, checkpoint="none", device="cpu", **off)).config is None
+    with pytest.raises(CheckpointError, match="no safety checkpoint ships for"):
+        load_model(Settings(model=model, **off))

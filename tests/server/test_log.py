@@ -1,0 +1,96 @@
+import json
+import logging
+import time
+
+import pytest
+import structlog
+
+from server import log
+from server.settings import Settings
+
+
+def arrived(lines, event, **fields):
+    """Wait until the server's thread has logged `event` with these fields."""
+    end = time.monotonic() + 5
+    wanted = {"event": event, **fields}.items()
+    while not any(wanted <= line.items() for line in lines):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def configured(logging_as_before):
+    """Configure logging for a test."""
+    return lambda **changes: log.configure(Settings(**changes))
+
+
+def test_a_request_is_logged_with_its_id_and_counts_and_without_its_text(polite):
+    with structlog.testing.capture_logs() as lines:
+        polite.http.post(  # the line is written after the last byte is sent
+            "/v1/chat/completions",
+            json={"model": "tiny", "messages": [{"role": "user", "content": "my darkest thought"}]},
+            headers={"x-request-id": "id-1"},
+        )
+        arrived(lines, "request", request_id="id-1")
+    (line,) = (line for line in lines if line.get("request_id") == "id-1")
+    assert (line["endpoint"], line["status"], line["finish_reason"]) == ("/v1/chat/completions", 200, "stop")
+    assert (line["completion_tokens"], line["seconds"] > 0) == (9, True)
+    assert "darkest" not in str(lines)
+    assert "good day" not in str(lines)
+
+
+def test_an_unexpected_fault_is_logged_without_its_message(polite, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError(" ".join(["my", "darkest", "thought"]))
+
+    monkeypatch.setattr(polite.engine, "submit", fail)
+    with structlog.testing.capture_logs() as lines:
+        assert polite.post().status_code == 500
+        arrived(lines, "request")
+    (line,) = (line for line in lines if line["event"] == "unexpected error")
+    assert line["error"] == "ZeroDivisionError"
+    assert "test_log.py" in line["stack"]
+    assert "my darkest" not in str(lines)
+
+
+def test_a_sane_request_id_is_echoed_and_another_replaced(polite):
+    def echoed(sent):
+        return polite.http.get("/livez", headers={"x-request-id": sent}).headers["x-request-id"]
+
+    assert echoed("abc-123") == "abc-123"
+    for sent in ("a" * 129, "a b", b"\xe9"):
+        assert echoed(sent).startswith("req_")
+    assert polite.http.get("/livez").headers["x-request-id"] != polite.http.get("/livez").headers["x-request-id"]
+
+
+def test_probes_are_quiet(polite):
+    with structlog.testing.capture_logs() as lines:
+        polite.http.get("/livez", headers={"x-request-id": "probe"})
+        arrived(lines, "request", request_id="probe", log_level="debug")
+
+
+def test_json_lines_hold_the_events_of_the_server_and_of_libraries(configured, capsys):
+    configured(log_format="json")
+    structlog.get_logger("server").info("request", status=200)
+    logging.getLogger("model.guarded_lm").warning("the head is %s", "cold")
+    ours, theirs = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (ours["event"], ours["status"], ours["level"]) == ("request", 200, "info")
+    assert (theirs["event"], theirs["level"]) == ("the head is cold", "warning")
+
+
+def test_lines_below_the_level_are_left_out(configured, capsys):
+    configured(log_level="warning")
+    structlog.get_logger("server").info("request")
+    structlog.get_logger("server").warning("trouble")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_licence_that_forbids_commercial_use_is_said_at_the_start(serve, scripted):
+    with structlog.testing.capture_logs() as lines:
+        serve(lm=lambda: scripted("x", licence="CC-BY-NC-4.0"))
+    (line,) = (line for line in lines if line["log_level"] == "warning")
+    assert "non-commercial" in line["event"]
+    assert "checkpoint=tiny/permissive" in line["event"]
+    with structlog.testing.capture_logs() as lines:
+        serve()
+    assert [line for line in lines if line["log_level"] == "warning"] == []

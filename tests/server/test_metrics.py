@@ -1,0 +1,86 @@
+from model.config import Thresholds
+from server.metrics import METRIC_NAMES
+
+
+def test_every_metric_of_the_list_is_there_and_no_other(polite):
+    polite.post()
+    types = [line.split()[2] for line in polite.http.get("/metrics").text.splitlines() if line.startswith("# TYPE")]
+    assert {name for name in types if not name.endswith("_created")} == set(METRIC_NAMES)
+
+
+def test_requests_are_counted_by_route_status_and_finish_reason(serve):
+    server = serve()
+    server.chat("hello")
+    server.chat("HARM", stream=True).close()
+    server.post(temperature=9)
+    server.http.get("/v1/models/a/b/c")
+    server.http.get("/nothing/at/all")
+    total = "ballast_requests_total"
+    assert server.metric(f'{total}{{endpoint="/v1/chat/completions",finish_reason="stop",status="200"}}') == 1
+    assert server.metric(f'{total}{{endpoint="/v1/chat/completions",finish_reason="",status="400"}}') == 1
+    assert server.metric(f'{total}{{endpoint="/v1/models/{{model_id:path}}",finish_reason="",status="404"}}') == 1
+    assert server.metric(f'{total}{{endpoint="unmatched",finish_reason="",status="404"}}') == 1
+
+
+def test_tokens_assessments_and_times_are_measured(serve):
+    server = serve()
+    usage = server.post(n=2).json()["usage"]
+    assert server.metric("ballast_prompt_tokens_total") == usage["prompt_tokens"]
+    assert server.metric("ballast_completion_tokens_total") == usage["completion_tokens"] == 18
+    assert server.metric("ballast_assessments_total") == 20
+    assert server.metric("ballast_time_to_first_token_seconds_count") == 2
+    assert server.metric("ballast_inter_token_seconds_count") > 0
+    assert server.metric("ballast_safety_head_seconds_count") > 0
+    assert server.metric('ballast_request_seconds_count{endpoint="/v1/chat/completions"}') == 1
+
+
+def test_the_time_to_the_first_token_includes_the_holdback(serve):
+    """A lookback of 8 holds the first token until the ninth: at 10 ms each, and one for the prompt, over 90 ms."""
+    server = serve("good day to you.", slow=True)
+    server.post()
+    assert server.metric("ballast_time_to_first_token_seconds_sum") > 0.09
+
+
+def test_decisions_risks_and_withdrawn_tokens_are_counted_by_side(serve):
+    server = serve("all is well here, friends. NOW SOME HARM")
+    server.chat("hello")
+    server.chat("HARM")
+    decisions = "ballast_safety_decisions_total"
+    assert server.metric(f'{decisions}{{action="refused",side="input"}}') == 1
+    assert server.metric(f'{decisions}{{action="none",side="input"}}') == 1
+    assert server.metric(f'{decisions}{{action="rolled_back",side="output"}}') == 1
+    assert server.metric("ballast_withdrawn_tokens_total") == 3
+    assert server.metric("ballast_request_risk_count") == 2
+    assert server.metric('ballast_request_risk_bucket{le="0.9"}') == 1
+    assert server.metric("ballast_response_risk_count") == 2
+
+
+def test_the_thresholds_in_force_are_shown(serve, scripted):
+    server = serve(lm=lambda: scripted("x", request=Thresholds(block=0.8, flag=0.25)))
+    assert server.metric('ballast_safety_threshold{name="block",risk="request"}') == 0.8
+    assert server.metric('ballast_safety_threshold{name="flag",risk="request"}') == 0.25
+    assert server.metric('ballast_safety_threshold{name="block",risk="response"}') == 0.9
+    assert "ballast_head_info{" in server.http.get("/metrics").text
+
+
+def test_a_failing_head_is_counted(serve, scripted, monkeypatch):
+    server = serve()
+
+    def broken(*args, **kwargs):
+        step = type(server.engine.lm).forward(server.engine.lm, *args, **kwargs)
+        if step.head is not None:
+            step.head.response.fill_(float("nan"))
+        return step
+
+    monkeypatch.setattr(server.engine.lm, "forward", broken)
+    assert server.chat("hello").choices[0].finish_reason == "content_filter"
+    assert server.metric("ballast_head_failures_total") > 0
+
+
+def test_running_sequences_are_shown(serve):
+    server = serve("good day to you and to all of yours.", slow=True, max_running=1)
+    stream = server.chat("hello", stream=True, n=2)
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    assert server.metric("ballast_requests_running") == 1
+    assert server.metric("ballast_requests_waiting") == 1
+    stream.close()

@@ -1,0 +1,114 @@
+"""The scripted model: an upper-case letter in the request or in the answer is harm."""
+
+import pytest
+from openai.types.chat import ChatCompletion
+
+REFUSAL = "sorry, no. bye."
+SAFE = "all is well here, friends. "
+
+
+def text_of(events):
+    return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+
+
+@pytest.fixture(scope="module")
+def turning(serve_all):
+    """A server whose model turns harmful after some safe words."""
+    return serve_all(SAFE + "NOW SOME HARM FOLLOWS")
+
+
+def test_a_malicious_request_is_refused_in_refusal_and_content(polite):
+    completion = polite.chat("HARM")
+    choice = completion.choices[0]
+    assert choice.finish_reason == "content_filter"
+    assert (choice.message.content, choice.message.refusal) == (REFUSAL, REFUSAL)
+    assert choice.safety["action"] == "refused"
+    ChatCompletion.model_validate(completion.model_dump())
+
+
+def test_the_bare_shape_keeps_a_refusal_out_of_content(serve):
+    server = serve(refusal_in_content=False)
+    message = server.post(messages=[{"role": "user", "content": "HARM"}]).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": None, "refusal": REFUSAL}
+
+
+def test_a_rollback_keeps_what_was_released_and_never_shows_the_harm(turning):
+    choice = turning.chat("hello").choices[0]
+    assert choice.finish_reason == "content_filter"
+    assert choice.message.content == f"{SAFE}\n\n{REFUSAL}"
+    assert choice.message.refusal == REFUSAL
+    assert choice.safety["action"] == "rolled_back"
+    assert choice.safety["num_withdrawn_tokens"] == 3
+    assert choice.safety["response_risk"] > 0.9
+
+
+def test_a_rollback_in_the_bare_shape_has_the_released_text_alone_as_content(serve):
+    server = serve(SAFE + "NOW SOME HARM", refusal_in_content=False)
+    message = server.chat("hello").choices[0].message
+    assert (message.content, message.refusal) == (SAFE, REFUSAL)
+
+
+def test_usage_does_not_count_withdrawn_tokens(turning):
+    assert turning.chat("hello").usage.completion_tokens == len(SAFE) + len(REFUSAL)
+
+
+def test_a_streamed_rollback_says_the_same_as_a_whole_one(turning):
+    events = turning.stream()
+    assert text_of(events) == f"{SAFE}\n\n{REFUSAL}"
+    finish = events[-1]["choices"][0]
+    assert finish["finish_reason"] == "content_filter"
+    assert finish["delta"] == {"refusal": REFUSAL}
+    assert finish["safety"]["action"] == "rolled_back"
+
+
+def test_a_streamed_refusal_is_content_as_it_comes_and_whole_in_the_last_chunk(polite):
+    events = polite.stream(messages=[{"role": "user", "content": "HARM"}])
+    assert text_of(events) == REFUSAL
+    assert sum("content" in event["choices"][0]["delta"] for event in events) > 1
+    assert [e["choices"][0]["delta"].get("refusal") for e in events] == [None] * (len(events) - 1) + [REFUSAL]
+
+
+def test_a_stream_in_the_bare_shape_has_the_refusal_in_the_last_chunk_only(serve):
+    server = serve(SAFE + "NOW SOME HARM", refusal_in_content=False)
+    events = server.stream()
+    assert text_of(events) == SAFE
+    assert events[-1]["choices"][0]["delta"] == {"refusal": REFUSAL}
+
+
+def test_content_is_never_an_empty_string_in_any_chunk(turning):
+    for event in turning.stream(logprobs=True):
+        assert event["choices"][0]["delta"].get("content") != ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_withdrawn_tokens_are_never_sent(turning, stream):
+    if stream:
+        found = [c["logprobs"] for e in turning.stream(logprobs=True) for c in e["choices"] if c["logprobs"]]
+    else:
+        found = [turning.post(logprobs=True).json()["choices"][0]["logprobs"]]
+    content = "".join(token["token"] for one in found for token in one["content"] or [])
+    refusal = "".join(token["token"] for one in found for token in one["refusal"] or [])
+    assert (content, refusal) == (SAFE, REFUSAL)
+
+
+@pytest.mark.parametrize("prefill", ["Sure, HERE IS HOW", "sure, here is how ABC"])
+def test_harm_in_a_prefilled_answer_releases_none_of_the_models_text(turning, prefill):
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": prefill}]
+    response = turning.post(messages=turns, continue_final_message=True, add_generation_prompt=False)
+    choice = response.json()["choices"][0]
+    assert choice["message"]["content"] == REFUSAL
+    assert choice["finish_reason"] == "content_filter"
+
+
+def test_score_mode_reports_and_changes_nothing(serve):
+    server = serve(SAFE + "NOW SOME HARM", input_mode="score", output_mode="score")
+    choice = server.chat("HELLO").choices[0]
+    assert choice.message.content == SAFE + "NOW SOME HARM"
+    assert choice.finish_reason == "stop"
+    assert choice.safety["request_risk"] > 0.9
+    assert choice.safety["response_risk"] > 0.9
+
+
+def test_one_choice_of_several_that_is_refused_does_not_touch_the_others(turning):
+    choices = turning.chat("hello", n=2).choices
+    assert [choice.message.content for choice in choices] == [f"{SAFE}\n\n{REFUSAL}"] * 2

@@ -1,0 +1,57 @@
+import pytest
+
+
+def score(server, *turns, **fields):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
+    return server.http.post("/v1/safety/score", json={"model": "tiny", "messages": messages, **fields})
+
+
+def test_a_request_alone_has_no_response_risk(polite):
+    body = score(polite, "HARM").json()
+    assert body["request_risk"] > 0.9
+    assert body["response_risk"] is None
+    assert body["flagged"] == {"request": True, "response": False}
+    assert body["thresholds"] == {
+        "request": {"block": 0.9, "flag": 0.5},
+        "response": {"block": 0.9, "flag": 0.5},
+    }
+    assert "trace" not in body
+
+
+@pytest.mark.parametrize(("response", "flagged"), [("all well", False), ("all WELL", True), ("A b C d", False)])
+def test_a_last_message_of_the_assistant_is_scored_as_the_policy_would_act(polite, response, flagged):
+    """Patience 3: three harmful tokens in a row count, or a harmful last one; single ones do not."""
+    body = score(polite, "hello", response).json()
+    assert body["flagged"] == {"request": False, "response": flagged}
+    assert (body["response_risk"] > 0.5) is flagged
+
+
+def test_a_trace_has_every_token_of_the_response(polite):
+    trace = score(polite, "hello", "aBc", trace=True).json()["trace"]
+    assert [step["token"] for step in trace] == ["a", "B", "c"]
+    assert [step["risk"] > 0.5 for step in trace] == [False, True, False]
+    assert all(set(step) == {"token_id", "token", "risk", "smoothed_risk"} for step in trace)
+
+
+def test_scoring_takes_one_forward_pass_and_generates_nothing(serve):
+    server = serve()
+    before = len(server.engine.lm.fed)
+    assert score(server, "hello", "all well").status_code == 200
+    assert len(server.engine.lm.fed) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages"),
+        ({"temperature": 1}, 400, "temperature"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_by_name(polite, fields, status, param):
+    response = score(polite, "hello", **fields)
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param

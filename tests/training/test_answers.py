@@ -1,0 +1,51 @@
+"""The model's own answers: cached batch by batch, and the same again for the same seed."""
+
+from pathlib import Path
+
+import pytest
+
+from model.chat import Message
+from model.pretrained import Pretrained
+from training import answers as answers_module
+from training.answers import answer
+from training.config import Answers
+from training.rows import Row
+
+SETTINGS = Answers(max_tokens=6, batch_size=2)
+
+
+def row(prompt: str) -> Row:
+    return Row("own", "own", "MIT", (Message("user", prompt),), None, 0, 0)
+
+
+ROWS = [row("How are you today, my friend?"), row("Hi"), row("Name a colour."), row("Why?"), row("Where to?")]
+
+
+def test_answers_come_in_the_order_of_the_prompts(tiny: Pretrained, tmp_path: Path):
+    def ask(rows: list[Row], cache: str, seed: int = 0) -> list[str]:
+        return answer(tiny, rows, SETTINGS, max_request_tokens=128, cache=tmp_path / cache, seed=seed)
+
+    found = ask(ROWS, "one")
+    assert len(found) == len(ROWS)
+    assert ask(ROWS[::-1], "two") == found[::-1]
+    assert ask(ROWS, "three", seed=1) != found
+
+
+def test_a_rerun_generates_only_what_is_missing(tiny: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def ask() -> list[str]:
+        return answer(tiny, ROWS, SETTINGS, max_request_tokens=128, cache=tmp_path, seed=0)
+
+    first = ask()
+    files = sorted((tmp_path / "answers").iterdir())
+    assert len(files) == 3
+    files[0].unlink()
+    calls: list[object] = []
+    plain = answers_module._generate
+
+    def counted(pretrained: Pretrained, *rest: object) -> list[str]:
+        calls.append(1)
+        return plain(pretrained, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(answers_module, "_generate", counted)
+    assert ask() == first
+    assert len(calls) == 1

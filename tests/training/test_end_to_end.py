@@ -1,0 +1,123 @@
+"""`ballast-train head` on the tiny model, from sentences to a checkpoint that the server can load."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from model import checkpoint
+from model.chat import Message
+from model.pretrained import Pretrained, load
+from model.scoring import score
+from training import recipe_file
+from training.__main__ import main
+from training.config import Head, HeadRecipe
+from training.errors import DataError, RecipeError
+from training.run import train_head
+
+
+@pytest.fixture
+def config(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    recipe_file.dump(recipe, path)
+    return path
+
+
+def test_the_command_writes_a_checkpoint_that_loads(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["head", "--config", str(config), "name=trial"]) == 0
+
+    lm = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), tmp_path / "checkpoint")
+    trace = score(lm, lm.chat.encode([Message("user", "Hello"), Message("assistant", "Hi.")], continue_final=True))
+    assert len(trace.assessments) == 3
+    assert lm.config is not None
+    assert lm.config.onset <= lm.config.response.block
+    assert lm.config.licence == "CC-BY-NC-SA-4.0"
+    card = (tmp_path / "checkpoint" / "README.md").read_text()
+    assert "ballast-train head --config" in card
+    assert "CC-BY-NC-SA-4.0 applies to these weights" in card
+    numbers = json.loads((tmp_path / "checkpoint" / "metrics.json").read_text())
+    assert set(numbers["data_sha256"]) == {p.name for p in (tmp_path / "data").iterdir()}
+    plots = {p.name for p in (tmp_path / "checkpoint" / "plots").iterdir()}
+    assert plots == {"loss.png", "scores.png", "roc.png", "reliability.png"}
+    assert recipe_file.load(str(tmp_path / "run" / "recipe.yaml")).name == "trial"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+class Interrupt(TrainerCallback):
+    """Stops the run in the middle of an epoch, as Ctrl-C would."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise KeyboardInterrupt
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.load_head(folder)[0].state_dict())
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    train_head(recipe, "plain")
+    other = replace(recipe, run=str(tmp_path / "other"), output=str(tmp_path / "resumed"))
+    with pytest.raises(KeyboardInterrupt):
+        train_head(other, "interrupted", [Interrupt(17)])
+    assert not (tmp_path / "resumed" / checkpoint.CONFIG_FILE).exists()
+    train_head(other, "resumed")
+
+    plain, resumed = weights(tmp_path / "checkpoint"), weights(tmp_path / "resumed")
+    assert all(torch.equal(plain[name], resumed[name]) for name in plain)
+
+
+def test_a_finished_run_repeats_to_the_same_checkpoint(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    train_head(recipe, "once")
+    first = (tmp_path / "checkpoint" / checkpoint.CONFIG_FILE).read_text()
+    assert checkpoint.load_head(tmp_path / "checkpoint")[1].base.weights == checkpoint.fingerprint_weights(tiny.model)
+    train_head(recipe, "once")
+    assert (tmp_path / "checkpoint" / checkpoint.CONFIG_FILE).read_text() == first
+
+
+def test_without_resuming_a_run_starts_anew(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    train_head(recipe, "once")
+    (folder,) = (tmp_path / "run").glob("trainer-*")
+    (folder / "checkpoint-999").mkdir()
+    train_head(replace(recipe, resume=False), "again")
+    assert not (folder / "checkpoint-999").exists()
+
+
+def test_a_permissive_run_says_so(recipe: HeadRecipe, tiny: Pretrained):
+    bound = ("own_answers", "alpaca", "refusals")
+    free = {name: source for name, source in recipe.sources.items() if name not in bound}
+    folder = train_head(replace(recipe, sources=free, is_permissive_only=True), "permissive")
+    assert checkpoint.load_head(folder)[1].licence == "Apache-2.0"
+
+
+def test_a_linear_head_on_two_layers_learns_capital_letters(recipe: HeadRecipe, tiny: Pretrained):
+    """Malicious prompts of our sentences hold capitals, others do not: even a random model's states tell."""
+    changed = replace(recipe, head=Head(layers=(0, -1), hidden=0), optimiser=replace(recipe.optimiser, epochs=8))
+    folder = train_head(changed, "plain")
+    numbers = json.loads((folder / "metrics.json").read_text())
+    losses = [entry["eval_loss"] for entry in numbers["history"] if "eval_loss" in entry]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    assert checkpoint.load_head(folder)[1].token_head.layers == (0, -1)
+
+
+def test_weights_of_unclear_licence_are_refused(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    path = tmp_path / "data" / "prompts.jsonl"
+    path.write_text(path.read_text().replace("(MIT)", "(Custom-1)"))
+    without = {name: source for name, source in recipe.sources.items() if source.path != "benign_prompts.jsonl"}
+    del without["refusals"]
+    with pytest.raises(RecipeError, match="set recipe key licence"):
+        train_head(replace(recipe, sources=without), "unclear")
+
+
+def test_a_side_without_benign_rows_is_named(recipe: HeadRecipe, tiny: Pretrained):
+    sources = {name: replace(source, sets_block=()) for name, source in recipe.sources.items()}
+    with pytest.raises(DataError, match="cannot calibrate the request side"):
+        train_head(replace(recipe, sources=sources), "plain")

@@ -1,0 +1,87 @@
+"""Recipes are read strictly, and a fault is one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+
+from training import recipe_file
+from training.__main__ import main
+from training.config import HeadRecipe
+from training.errors import RecipeError
+from training.recipe_file import SHIPPED
+
+
+@pytest.fixture
+def config(recipe: HeadRecipe, tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    recipe_file.dump(recipe, path)
+    return str(path)
+
+
+def test_a_dumped_recipe_reads_back_equal(config: str, recipe: HeadRecipe):
+    assert recipe_file.load(config) == recipe
+
+
+@pytest.mark.parametrize("name", ["head_all_rows", "head_permissive"])
+def test_a_shipped_recipe_is_valid_and_opens_with_its_command(name: str):
+    assert recipe_file.load(name).sources
+    text = (SHIPPED / f"{name}.yaml").read_text()
+    assert text.startswith(f"# ballast-train head --config training/recipes/{name}.yaml")
+
+
+def test_overrides_reach_into_groups_and_lists(config: str):
+    recipe = recipe_file.load(
+        config, ["head.layers=[20, -1]", "optimiser.learning_rate=3e-4", "sources.triplets.limit=7", "seed=4"]
+    )
+    assert recipe.head.layers == (20, -1)
+    assert recipe.optimiser.learning_rate == 3e-4
+    assert recipe.sources["triplets"].limit == 7
+    assert recipe.seed == 4
+
+
+def test_a_whole_source_can_be_added(config: str):
+    recipe = recipe_file.load(config, ["sources.mine={path: mine.jsonl, kind: prompts}"])
+    assert recipe.sources["mine"].kind == "prompts"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=1", "unknown recipe key 'sed'; did you mean 'seed'?"),
+        ("optimiser.epoch=1", "unknown recipe key 'optimiser.epoch'; did you mean 'optimiser.epochs'?"),
+        ("optimizer.epochs=1", "unknown recipe key 'optimizer'; did you mean 'optimiser'?"),
+        ("sources.triplet.limit=1", "unknown recipe key 'sources.triplet'; did you mean 'sources.triplets'?"),
+        ("sources.triplets.limt=1", "did you mean 'sources.triplets.limit'?"),
+        ("sources.new={kind: prompts}", "recipe key sources.new.path is missing"),
+        ("seed", "expected key=value, got 'seed'"),
+        ("seed.a=1", "seed is a value"),
+        ("loss.tau=0", "recipe key loss.tau: Input should be greater than 0, got 0"),
+        ("loss.tau=.nan", "recipe key loss.tau"),
+        ("sources.prompts.request_label=1", "request_label belongs to kind 'responses'"),
+    ],
+)
+def test_a_wrong_override_is_explained(config: str, override: str, message: str):
+    with pytest.raises(RecipeError) as caught:
+        recipe_file.load(config, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "\t", ""])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"broken\.yaml"):
+        recipe_file.load(str(path))
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(config: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["head", "--config", config, "sed=1"]) == 2
+    assert capsys.readouterr().err == "ballast-train: unknown recipe key 'sed'; did you mean 'seed'?\n"
+
+
+def test_an_unknown_command_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["haed"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

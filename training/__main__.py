@@ -1,0 +1,88 @@
+"""The script `ballast-train`: a table of commands, each with a recipe and `key=value` overrides."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from model.errors import ModelError
+from training import recipe_file
+from training.errors import TrainingError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class Command(NamedTuple):
+    """One entry of the table."""
+
+    run: Callable[[argparse.Namespace, str], None]
+    summary: str
+    example: str
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with the message."""
+        self.exit(USER_ERROR, f"{self.prog}: {message}; see --help\n")
+
+
+def run_head(arguments: argparse.Namespace, command: str) -> None:
+    """Train and calibrate a token head."""
+    recipe = recipe_file.load(arguments.config, arguments.overrides)
+    from training.run import train_head  # here, because torch and transformers take seconds to import
+
+    folder = train_head(recipe, command)
+    sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
+
+
+COMMANDS = {
+    "head": Command(
+        run_head,
+        "train and calibrate the token head on a frozen model, and write a checkpoint",
+        """examples:
+  ballast-train head --config head_all_rows data=../shared/data/train
+  ballast-train head --config my_recipe.yaml output=checkpoints/mine seed=1 optimiser.epochs=20
+  ballast-train head data=/data sources.diasafety.limit=1000 head.layers=[20,-1]
+
+Interrupted? The same command goes on where it was. Every key of a recipe is explained in training/config.py.""",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words)
+    try:
+        COMMANDS[arguments.command].run(arguments, shlex.join(["ballast-train", *words]))
+    except (TrainingError, ModelError) as error:
+        sys.stderr.write(f"ballast-train: {error}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("ballast-train: interrupted; the same command goes on from here\n")
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="ballast-train", description="Train what a safety checkpoint holds.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=command.example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--config", default="head_all_rows", help="recipe file or shipped recipe (%(default)s)")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, dots lead into groups")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

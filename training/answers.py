@@ -1,0 +1,91 @@
+"""The served model's own answers to benign prompts: harmless text in the very style that will be judged."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+
+from model.chat import ChatTemplate
+from model.checkpoint import fingerprint_weights
+from model.pretrained import Pretrained
+from training.config import Answers
+from training.progress import tracked
+from training.rows import Row
+from training.shards import digest, write_atomically
+
+Encoded = tuple[int, ...]
+
+
+def answer(
+    pretrained: Pretrained, rows: Sequence[Row], settings: Answers, *, max_request_tokens: int, cache: Path, seed: int
+) -> list[str]:
+    """Return one sampled answer per row, in order.
+
+    Batches are cached one by one: an interrupted run goes on where it was, a finished one reads.
+
+    Args:
+        pretrained: the model that will be served.
+        rows: conversations to answer; their own responses are not read.
+        settings: temperature, tokens and batch size.
+        max_request_tokens: longer requests lose their beginning.
+        cache: folder of the batches.
+        seed: of the sampling; each batch draws from a seed made of it and of the batch.
+    """
+    template = ChatTemplate(pretrained.tokenizer)
+    prompts = [template.encode(row.messages).request[-max_request_tokens:] for row in rows]
+    identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), asdict(settings), seed]
+    answers = [""] * len(rows)
+    for batch in tracked(list(_batches(prompts, settings.batch_size)), "own answers", unit=len):
+        ids = [prompts[index] for index in batch]
+        name = digest(identity, ids)[:32]
+        path = cache / "answers" / f"{name}.json"
+        if not path.is_file():
+            texts = _generate(pretrained, ids, settings, int(name[:8], 16))
+            write_atomically(path, lambda scratch, texts=texts: _dump(texts, scratch))  # type: ignore[misc]
+        for index, text in zip(batch, json.loads(path.read_text(encoding="utf-8")), strict=True):
+            answers[index] = text
+    return answers
+
+
+def _batches(prompts: Sequence[Encoded], size: int) -> Iterator[list[int]]:
+    """Yield indices of prompts of like length."""
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _generate(pretrained: Pretrained, prompts: Sequence[Encoded], settings: Answers, seed: int) -> list[str]:
+    """Return sampled answers to one batch, padded on the left."""
+    model, tokenizer = pretrained.model, pretrained.tokenizer
+    pad = _pad_id(tokenizer)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (B, T)
+    sampling = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        max_new_tokens=settings.max_tokens,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(), torch.inference_mode():
+        set_seed(seed)  # `generate` takes no torch.Generator
+        generate: Any = model.generate
+        output = generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling)
+    return [str(text) for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _dump(texts: list[str], path: Path) -> None:
+    path.write_text(json.dumps(texts), encoding="utf-8")

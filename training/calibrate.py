@@ -1,0 +1,158 @@
+"""From held-out rows to thresholds: the risks are exactly those that the policy acts on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.config import Thresholds
+from model.safety_head import TokenHead
+from training.config import HeadRecipe, Side
+from training.errors import DataError
+from training.head import collate
+from training.metrics import (
+    Array,
+    Bin,
+    Quality,
+    Rate,
+    balanced_weights,
+    block_threshold,
+    flag_threshold,
+    quality,
+    reliability,
+    wilson,
+)
+from training.risk import request_risks, response_risks
+from training.rows import Row
+from training.states import States
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Risks and labels of one side on held-out rows, one value per row."""
+
+    risks: Array
+    labels: Array
+    groups: NDArray[np.str_]
+    is_validation: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class SideReport:
+    """One side's thresholds, what they were set on, and the quality per source."""
+
+    thresholds: Thresholds
+    block_sources: tuple[str, ...]
+    false_positives: Rate
+    """Of the benign rows that set `block`."""
+    flag_f1: float
+    """Best F1 on validation rows, each source having its weight."""
+    per_source: dict[str, Quality]
+    reliability: list[Bin]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds of both sides and the onset."""
+
+    request: SideReport
+    response: SideReport
+    onset: float
+    request_scores: Scored
+    response_scores: Scored
+
+
+def calibrate(head: TokenHead, rows: Sequence[Row], states: States, recipe: HeadRecipe) -> Calibration:
+    """Return thresholds from the rows of the parts `validation` and `calibration`.
+
+    Raises:
+        DataError: if no benign or no harmful held-out row is there to set a threshold.
+    """
+    request, response = score(head, rows, states, recipe)
+    request_report = _report(request, "request", recipe)
+    response_report = _report(response, "response", recipe)
+    return Calibration(request_report, response_report, onset(response_report.thresholds), request, response)
+
+
+@torch.inference_mode()
+def score(head: TokenHead, rows: Sequence[Row], states: States, recipe: HeadRecipe) -> tuple[Scored, Scored]:
+    """Return request risks and response risks of all labelled held-out rows.
+
+    A prompt counts once per source and label on the request side.
+    """
+    held_out = [index for index, row in enumerate(rows) if row.part != "train"]
+    of_request, of_response = np.zeros(len(rows)), np.zeros(len(rows))
+    for start in range(0, len(held_out), BATCH):
+        chosen = held_out[start : start + BATCH]
+        batch = collate([(states[index], rows[index]) for index in chosen])
+        of_request[chosen] = request_risks(head(batch["request_states"]).request).numpy()
+        mask = batch["mask"]
+        found = head(batch["response_states"][mask]).response
+        logits = torch.zeros(mask.shape).masked_scatter(mask, found)  # (B, T)
+        lengths = mask.sum(dim=1).clamp(min=1)  # rows without a response are left out below
+        acting = recipe.acting
+        of_response[chosen] = response_risks(logits, lengths, acting.smoothing, acting.patience).numpy()
+    requests = {(rows[i].group, rows[i].key, rows[i].request_label): i for i in reversed(held_out)}
+    request_rows = [i for i in sorted(requests.values()) if rows[i].request_label is not None]
+    response_rows = [i for i in held_out if rows[i].response_label is not None and len(states[i].response)]
+    return (
+        _scored(of_request, rows, request_rows, "request"),
+        _scored(of_response, rows, response_rows, "response"),
+    )
+
+
+def onset(response: Thresholds) -> float:
+    """Return the risk whose logit is halfway between `flag` and `block`, and never over `block`."""
+    middle = (_logit(response.flag) + _logit(response.block)) / 2
+    return min(response.block, 1 / (1 + math.exp(-middle)))
+
+
+def _scored(risks: Array, rows: Sequence[Row], chosen: Sequence[int], side: Side) -> Scored:
+    labels = [rows[i].request_label if side == "request" else rows[i].response_label for i in chosen]
+    return Scored(
+        risks[chosen],
+        np.array(labels, dtype=np.float64),
+        np.array([rows[i].group for i in chosen], dtype=np.str_),
+        np.array([rows[i].part == "validation" for i in chosen], dtype=np.bool_),
+    )
+
+
+def _report(scored: Scored, side: Side, recipe: HeadRecipe) -> SideReport:
+    block_sources = tuple(name for name, source in recipe.sources.items() if side in source.sets_block)
+    benign = scored.risks[(scored.labels == 0) & np.isin(scored.groups, block_sources)]
+    validation = scored.is_validation
+    weights = balanced_weights(
+        scored.groups[validation], {name: source.flag_weight for name, source in recipe.sources.items()}
+    )
+    risks, labels = scored.risks[validation], scored.labels[validation]
+    target = getattr(recipe.acting, f"{side}_false_positives")
+    try:
+        thresholds = Thresholds(block=block_threshold(benign, target), flag=flag_threshold(risks, labels, weights))
+    except ValueError as error:
+        raise DataError(f"cannot calibrate the {side} side on sources {list(block_sources)}: {error}") from error
+    harmful, flagged = weights * labels, weights * (risks > thresholds.flag)
+    return SideReport(
+        thresholds=thresholds,
+        block_sources=block_sources,
+        false_positives=wilson(int((benign > thresholds.block).sum()), len(benign)),
+        flag_f1=float(2 * (flagged * labels).sum() / (flagged.sum() + harmful.sum())),
+        per_source={
+            str(name): quality(
+                scored.risks[scored.groups == name],
+                scored.labels[scored.groups == name],
+                block=thresholds.block,
+                flag=thresholds.flag,
+            )
+            for name in dict.fromkeys(scored.groups.tolist())
+        },
+        reliability=reliability(risks, labels),
+    )
+
+
+def _logit(risk: float) -> float:
+    return math.log(risk) - math.log1p(-risk)

@@ -1,0 +1,105 @@
+"""Read a recipe from YAML and `key=value` overrides, strictly: an unknown key names its nearest neighbour."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from training.config import HeadRecipe
+from training.errors import RecipeError
+
+SHIPPED = Path(__file__).resolve().parent / "recipes"
+"""Recipes that come with this release."""
+
+
+def load(config: str, overrides: Sequence[str] = ()) -> HeadRecipe:
+    """Return the recipe in the file `config`, or the shipped recipe of that name, with overrides applied.
+
+    Args:
+        config: a YAML file, or the name of a shipped recipe such as `head_all_rows`.
+        overrides: `key=value` each; dots lead into a group, and the value is YAML.
+
+    Raises:
+        RecipeError: if the file cannot be read, or a key or value is not valid.
+    """
+    raw = _read(_find(config))
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return TypeAdapter(HeadRecipe).validate_python(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def dump(recipe: HeadRecipe, path: Path) -> None:
+    """Write the resolved recipe as YAML that `load` reads back."""
+    plain = TypeAdapter(HeadRecipe).dump_python(recipe, mode="json")
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _find(config: str) -> Path:
+    for path in (Path(config).expanduser(), SHIPPED / f"{config}.yaml", SHIPPED / config):
+        if path.is_file():
+            return path
+    raise RecipeError(f"no recipe {config!r}; shipped recipes are {sorted(p.stem for p in SHIPPED.glob('*.yaml'))}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(raw).__name__}")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in `raw`; a part of the key that leads nowhere is left to the validation."""
+    key, equals, value = override.partition("=")
+    *groups, last = key.split(".")
+    if not equals or not all((*groups, last)):
+        raise RecipeError(f"expected key=value, got {override!r}")
+    target = raw
+    for depth, group in enumerate(groups):
+        is_source = groups[:depth] == ["sources"]
+        if is_source and group not in target:
+            raise RecipeError(_unknown(f"sources.{group}", target))
+        target = target.setdefault(group, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"{'.'.join(groups[: depth + 1])} is a value, so {key} cannot be set")
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{key}: {value!r} is not valid YAML") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the first fault of a recipe in one line."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "unexpected_keyword_argument":
+        return _unknown(where, _keys_at([str(part) for part in fault["loc"][:-1]]))
+    if fault["type"] == "missing":
+        return f"recipe key {where} is missing"
+    return f"recipe key {where}: {fault['msg']}, got {fault['input']!r}"
+
+
+def _unknown(where: str, known: Iterable[Any]) -> str:
+    """Return the message for an unknown dotted key, `known` being the keys of its group."""
+    group, dot, key = where.rpartition(".")
+    nearest = difflib.get_close_matches(key, [str(name) for name in known], n=1, cutoff=0.0)
+    hint = f"; did you mean {group + dot + nearest[0]!r}?" if nearest else ""
+    return f"unknown recipe key {where!r}{hint}"
+
+
+def _keys_at(groups: Sequence[str]) -> list[str]:
+    """Return the keys of the group that `groups` leads to."""
+    kind: Any = HeadRecipe
+    for group in groups:
+        kind = get_type_hints(kind)[group] if is_dataclass(kind) else get_args(kind)[1]
+    return [entry.name for entry in fields(kind)]

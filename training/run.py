@@ -1,0 +1,168 @@
+"""The command `ballast-train head`, top to bottom: rows, states, head, thresholds, checkpoint."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from model import checkpoint
+from model.chat import ChatTemplate
+from model.config import BaseModel, SafetyConfig
+from model.pretrained import Pretrained, load
+from training import recipe_file
+from training.answers import answer
+from training.augment import augment
+from training.calibrate import Calibration, calibrate
+from training.config import HeadRecipe
+from training.corpus import assemble
+from training.errors import RecipeError
+from training.head import Trained, train
+from training.model_card import model_card
+from training.plots import draw
+from training.report import calibration_report, checksums, count_sources, metrics
+from training.rows import Row, licence_of_weights
+from training.shards import digest
+from training.states import compute
+
+
+def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Train and calibrate a token head; return the folder of its checkpoint.
+
+    Interrupted, the same recipe goes on where it was: answers, states and epochs are kept.
+
+    Args:
+        recipe: all choices.
+        command: the command line, for the model card.
+        callbacks: further callbacks of the trainer.
+
+    Raises:
+        TrainingError: if recipe or data do not fit.
+        ModelError: if the model cannot be loaded.
+    """
+    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=_device(recipe))
+    rows = _rows(recipe, pretrained)
+    licence = _licence(recipe, rows)
+    _write_run(recipe, rows)
+    states = compute(
+        pretrained,
+        rows,
+        recipe.head.layers,
+        recipe.cut,
+        batch_tokens=recipe.batch_tokens,
+        cache=Path(recipe.cache),
+    )
+    folder = Path(recipe.run) / f"trainer-{_identity(recipe, pretrained, rows)[:12]}"
+    width = int(pretrained.model.config.get_text_config().hidden_size)
+    trained = train(rows, states, recipe, width, folder, (*_loggers(recipe), *callbacks))
+    calibration = calibrate(trained.head, rows, states, recipe)
+    _write_checkpoint(recipe, pretrained, rows, trained, calibration, licence, command)
+    return Path(recipe.output)
+
+
+def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
+    """Return the labelled rows, with the model's own answers and with conversations around them."""
+    rows = assemble(
+        recipe,
+        lambda prompts: answer(
+            pretrained,
+            prompts,
+            recipe.answers,
+            max_request_tokens=recipe.cut.request_tokens,
+            cache=Path(recipe.cache),
+            seed=recipe.seed,
+        ),
+    )
+    return augment(rows, recipe.augment, recipe.seed)
+
+
+def _write_run(recipe: HeadRecipe, rows: Sequence[Row]) -> None:
+    """Keep the resolved recipe and the checksums of its data beside the run, and show the counts."""
+    run = Path(recipe.run)
+    run.mkdir(parents=True, exist_ok=True)
+    recipe_file.dump(recipe, run / "recipe.yaml")
+    counts = count_sources(rows)
+    table = Table("source", "licence", "train", "validation", "calibration", title=f"{len(rows)} rows")
+    for count in counts:
+        table.add_row(*(str(value) for value in asdict(count).values()))
+    Console(stderr=True).print(table)
+    summary = {"seed": recipe.seed, "data_sha256": checksums(recipe), "rows": [asdict(count) for count in counts]}
+    (run / "data.json").write_text(_json(summary), encoding="utf-8")
+
+
+def _write_checkpoint(
+    recipe: HeadRecipe,
+    pretrained: Pretrained,
+    rows: Sequence[Row],
+    trained: Trained,
+    calibration: Calibration,
+    licence: str,
+    command: str,
+) -> None:
+    """Write everything beside the weights first, and the checkpoint itself last."""
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    config = SafetyConfig(
+        base=BaseModel(
+            name=pretrained.name,
+            weights=checkpoint.fingerprint_weights(pretrained.model),
+            chat_template=ChatTemplate(pretrained.tokenizer).fingerprint,
+            dtype=recipe.dtype,
+        ),
+        token_head=trained.head.config,
+        request=calibration.request.thresholds,
+        response=calibration.response.thresholds,
+        onset=calibration.onset,
+        smoothing=recipe.acting.smoothing,
+        patience=recipe.acting.patience,
+        lookback=recipe.acting.lookback,
+        licence=licence,
+        calibration=calibration_report(rows, calibration, recipe),
+    )
+    card = model_card(config, recipe, count_sources(rows), checksums(recipe), calibration, command)
+    numbers = _json(metrics(rows, trained, calibration, recipe, command))
+    (output / "README.md").write_text(card, encoding="utf-8")
+    for folder in (output, Path(recipe.run)):
+        (folder / "metrics.json").write_text(numbers, encoding="utf-8")
+    draw(output / "plots", trained.history, calibration)
+    checkpoint.save(output, trained.head, config)
+
+
+def _identity(recipe: HeadRecipe, pretrained: Pretrained, rows: Sequence[Row]) -> str:
+    """Return a SHA-256 of all that decides the head's weights, so that no other run's state is continued."""
+    choices = [asdict(group) for group in (recipe.head, recipe.loss, recipe.optimiser, recipe.cut)]
+    model = [checkpoint.fingerprint_weights(pretrained.model), recipe.dtype]
+    return digest(model, choices, recipe.acting.smoothing, recipe.seed, [repr(row) for row in rows])
+
+
+def _licence(recipe: HeadRecipe, rows: Sequence[Row]) -> str:
+    licences = {row.licence for row in rows}
+    licence = recipe.licence or licence_of_weights(licences)
+    if licence is None:
+        raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
+    return licence
+
+
+def _loggers(recipe: HeadRecipe) -> tuple[TrainerCallback, ...]:
+    """Return a TensorBoard logger where TensorBoard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return ()
+    writer = SummaryWriter(log_dir=str(Path(recipe.run) / "logs"))
+    return (TensorBoardCallback(writer),)  # type: ignore[no-untyped-call]
+
+
+def _device(recipe: HeadRecipe) -> str:
+    if recipe.device != "auto":
+        return recipe.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
