@@ -61,6 +61,7 @@ def save(folder: Path, head: TokenHead, config: SafetyConfig) -> None:
     (folder / CONFIG_FILE).unlink(missing_ok=True)  # an older one must not vouch for the new weights
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / HEAD_FILE)
+    (folder / HEAD_FILE).chmod(0o644)  # safetensors makes files that only their owner may read
     scratch = folder / f".{CONFIG_FILE}"
     scratch.write_text(config.to_json(), encoding="utf-8")
     os.replace(scratch, folder / CONFIG_FILE)

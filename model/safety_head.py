@@ -1,8 +1,8 @@
 """The token head: from hidden states that exist already to a request risk and a response risk.
 
 Source: the layout of ShieldHead (ACL 2025) and Qwen3Guard-Stream (arXiv 2510.14276): separate heads
-for request and response on the generator's own states. Deviations: the trunk is frozen, both heads
-are one small product, and standardisation of the states is part of the head.
+for request and response on the generator's own states. Deviations: the trunk is frozen, each head
+is one small product, and standardisation of the states is part of the head.
 """
 
 from typing import NamedTuple
@@ -20,20 +20,41 @@ class HeadOutput(NamedTuple):
     response: Tensor  # (N,)
 
 
-class TokenHead(nn.Module):
-    """Two logits per position from the standardised states of the configured layers, in float32."""
+class RiskHead(nn.Module):
+    """One logit per position from standardised states: linear, or with one hidden layer."""
 
     mean: Tensor
     std: Tensor
+
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        self.hidden = nn.Linear(size, hidden) if hidden else None
+        self.out = nn.Linear(hidden or size, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the logits (N,) of float32 `states` (N, S)."""
+        x = (states - self.mean) / self.std  # (N, S)
+        if self.hidden is not None:
+            x = nn.functional.gelu(self.hidden(x))  # (N, hidden)
+        logits: Tensor = self.out(x)[:, 0]
+        return logits
+
+
+class TokenHead(nn.Module):
+    """The two risk heads side by side, in float32. They share nothing but the states that they read.
+
+    Each has its own standardisation: the request is always read at the same template token, whose states
+    differ from those of response tokens.
+    """
 
     def __init__(self, config: TokenHeadConfig) -> None:
         super().__init__()
         self.config = config
         size = len(config.layers) * config.width
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
-        self.hidden = nn.Linear(size, 2 * config.hidden) if config.hidden else None
-        self.out = nn.Linear(2 * config.hidden if config.hidden else size, 2)
+        self.request = RiskHead(size, config.hidden)
+        self.response = RiskHead(size, config.hidden)
 
     def forward(self, states: Tensor) -> HeadOutput:
         """Return the logits of both risks.
@@ -41,8 +62,5 @@ class TokenHead(nn.Module):
         Args:
             states: hidden states of the configured layers side by side, (N, layers * D), any dtype.
         """
-        x = (states.float() - self.mean) / self.std  # (N, layers * D)
-        if self.hidden is not None:
-            x = torch.nn.functional.gelu(self.hidden(x))  # (N, 2 * hidden)
-        logits = self.out(x)  # (N, 2)
-        return HeadOutput(logits[:, 0], logits[:, 1])
+        states = states.float()
+        return HeadOutput(self.request(states), self.response(states))

@@ -4,7 +4,7 @@ The loop is that of transformers' `Trainer`, which brings exact resume, progress
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from model.config import TokenHeadConfig
-from model.safety_head import TokenHead
+from model.safety_head import RiskHead, TokenHead
 from training.config import HeadRecipe, Loss
 from training.losses import request_loss, response_loss
 from training.rows import Row
@@ -97,17 +97,19 @@ class HeadObjective(nn.Module):
         The request logit is taught at the request's last token alone, the response logit at response
         tokens alone; the head gives both everywhere.
         """
-        request = self.head(self._dropped(request_states)).request  # (B,)
-        found = self.head(self._dropped(response_states[mask])).response  # (sum of T,)
+        request = self.head.request(self._dropped(request_states, self.head.request))  # (B,)
+        found = self.head.response(self._dropped(response_states[mask], self.head.response))  # (sum of T,)
         response = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)  # (B, T)
         losses = self._loss.request_weight * request_loss(request, request_labels, request_weights)
         losses = losses + response_loss(response, mask, response_labels, response_weights, self._loss, self._smoothing)
         return {"loss": losses.mean()}
 
-    def _dropped(self, states: Tensor) -> Tensor:
+    def _dropped(self, states: Tensor, head: RiskHead) -> Tensor:
         """Return the states, in training with a share of the values put back to their mean."""
-        centred = states.float() - self.head.mean
-        return self.head.mean + nn.functional.dropout(centred, self._dropout, self.training)
+        states = states.float()
+        if not self.training or not self._dropout:
+            return states
+        return head.mean + nn.functional.dropout(states - head.mean, self._dropout)
 
 
 def train(
@@ -145,27 +147,24 @@ def train(
     return Trained(objective.head.cpu().eval(), history, int(best["step"]))
 
 
-def standardisation(rows: Sequence[Row], states: States) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the training states, (S,) each.
+def standardise(head: TokenHead, rows: Sequence[Row], states: States) -> None:
+    """Set each risk head's mean and standard deviation to those of the training states that it reads."""
+    trained = [states[index] for index, row in enumerate(rows) if row.part == "train"]
+    _set_scale(head.request, (found.request[None] for found in trained))
+    _set_scale(head.response, (found.response for found in trained))
 
-    Request positions and response positions count half each, though the latter are a hundred times as
-    many: their states differ, and both risks are read with the same scale.
-    """
-    size = states.size
-    count = torch.zeros(2, 1, dtype=torch.float64)
-    total, squares = torch.zeros(2, size, dtype=torch.float64), torch.zeros(2, size, dtype=torch.float64)
-    for index, row in enumerate(rows):
-        if row.part != "train":
-            continue
-        for kind, found in enumerate((states[index].request[None], states[index].response)):
-            values = found.float()  # (N, S)
-            count[kind] += len(values)
-            total[kind] += values.sum(dim=0)
-            squares[kind] += values.square().sum(dim=0)
-    seen = count[:, 0] > 0
-    mean = (total[seen] / count[seen]).mean(dim=0)
-    variance = (squares[seen] / count[seen]).mean(dim=0) - mean.square()
-    return mean.float(), variance.clamp(min=1e-8).sqrt().float()
+
+def _set_scale(head: RiskHead, batches: Iterable[Tensor]) -> None:
+    """Set mean and standard deviation from batches of states, (N, S) each; keep 0 and 1 if there are none."""
+    count, total, squares = 0, torch.zeros_like(head.mean).double(), torch.zeros_like(head.mean).double()
+    for batch in batches:
+        values = batch.float()
+        count += len(values)
+        total += values.sum(dim=0)
+        squares += values.square().sum(dim=0)
+    if count:
+        head.mean = (total / count).float()
+        head.std = (squares / count - (total / count).square()).clamp(min=1e-8).sqrt().float()
 
 
 def _newest_checkpoint(run: Path, is_resumed: bool) -> str | None:
@@ -183,7 +182,7 @@ def _fresh_objective(rows: Sequence[Row], states: States, recipe: HeadRecipe, wi
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(recipe.seed)  # layers draw from the default generator
         head = TokenHead(TokenHeadConfig(recipe.head.layers, width, recipe.head.hidden))
-    head.mean, head.std = standardisation(rows, states)
+    standardise(head, rows, states)
     return HeadObjective(head, recipe.loss, smoothing=recipe.acting.smoothing, dropout=recipe.optimiser.dropout)
 
 

@@ -38,17 +38,17 @@ def test_what_is_saved_is_loaded(folder):
 def test_a_head_with_a_hidden_layer_and_its_standardisation_travel(tmp_path):
     config = tiny_config(tiny_lm(), byte_tokenizer(), token_head=TokenHeadConfig((1, -1), 32, 4))
     head = TokenHead(config.token_head)
-    head.mean.fill_(3.0)
+    head.request.mean.fill_(3.0)
     save(tmp_path, head, config)
     loaded, _ = load_head(tmp_path)
-    assert loaded.mean.tolist() == [3.0] * 64
-    assert loaded.out.weight.shape == (2, 8)
+    assert loaded.request.mean.tolist() == [3.0] * 64
+    assert loaded.response.out.weight.shape == (1, 4)
 
 
 def test_a_half_precision_head_is_read_in_float32(tmp_path):
     lm = tiny_guarded_lm()
     save(tmp_path, lm.head.bfloat16(), lm.config)
-    assert load_head(tmp_path)[0].out.weight.dtype == torch.float32
+    assert load_head(tmp_path)[0].request.out.weight.dtype == torch.float32
 
 
 def test_saving_leaves_nothing_but_the_two_files(folder):
@@ -104,7 +104,7 @@ def test_weights_of_another_shape_than_configured_are_an_error(folder):
 
 def test_a_missing_tensor_is_named(folder):
     tensors = load_file(folder / HEAD_FILE)
-    del tensors["out.bias"]
+    del tensors["response.out.bias"]
     save_file(tensors, folder / HEAD_FILE)
     with pytest.raises(CheckpointError, match=r"out\.bias"):
         load_head(folder)

@@ -291,19 +291,19 @@ def test_released_tokens_carry_their_raw_risk(ask):
 # Faults
 
 
-def broken_lm(side: int | None):
-    """Return a tiny model whose head gives NaN on one side: 0 request, 1 response; None raises on both."""
+def broken_lm(side: str | None):
+    """Return a tiny model whose head gives NaN on one side, `request` or `response`; None raises on both."""
     lm = tiny_guarded_lm()
     with torch.no_grad():
         if side is None:
-            lm.head.out.weight = torch.nn.Parameter(torch.zeros(2, 7))
+            lm.head.request.out.weight = torch.nn.Parameter(torch.zeros(1, 7))
         else:
-            lm.head.out.bias[side] = math.nan
-            lm.head.out.bias[1 - side] = -20.0
+            for name in ("request", "response"):
+                getattr(lm.head, name).out.bias.fill_(math.nan if name == side else -20.0)
     return lm
 
 
-@pytest.mark.parametrize("side", [0, None])
+@pytest.mark.parametrize("side", ["request", None])
 def test_a_request_on_which_the_head_fails_is_refused_and_counted(side, ask):
     finish = ask(broken_lm(side)).finish
     assert finish.action == "refused"
@@ -311,7 +311,7 @@ def test_a_request_on_which_the_head_fails_is_refused_and_counted(side, ask):
     assert finish.num_head_failures >= 1
 
 
-@pytest.mark.parametrize("side", [1, None])
+@pytest.mark.parametrize("side", ["response", None])
 def test_a_response_on_which_the_head_fails_is_withdrawn_and_counted(side, ask):
     answer = ask(broken_lm(side), input=Mode.OFF)
     assert (answer.text, answer.refusal) == ("", CUT_REFUSAL)
@@ -319,7 +319,7 @@ def test_a_response_on_which_the_head_fails_is_withdrawn_and_counted(side, ask):
     assert answer.finish.num_head_failures == answer.finish.num_assessments >= 6  # three each: answer and refusal
 
 
-@pytest.mark.parametrize("side", [0, 1, None])
+@pytest.mark.parametrize("side", ["request", "response", None])
 def test_a_failing_head_changes_nothing_where_it_is_only_observed(side, ask):
     observed, plain = ask(broken_lm(side), **BOTH_SCORE), ask(tiny_guarded_lm(), **BOTH_OFF)
     assert observed.text == plain.text

@@ -43,9 +43,10 @@ def harm_detecting_lm(family: str) -> GuardedLM:
     (letter,) = lm.tokenizer.encode(HARM)
     with torch.no_grad():
         states = lm.model(torch.tensor([[letter]]), output_hidden_states=True).hidden_states[0][0, 0]
-        lm.head.out.weight.zero_()
-        lm.head.out.weight[1] = 20 * states / states.dot(states)
-        lm.head.out.bias.copy_(torch.tensor([-15.0, -15.0]))
+        lm.head.request.out.weight.zero_()
+        lm.head.response.out.weight[0] = 20 * states / states.dot(states)
+        for part in (lm.head.request, lm.head.response):
+            part.out.bias.fill_(-15.0)
     return lm
 
 

@@ -9,8 +9,11 @@ from model.safety_head import TokenHead
 
 def head(weight: list[list[float]], bias: list[float], *, layers: tuple[int, ...] = (-1,)) -> TokenHead:
     made = TokenHead(TokenHeadConfig(layers=layers, width=len(weight[0]) // len(layers), hidden=0))
-    made.load_state_dict({**made.state_dict(), "out.weight": torch.tensor(weight), "out.bias": torch.tensor(bias)})
-    return made.requires_grad_(False)
+    made.requires_grad_(False)
+    for part, row, shift in zip((made.request, made.response), weight, bias, strict=True):
+        part.out.weight.copy_(torch.tensor([row]))
+        part.out.bias.fill_(shift)
+    return made
 
 
 def test_a_linear_head_by_hand():
@@ -23,17 +26,20 @@ def test_a_linear_head_by_hand():
 def test_states_are_standardised_first():
     # (5 - 1) / 2 = 2 and (3 - 3) / 4 = 0.
     made = head([[1, 1], [1, -1]], [0, 0])
-    made.mean.copy_(torch.tensor([1.0, 3.0]))
-    made.std.copy_(torch.tensor([2.0, 4.0]))
-    assert made(torch.tensor([[5.0, 3.0]])).request.tolist() == [2.0]
+    made.request.mean.copy_(torch.tensor([1.0, 3.0]))
+    made.request.std.copy_(torch.tensor([2.0, 4.0]))
+    output = made(torch.tensor([[5.0, 3.0]]))
+    assert output.request.tolist() == [2.0]
+    assert output.response.tolist() == [2.0]  # 5 - 3: its own scale is still the identity
 
 
 def test_a_hidden_layer_goes_through_gelu():
     made = TokenHead(TokenHeadConfig(layers=(-1,), width=1, hidden=1)).requires_grad_(False)
-    made.hidden.weight.fill_(1.0)
-    made.hidden.bias.zero_()
-    made.out.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-    made.out.bias.zero_()
+    for part, weight in ((made.request, 1.0), (made.response, 2.0)):
+        part.hidden.weight.fill_(1.0)
+        part.hidden.bias.zero_()
+        part.out.weight.fill_(weight)
+        part.out.bias.zero_()
     gelu = 0.5 * (1 + math.erf(1 / math.sqrt(2)))  # gelu(1) = 1 * Phi(1)
     output = made(torch.tensor([[1.0]]))
     assert (output.request.item(), output.response.item()) == pytest.approx((gelu, 2 * gelu))

@@ -63,7 +63,8 @@ def test_smoothing_is_that_of_the_checkpoint():
 def test_a_failed_head_is_certain_harm():
     lm = tiny_guarded_lm()
     with torch.no_grad():
-        lm.head.out.bias.fill_(float("nan"))
+        lm.head.request.out.bias.fill_(float("nan"))
+        lm.head.response.out.bias.fill_(float("nan"))
     trace = score(lm, conversation(lm, "hi", "abc"))
     assert trace.request_risk == 1.0
     assert [a.risk for a in trace.assessments] == [1.0] * 3

@@ -24,7 +24,7 @@ def test_tiny_models_are_the_same_every_time_and_leave_the_global_generator_alon
     before = torch.random.get_rng_state()
     first, second = tiny_guarded_lm(), tiny_guarded_lm()
     assert torch.equal(first.model.lm_head.weight, second.model.lm_head.weight)
-    assert torch.equal(first.head.out.weight, second.head.out.weight)
+    assert torch.equal(first.head.response.out.weight, second.head.response.out.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
