@@ -50,11 +50,11 @@ class BaseModel:
 class RefusalConfig:
     """How a refusal is worded."""
 
-    prefix: str = "I'm sorry, but I can't help with that"
-    """Forced opening; the model continues it freely."""
-    ending: str = ". I can't say more about this."
+    prefix: str = "I'm sorry, but I can't help with that."
+    """Forced opening; the model continues it freely, to the end of a sentence."""
+    ending: str = " I can't say more about this."
     """Fixed text that ends a refusal which turns harmful itself."""
-    max_tokens: int = 48
+    max_tokens: int = 40
     """Tokens that the model may add to the prefix."""
 
 

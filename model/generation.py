@@ -21,6 +21,8 @@ from model.trace import Trace, probability
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass, so that a long prompt does not hold up its neighbours."""
+SHORTEST_REFUSAL = 24
+"""Characters that the model adds to the refusal prefix before the end of a sentence ends the refusal."""
 
 
 def generate(lm: GuardedLM, request: GenerationRequest, schedule: Schedule | None = None) -> Iterator[Event]:
@@ -190,6 +192,7 @@ class Generation:
         output = self._lm.forward(prefix, self._cache)
         text, tokens = refusal.release(len(refusal))
         yield Release(text, tokens, is_refusal=True)
+        wording_length = len(refusal.text)
         sampling = replace(GREEDY, top_logprobs=self._request.sampling.top_logprobs)
         decision: Decision = Continue(releasable=len(refusal))
         for _ in range(budget):
@@ -200,7 +203,7 @@ class Generation:
             output = self._lm.forward([drawn.token_id], self._cache, assess_last=1)
             (logit,) = self._logits(output, "response")
             self._trace.add(len(refusal), logit)
-            if refusal.has_stopped:
+            if refusal.has_stopped or _is_complete(refusal.text, wording_length):
                 break
             decision = policy.decide(self._trace, len(refusal))
             if not isinstance(decision, Continue):
@@ -264,6 +267,11 @@ def _policy(lm: GuardedLM, request: GenerationRequest) -> Policy:
     if lm.config is None:
         return Policy(input=Mode.OFF, output=Mode.OFF, request_block=1.0, response_block=1.0, onset=1.0)
     return lm.config.policy(request.input, request.output)
+
+
+def _is_complete(text: str, wording_length: int) -> bool:
+    """Tell whether a refusal has said a sentence of its own after the prefix."""
+    return len(text) - wording_length >= SHORTEST_REFUSAL and text.endswith((".", "!", "?"))
 
 
 def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:

@@ -54,6 +54,11 @@ class Holdback:
         return [token.token_id for token in self._tokens]
 
     @property
+    def text(self) -> str:
+        """All text, released or not."""
+        return self._text
+
+    @property
     def num_released(self) -> int:
         """Tokens that left."""
         return self._sent_tokens

@@ -75,6 +75,9 @@ class SamplingParams:
                 )
 
 
+_SEED_STRIDE = 1_000_003
+"""Keeps the choices of neighbouring seeds apart: seed 1, choice 1 must not draw as seed 2, choice 0."""
+
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -92,7 +95,7 @@ def generator_for(params: SamplingParams, index: int = 0) -> torch.Generator:
     if params.seed is None:
         generator.seed()
     else:
-        generator.manual_seed((params.seed + index) % 2**63)
+        generator.manual_seed((params.seed * _SEED_STRIDE + index) % 2**63)
     return generator
 
 

@@ -5,12 +5,13 @@ one; there is no batching. A fault in one sequence ends that sequence and no oth
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from model.chat import EncodedPrompt, Message
 from model.events import Event, Finish
@@ -131,7 +132,8 @@ class SequentialEngine:
         self._thread = threading.Thread(target=self._run, args=(loop, ready), name="ballast-engine", daemon=True)
         self._thread.start()
         self._lm = await ready
-        self._state = EngineState.READY
+        if self._state is EngineState.STARTING:  # not if it was stopped meanwhile
+            self._state = EngineState.READY
 
     async def stop(self, *, drain_s: float) -> None:
         """Take no new requests, let the running ones end for `drain_s` seconds, then abort them."""
@@ -190,9 +192,9 @@ class SequentialEngine:
             lm = self._load()
             _warm_up(lm)
         except BaseException as error:
-            loop.call_soon_threadsafe(ready.set_exception, error)
+            _settle(loop, ready, error)
             return
-        loop.call_soon_threadsafe(ready.set_result, lm)
+        _settle(loop, ready, lm)
         while self._receive():
             while self._waiting and len(self._running) < self._max_running:
                 self._running.append(self._waiting.pop(0))
@@ -229,10 +231,23 @@ class SequentialEngine:
 
     def _forget(self, job: _Job[Any]) -> None:
         """Drop a job from the event loop's books."""
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             job.loop.call_soon_threadsafe(self._jobs.pop, job.request_id, None)
-        except RuntimeError:  # the loop is closed
+
+
+def _settle(loop: asyncio.AbstractEventLoop, ready: "asyncio.Future[GuardedLM]", outcome: object) -> None:
+    """Hand the outcome of loading to whoever still waits for it."""
+
+    def settle() -> None:
+        if ready.done():  # cancelled: the server is stopping
             return
+        if isinstance(outcome, BaseException):
+            ready.set_exception(outcome)
+        else:
+            ready.set_result(cast("GuardedLM", outcome))
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(settle)
 
 
 def _warm_up(lm: GuardedLM) -> None:
