@@ -66,7 +66,8 @@ def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) ->
     if journal.exists():
         for line in journal.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            done[entry.pop("key")] = Score(**entry)
+            key = entry.pop("key")
+            done[key] = Score(**entry)
     missing = list({row.key: row for row in rows if row.key not in done}.values())
     with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8") as file:
         scores: Iterator[Score] = pool.map(lambda row: ask(client, model, row), missing)

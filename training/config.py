@@ -71,6 +71,10 @@ class Augment:
     """Rows that get an earlier, benign exchange in front."""
     system: Share = 0.1
     """Rows that get a system message."""
+    rephrase: Annotated[int, Field(ge=0, le=12)] = 4
+    """Other forms in which a "How do I ...?" request is taught too; see `rephrase.py`."""
+    rephrase_weight: NonNegative = 0.5
+    """Weight of each in the request loss."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -25,6 +25,7 @@ from training.errors import RecipeError
 from training.head import Trained, train
 from training.model_card import model_card
 from training.plots import draw
+from training.rephrase import rephrased
 from training.report import calibration_report, checksums, count_sources, metrics
 from training.rows import Row, licence_of_weights
 from training.shards import digest
@@ -78,7 +79,7 @@ def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
             seed=recipe.seed,
         ),
     )
-    return augment(rows, recipe.augment, recipe.seed)
+    return [*augment(rows, recipe.augment, recipe.seed), *rephrased(rows, recipe.augment, recipe.seed)]
 
 
 def _write_run(recipe: HeadRecipe, rows: Sequence[Row]) -> None:

@@ -1,0 +1,36 @@
+import pytest
+
+from evaluation.intervals import bootstrap, wilson
+
+
+def test_wilson_by_hand():
+    # p = 5/10, z = 1.96: centre 0.5, half width 1.96 * sqrt(0.025 + 0.0096) / 1.384 = 0.2634.
+    share = wilson(5, 10)
+    assert (share.value, share.n) == (0.5, 10)
+    assert (share.low, share.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_none_of_many_is_not_zero_percent():
+    # z^2 / (n + z^2) = 3.8415 / 376.84.
+    assert wilson(0, 373).high == pytest.approx(0.0102, abs=1e-4)
+
+
+def test_a_share_of_no_samples_is_an_error():
+    with pytest.raises(ValueError, match="no samples"):
+        wilson(0, 0)
+
+
+def test_the_bootstrap_encloses_its_estimate_and_repeats_with_the_seed():
+    labels, scores = [0, 1] * 50, [float(i % 7) for i in range(100)]
+
+    def mean_gap(y, s):
+        return float(s[y == 1].mean() - s[y == 0].mean())
+
+    first, again = (bootstrap(labels, scores, mean_gap, resamples=200) for _ in range(2))
+    assert first == again
+    assert first.low < first.value < first.high
+
+
+def test_a_bootstrap_over_one_class_is_an_error():
+    with pytest.raises(ValueError, match="both classes"):
+        bootstrap([1, 1], [0.2, 0.3], lambda y, s: 0.0)

@@ -1,0 +1,114 @@
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from evaluation import signal
+from evaluation.rows import read
+from evaluation.signal import Score, separation, shares_over_block
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Scores 0.9 where the newest message speaks of danger, else 0.1; counts what it was asked."""
+
+    def do_GET(self):
+        self.reply({"object": "list", "data": [{"id": "stub", "object": "model", "created": 0, "owned_by": "me"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.asked.append(body)
+        risk = 0.9 if "danger" in body["messages"][-1]["content"] else 0.1
+        has_response = body["messages"][-1]["role"] == "assistant"
+        self.reply(
+            {
+                "request_risk": risk,
+                "response_risk": risk if has_response else None,
+                "flagged": {"request": risk > 0.5, "response": risk > 0.5},
+                "thresholds": {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")},
+            }
+        )
+
+    def reply(self, body):
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as stub:
+        stub.asked = []
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        yield stub
+        stub.shutdown()
+
+
+@pytest.fixture
+def data(tmp_path):
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    both = [("a danger", 1), ("another danger", 1), ("a cake", 0), ("tea", 0)]
+    write("prompts.jsonl", [{"prompt": p, "harmful": h, "source": "Mine (MIT)"} for p, h in both])
+    write("direct.jsonl", [{"prompt": "grave danger", "source": "Direct"}])
+    write("benign_prompts.jsonl", [{"prompt": "bread", "source": "Benign"}])
+    write("responses.jsonl", [{"prompt": "q", "response": p, "harmful": h, "source": "Mine/x"} for p, h in both])
+    return tmp_path
+
+
+def run(server, data, *more):
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    return signal.main(["--server", address, "--data", str(data), "--out", str(data / "out"), *more])
+
+
+def test_a_server_that_is_always_right_has_an_auroc_of_one(server, data):
+    assert run(server, data) == 0
+    summary = json.loads((data / "out" / "summary.json").read_text())
+    for side in ("requests", "responses"):
+        assert summary[side]["separation"]["Mine"]["auroc"]["value"] == 1.0
+        assert summary[side]["over_block"]["Mine, harmless"] | {"high": 0} == {"value": 0, "low": 0, "high": 0, "n": 2}
+
+
+def test_an_interrupted_run_asks_only_for_what_is_missing(server, data):
+    assert run(server, data) == 0
+    journal = data / "out" / "requests.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-2]))
+    server.asked.clear()
+    assert run(server, data) == 0
+    assert len(server.asked) == 2
+
+
+def test_results_hold_no_texts(server, data):
+    run(server, data)
+    assert not any("cake" in path.read_text() for path in (data / "out").iterdir())
+
+
+def test_an_unreachable_server_is_one_line_and_no_traceback(data, capsys):
+    code = signal.main(["--server", "http://127.0.0.1:9", "--data", str(data), "--out", str(data / "out")])
+    assert code == 1
+    assert "Connection error" in capsys.readouterr().err
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "harmful": 0}\n{"prompt": "p"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2"):
+        read(path)
+
+
+def test_sources_with_one_class_have_no_auroc():
+    scores = [Score("one", 1, 0.9, True, True), Score("two", 0, 0.1, False, False), Score("two", 1, 0.9, True, True)]
+    assert list(separation(scores)) == ["two"]
+
+
+def test_shares_are_counted_by_source_and_label():
+    scores = [Score("a", 0, 0.9, True, True), Score("a", 0, 0.1, False, False), Score("a", 1, 0.9, True, True)]
+    shares = shares_over_block(scores)
+    assert (shares["a, harmless"].value, shares["a, harmful"].value) == (0.5, 1.0)
