@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,8 +77,12 @@ def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) ->
     return [done[row.key] for row in rows]
 
 
-def separation(scores: Sequence[Score]) -> dict[str, Any]:
+def separation(scores: Sequence[Score], resamples: int = 1000) -> dict[str, Any]:
     """Return AUROC, average precision and F1 at `flag` per source that holds both classes."""
+
+    def estimate(scores: list[float], metric: Callable[[Any, Any], float]) -> Estimate:
+        return bootstrap(labels, scores, metric, resamples=resamples)
+
     by_source: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         by_source[score.source].append(score)
@@ -93,9 +97,9 @@ def separation(scores: Sequence[Score]) -> dict[str, Any]:
         risks = [score.risk for score in members_scores]
         flags = [float(score.is_flagged) for score in members_scores]
         result[source] = {
-            "auroc": bootstrap(labels, risks, lambda y, s: float(roc_auc_score(y, s))),
-            "average_precision": bootstrap(labels, risks, lambda y, s: float(average_precision_score(y, s))),
-            "f1_at_flag": bootstrap(labels, flags, lambda y, s: float(f1_score(y, s > 0.5, zero_division=0.0))),
+            "auroc": estimate(risks, lambda y, s: float(roc_auc_score(y, s))),
+            "average_precision": estimate(risks, lambda y, s: float(average_precision_score(y, s))),
+            "f1_at_flag": estimate(flags, lambda y, s: float(f1_score(y, s > 0.5, zero_division=0.0))),
             "f1_calling_all_harmful": float(f1_score(labels, np.ones(len(labels)))),
         }
     return result
@@ -109,7 +113,9 @@ def shares_over_block(scores: Iterable[Score]) -> dict[str, Estimate]:
     return {name: wilson(sum(hits), len(hits)) for name, hits in sorted(groups.items())}
 
 
-def measure(client: OpenAI, model: str, data: Path, answers: Path | None, out: Path) -> dict[str, Any]:
+def measure(
+    client: OpenAI, model: str, data: Path, answers: Path | None, out: Path, resamples: int = 1000
+) -> dict[str, Any]:
     """Score every file of `data` and return the summary."""
     files = {
         "requests": [(data / "prompts.jsonl", None), (data / "direct.jsonl", 1), (data / "benign_prompts.jsonl", 0)],
@@ -121,7 +127,7 @@ def measure(client: OpenAI, model: str, data: Path, answers: Path | None, out: P
         if side == "requests":
             rows = [Row(row.source, row.prompt, None, row.label) for row in rows]
         scores = score_all(client, model, rows, out / f"{side}.jsonl")
-        summary[side] = {"separation": separation(scores), "over_block": shares_over_block(scores)}
+        summary[side] = {"separation": separation(scores, resamples), "over_block": shares_over_block(scores)}
         summary["data"] |= {path.name: sha256(path) for path, _ in parts}
     return summary
 
@@ -160,12 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--answers", type=Path, help="JSON lines of benign answers: prompt, response")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals (%(default)s)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
         model = client.models.list().data[0].id
-        summary = measure(client, model, args.data, args.answers, args.out)
+        summary = measure(client, model, args.data, args.answers, args.out, args.resamples)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.signal: {error}\n")
         return 1

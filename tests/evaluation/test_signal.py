@@ -65,7 +65,9 @@ def data(tmp_path):
 
 def run(server, data, *more):
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    return signal.main(["--server", address, "--data", str(data), "--out", str(data / "out"), *more])
+    return signal.main(
+        ["--server", address, "--data", str(data), "--out", str(data / "out"), "--resamples", "20", *more]
+    )
 
 
 def test_a_server_that_is_always_right_has_an_auroc_of_one(server, data):

@@ -7,6 +7,7 @@ patience 3, lookback 8; refusals begin with "sorry, no" (9 tokens), go on with t
 
 import pytest
 
+from model.config import RefusalConfig
 from model.policy import Mode
 from model.sampling import SamplingParams
 from model.schedule import Annealed, Every, First, Periodic
@@ -53,6 +54,13 @@ def test_a_refusal_is_capped(ask):
 
 def test_a_refusal_ends_with_its_first_line(ask):
     assert ask(ScriptedLM("", ". bye.\nand more"), "Bad").refusal == REFUSAL
+
+
+def test_a_refusal_ends_with_the_first_sentence_of_its_own_that_says_something(ask):
+    # ". no." adds 5 characters to the prefix; a sentence that adds at least 24 ends the refusal.
+    wording = RefusalConfig(prefix="sorry, no", ending="", max_tokens=60)
+    answer = ask(ScriptedLM("", ". no. ask me for something else. and more", refusal=wording), "Bad")
+    assert answer.refusal == "sorry, no. no. ask me for something else."
 
 
 @pytest.mark.parametrize("user", ["Bad", "hi"])
