@@ -45,7 +45,7 @@ COMMANDS = {
         "train and calibrate the token head on a frozen model, and write a checkpoint",
         """examples:
   ballast-train head --config head_all_rows data=../shared/data/train
-  ballast-train head --config my_recipe.yaml output=checkpoints/mine seed=1 optimiser.epochs=20
+  ballast-train head --config my_recipe.yaml output=checkpoints/mine seed=1 response_optimiser.epochs=20
   ballast-train head data=/data sources.diasafety.limit=1000 head.layers=[20,-1]
 
 Interrupted? The same command goes on where it was. Every key of a recipe is explained in training/config.py.""",

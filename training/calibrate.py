@@ -12,7 +12,7 @@ from model.config import Thresholds
 from model.safety_head import TokenHead
 from training.config import HeadRecipe, Side
 from training.errors import DataError
-from training.head import collate
+from training.head import pad
 from training.metrics import (
     Array,
     Bin,
@@ -89,10 +89,11 @@ def score(head: TokenHead, rows: Sequence[Row], states: States, recipe: HeadReci
     of_request, of_response = np.zeros(len(rows)), np.zeros(len(rows))
     for start in range(0, len(held_out), BATCH):
         chosen = held_out[start : start + BATCH]
-        batch = collate([(states[index], rows[index]) for index in chosen])
-        of_request[chosen] = request_risks(head(batch["request_states"]).request).numpy()
-        mask = batch["mask"]
-        found = head(batch["response_states"][mask]).response
+        batch = [states[index] for index in chosen]
+        request_states = torch.stack([one.request for one in batch]).float()  # (B, S)
+        of_request[chosen] = request_risks(head.request(request_states)).numpy()
+        response_states, mask = pad(batch)
+        found = head.response(response_states.float())  # (sum of T,)
         logits = torch.zeros(mask.shape).masked_scatter(mask, found)  # (B, T)
         lengths = mask.sum(dim=1).clamp(min=1)  # rows without a response are left out below
         acting = recipe.acting

@@ -98,9 +98,8 @@ class Head:
 
 @dataclass(frozen=True, config=STRICT)
 class Loss:
-    """Weights of the loss terms; see `losses.py`."""
+    """Weights of the terms of the response loss; see `losses.py`."""
 
-    request_weight: NonNegative = 1.0
     softmax_weight: NonNegative = 1.0
     mean_weight: NonNegative = 0.1
     tau: Positive = 1.0
@@ -173,5 +172,6 @@ class HeadRecipe:
     cut: Cut = Cut()
     head: Head = Head()
     loss: Loss = Loss()
-    optimiser: Optimiser = Optimiser()
+    request_optimiser: Optimiser = Optimiser()
+    response_optimiser: Optimiser = Optimiser()
     acting: Acting = Acting()

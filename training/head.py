@@ -4,7 +4,7 @@ The loop is that of transformers' `Trainer`, which brings exact resume, progress
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from model.config import TokenHeadConfig
 from model.safety_head import RiskHead, TokenHead
-from training.config import HeadRecipe, Loss
+from training.config import HeadRecipe, Loss, Optimiser, Side
+from training.errors import DataError
 from training.losses import request_loss, response_loss
 from training.rows import Row
 from training.states import RowStates, States
 
 EVALUATION_BATCH = 256
+SIDES: tuple[Side, ...] = ("request", "response")
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,23 @@ class Trained:
     """A trained head and how its training went."""
 
     head: TokenHead
-    history: tuple[dict[str, float], ...]
-    """What the trainer logged: loss and learning rate per epoch, and `eval_loss` on validation rows."""
-    best_step: int
-    """Optimiser step of the lowest validation loss; the head is of that step."""
+    history: dict[Side, tuple[dict[str, float], ...]]
+    """Per side, what the trainer logged: loss and learning rate per epoch, `eval_loss` on validation rows."""
+    best_step: dict[Side, int]
+    """Per side, the optimiser step of the lowest validation loss; the head is of that step."""
 
 
 class LabelledStates(Dataset[tuple[RowStates, Row]]):
-    """Rows of one part with their states."""
+    """Rows of one part that teach one side, with their states."""
 
-    def __init__(self, rows: Sequence[Row], states: States, part: str) -> None:
+    def __init__(self, rows: Sequence[Row], states: States, part: str, side: Side) -> None:
         self._rows = rows
         self._states = states
-        self._indices = [index for index, row in enumerate(rows) if row.part == part]
+        self._indices = [
+            index
+            for index, row in enumerate(rows)
+            if row.part == part and _teaches(row, side) and (side == "request" or len(states[index].response))
+        ]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -52,64 +58,72 @@ class LabelledStates(Dataset[tuple[RowStates, Row]]):
         return self._states[place], self._rows[place]
 
 
-def collate(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor]:
-    """Return a batch, its ragged responses padded at the end. A row without a label gets weight 0."""
-    states, rows = [state for state, _ in items], [row for _, row in items]
-    longest = max(1, *(len(state.response) for state in states))
-    response = torch.zeros(len(items), longest, states[0].request.shape[0], dtype=torch.float16)  # (B, T, S)
-    mask = torch.zeros(len(items), longest, dtype=torch.bool)  # (B, T)
-    for index, state in enumerate(states):
-        response[index, : len(state.response)] = state.response
-        mask[index, : len(state.response)] = True
+def pad(items: Sequence[RowStates]) -> tuple[Tensor, Tensor]:
+    """Return the response states of some rows side by side, (sum of T, S), and which is whose, (B, T)."""
+    longest = max(1, *(len(states.response) for states in items))
+    mask = torch.zeros(len(items), longest, dtype=torch.bool)
+    for index, states in enumerate(items):
+        mask[index, : len(states.response)] = True
+    return torch.cat([states.response for states in items]), mask
+
+
+def collate_requests(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor]:
+    """Return a batch for `RequestObjective`."""
     return {
-        "request_states": torch.stack([state.request for state in states]),  # (B, S)
-        "response_states": response,
-        "mask": mask,
-        "request_labels": torch.tensor([float(row.request_label or 0) for row in rows]),
-        "request_weights": torch.tensor([row.request_weight * (row.request_label is not None) for row in rows]),
-        "response_labels": torch.tensor([float(row.response_label or 0) for row in rows]),
-        "response_weights": torch.tensor([_response_weight(row, len(s.response)) for s, row in items]),
+        "states": torch.stack([states.request for states, _ in items]),
+        "labels": torch.tensor([float(row.request_label or 0) for _, row in items]),
+        "weights": torch.tensor([row.request_weight for _, row in items]),
     }
 
 
-class HeadObjective(nn.Module):
-    """The head with its loss, in the shape that `Trainer` expects."""
+def collate_responses(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor]:
+    """Return a batch for `ResponseObjective`."""
+    states, mask = pad([states for states, _ in items])
+    return {
+        "states": states,
+        "mask": mask,
+        "labels": torch.tensor([float(row.response_label or 0) for _, row in items]),
+        "weights": torch.tensor([row.response_weight for _, row in items]),
+    }
 
-    def __init__(self, head: TokenHead, loss: Loss, *, smoothing: float, dropout: float) -> None:
+
+class _Objective(nn.Module):
+    """A risk head with dropout on its standardised states."""
+
+    def __init__(self, head: RiskHead, dropout: float) -> None:
         super().__init__()
         self.head = head
-        self._loss = loss
-        self._smoothing = smoothing
         self._dropout = dropout
 
-    def forward(
-        self,
-        request_states: Tensor,
-        response_states: Tensor,
-        mask: Tensor,
-        request_labels: Tensor,
-        request_weights: Tensor,
-        response_labels: Tensor,
-        response_weights: Tensor,
-    ) -> dict[str, Tensor]:
-        """Return the mean loss over all rows of the batch under `loss`.
-
-        The request logit is taught at the request's last token alone, the response logit at response
-        tokens alone; the head gives both everywhere.
-        """
-        request = self.head.request(self._dropped(request_states, self.head.request))  # (B,)
-        found = self.head.response(self._dropped(response_states[mask], self.head.response))  # (sum of T,)
-        response = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)  # (B, T)
-        losses = self._loss.request_weight * request_loss(request, request_labels, request_weights)
-        losses = losses + response_loss(response, mask, response_labels, response_weights, self._loss, self._smoothing)
-        return {"loss": losses.mean()}
-
-    def _dropped(self, states: Tensor, head: RiskHead) -> Tensor:
-        """Return the states, in training with a share of the values put back to their mean."""
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits (N,) of states (N, S); in training a share of the values is put back to its mean."""
         states = states.float()
-        if not self.training or not self._dropout:
-            return states
-        return head.mean + nn.functional.dropout(states - head.mean, self._dropout)
+        if self.training and self._dropout:
+            states = self.head.mean + nn.functional.dropout(states - self.head.mean, self._dropout)
+        found: Tensor = self.head(states)
+        return found
+
+
+class RequestObjective(_Objective):
+    """The request head with its loss, in the shape that `Trainer` expects."""
+
+    def forward(self, states: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Return the mean loss over the rows; `states` are those of each request's last token, (B, S)."""
+        return {"loss": request_loss(self.logits(states), labels, weights).mean()}
+
+
+class ResponseObjective(_Objective):
+    """The response head with its loss, in the shape that `Trainer` expects."""
+
+    def __init__(self, head: RiskHead, dropout: float, loss: Loss, smoothing: float) -> None:
+        super().__init__(head, dropout)
+        self._loss = loss
+        self._smoothing = smoothing
+
+    def forward(self, states: Tensor, mask: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Return the mean loss over the rows; `states` (sum of T, S) and `mask` (B, T) are as `pad` gives them."""
+        logits = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logits(states))  # (B, T)
+        return {"loss": response_loss(logits, mask, labels, weights, self._loss, self._smoothing).mean()}
 
 
 def train(
@@ -120,31 +134,59 @@ def train(
     run: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """Return the head of the epoch with the lowest validation loss.
+    """Return the head, each side that of the epoch with its lowest validation loss.
+
+    The sides share no weight, so each is trained on its own: they overfit at different speeds.
 
     Args:
         rows: labelled rows, those of the parts `train` and `validation` are used.
         states: their states, in the same order.
-        recipe: shape, loss and optimiser.
+        recipe: shape, loss and optimisers.
         width: width of one hidden state (D).
-        run: folder of the training state; with `recipe.resume`, its newest checkpoint is continued.
-        callbacks: further callbacks of the trainer.
+        run: folder of the training state; with `recipe.resume`, its newest checkpoints are continued.
+        callbacks: further callbacks of the trainers.
+
+    Raises:
+        DataError: if a side has no row to train or to validate on.
     """
-    objective = _fresh_objective(rows, states, recipe, width)
-    train_rows = LabelledStates(rows, states, "train")
+    head = _fresh_head(rows, states, recipe, width)
+    histories: dict[Side, tuple[dict[str, float], ...]] = {}
+    best: dict[Side, int] = {}
+    for side in SIDES:
+        parts = {part: LabelledStates(rows, states, part, side) for part in ("train", "validation")}
+        if empty := [part for part, found in parts.items() if not len(found)]:
+            raise DataError(f"no row teaches the {side} side in the {empty[0]} part")
+        histories[side] = _train_side(side, head, parts, recipe, run / side, callbacks)
+        evaluated = [entry for entry in histories[side] if "eval_loss" in entry]
+        best[side] = int(min(evaluated, key=lambda entry: entry["eval_loss"])["step"])
+    return Trained(head.cpu().eval(), histories, best)
+
+
+def _train_side(
+    side: Side,
+    head: TokenHead,
+    parts: Mapping[str, LabelledStates],
+    recipe: HeadRecipe,
+    run: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> tuple[dict[str, float], ...]:
+    """Train one side of `head` in place and return the trainer's log."""
+    settings = recipe.request_optimiser if side == "request" else recipe.response_optimiser
+    objective = (
+        RequestObjective(head.request, settings.dropout)
+        if side == "request"
+        else ResponseObjective(head.response, settings.dropout, recipe.loss, recipe.acting.smoothing)
+    )
     trainer = Trainer(
         model=objective,
-        args=_arguments(recipe, len(train_rows), run),
-        data_collator=collate,
-        train_dataset=train_rows,
-        eval_dataset=LabelledStates(rows, states, "validation"),
+        args=_arguments(recipe, settings, len(parts["train"]), run),
+        data_collator=collate_requests if side == "request" else collate_responses,
+        train_dataset=parts["train"],
+        eval_dataset=parts["validation"],
         callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=_newest_checkpoint(run, recipe.resume))
-    history = tuple({k: float(v) for k, v in entry.items()} for entry in trainer.state.log_history)
-    evaluated = [entry for entry in history if "eval_loss" in entry]
-    best = min(evaluated, key=lambda entry: entry["eval_loss"])
-    return Trained(objective.head.cpu().eval(), history, int(best["step"]))
+    return tuple({k: float(v) for k, v in entry.items()} for entry in trainer.state.log_history)
 
 
 def standardise(head: TokenHead, rows: Sequence[Row], states: States) -> None:
@@ -178,16 +220,15 @@ def _newest_checkpoint(run: Path, is_resumed: bool) -> str | None:
     return None
 
 
-def _fresh_objective(rows: Sequence[Row], states: States, recipe: HeadRecipe, width: int) -> HeadObjective:
+def _fresh_head(rows: Sequence[Row], states: States, recipe: HeadRecipe, width: int) -> TokenHead:
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(recipe.seed)  # layers draw from the default generator
         head = TokenHead(TokenHeadConfig(recipe.head.layers, width, recipe.head.hidden))
     standardise(head, rows, states)
-    return HeadObjective(head, recipe.loss, smoothing=recipe.acting.smoothing, dropout=recipe.optimiser.dropout)
+    return head
 
 
-def _arguments(recipe: HeadRecipe, num_rows: int, run: Path) -> TrainingArguments:
-    settings = recipe.optimiser
+def _arguments(recipe: HeadRecipe, settings: Optimiser, num_rows: int, run: Path) -> TrainingArguments:
     num_steps = settings.epochs * -(-num_rows // settings.batch_size)
     choices: dict[str, Any] = {
         "output_dir": str(run),
@@ -208,7 +249,7 @@ def _arguments(recipe: HeadRecipe, num_rows: int, run: Path) -> TrainingArgument
         "greater_is_better": False,
         "prediction_loss_only": True,
         "remove_unused_columns": False,
-        "label_names": ["request_labels", "response_labels"],
+        "label_names": ["labels"],
         "report_to": "none",
         "use_cpu": recipe.device == "cpu" or not torch.cuda.is_available(),
         "dataloader_pin_memory": False,
@@ -216,5 +257,5 @@ def _arguments(recipe: HeadRecipe, num_rows: int, run: Path) -> TrainingArgument
     return TrainingArguments(**choices)
 
 
-def _response_weight(row: Row, num_tokens: int) -> float:
-    return row.response_weight if row.response_label is not None and num_tokens else 0.0
+def _teaches(row: Row, side: Side) -> bool:
+    return (row.request_label if side == "request" else row.response_label) is not None

@@ -1,6 +1,6 @@
 """Pictures of a run: loss, scores, ROC and reliability."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from training.calibrate import Calibration, Scored, SideReport
+from training.config import Side
 
 STYLE: dict[Any, Any] = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 COLOURS = {"benign": "tab:blue", "harmful": "tab:red"}
 
 
-def draw(folder: Path, history: Sequence[dict[str, float]], calibration: Calibration) -> None:
+def draw(folder: Path, histories: Mapping[Side, Sequence[dict[str, float]]], calibration: Calibration) -> None:
     """Write `loss.png`, `scores.png`, `roc.png` and `reliability.png` to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     sides = (
@@ -23,7 +24,7 @@ def draw(folder: Path, history: Sequence[dict[str, float]], calibration: Calibra
         ("response", calibration.response_scores, calibration.response),
     )
     with matplotlib.rc_context(STYLE):
-        _save(_loss(history), folder / "loss.png")
+        _save(_loss(histories), folder / "loss.png")
         for name, paint in (("scores", _scores), ("roc", _roc), ("reliability", _reliability)):
             figure = Figure(figsize=(10, 4), layout="constrained")
             for axes, (title, scored, report) in zip(figure.subplots(1, 2), sides, strict=True):
@@ -32,14 +33,14 @@ def draw(folder: Path, history: Sequence[dict[str, float]], calibration: Calibra
             _save(figure, folder / f"{name}.png")
 
 
-def _loss(history: Sequence[dict[str, float]]) -> Figure:
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label in (("loss", "train"), ("eval_loss", "validation")):
-        points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), marker=".", label=label)
-    axes.set(xlabel="epoch", ylabel="loss")
-    axes.legend()
+def _loss(histories: Mapping[Side, Sequence[dict[str, float]]]) -> Figure:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (side, history) in zip(figure.subplots(1, len(histories)), histories.items(), strict=True):
+        for key, label in (("loss", "train"), ("eval_loss", "validation")):
+            points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set(xlabel="epoch", ylabel="loss", title=side)
+        axes.legend()
     return figure
 
 

@@ -65,7 +65,7 @@ def metrics(
         "data_sha256": checksums(recipe),
         "rows": [asdict(count) for count in count_sources(rows)],
         "best_step": trained.best_step,
-        "history": list(trained.history),
+        "history": trained.history,
         "request": asdict(calibration.request),
         "response": asdict(calibration.response),
         "onset": calibration.onset,

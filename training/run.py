@@ -136,7 +136,8 @@ def _write_checkpoint(
 
 def _identity(recipe: HeadRecipe, pretrained: Pretrained, rows: Sequence[Row]) -> str:
     """Return a SHA-256 of all that decides the head's weights, so that no other run's state is continued."""
-    choices = [asdict(group) for group in (recipe.head, recipe.loss, recipe.optimiser, recipe.cut)]
+    optimisers = (recipe.request_optimiser, recipe.response_optimiser)
+    choices = [asdict(group) for group in (recipe.head, recipe.loss, *optimisers, recipe.cut)]
     model = [checkpoint.fingerprint_weights(pretrained.model), recipe.dtype]
     return digest(model, choices, recipe.acting.smoothing, recipe.seed, [repr(row) for row in rows])
 

@@ -82,7 +82,8 @@ def recipe(data: Path, tmp_path: Path) -> HeadRecipe:
             "answers": {"max_tokens": 8, "batch_size": 4},
             "cut": {"request_tokens": 128, "response_tokens": 24},
             "head": {"hidden": 8},
-            "optimiser": {"epochs": 3, "batch_size": 16},
+            "request_optimiser": {"epochs": 3, "batch_size": 16},
+            "response_optimiser": {"epochs": 3, "batch_size": 16},
         }
     )
 

@@ -85,9 +85,9 @@ def test_a_finished_run_repeats_to_the_same_checkpoint(recipe: HeadRecipe, tiny:
 def test_without_resuming_a_run_starts_anew(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
     train_head(recipe, "once")
     (folder,) = (tmp_path / "run").glob("trainer-*")
-    (folder / "checkpoint-999").mkdir()
+    (folder / "response" / "checkpoint-999").mkdir()
     train_head(replace(recipe, resume=False), "again")
-    assert not (folder / "checkpoint-999").exists()
+    assert not (folder / "response" / "checkpoint-999").exists()
 
 
 def test_a_permissive_run_says_so(recipe: HeadRecipe, tiny: Pretrained):
@@ -99,12 +99,17 @@ def test_a_permissive_run_says_so(recipe: HeadRecipe, tiny: Pretrained):
 
 def test_a_linear_head_on_two_layers_learns_capital_letters(recipe: HeadRecipe, tiny: Pretrained):
     """Malicious prompts of our sentences hold capitals, others do not: even a random model's states tell."""
-    changed = replace(recipe, head=Head(layers=(0, -1), hidden=0), optimiser=replace(recipe.optimiser, epochs=8))
+    changed = replace(
+        recipe, head=Head(layers=(0, -1), hidden=0), response_optimiser=replace(recipe.response_optimiser, epochs=8)
+    )
     folder = train_head(changed, "plain")
     numbers = json.loads((folder / "metrics.json").read_text())
-    losses = [entry["eval_loss"] for entry in numbers["history"] if "eval_loss" in entry]
-    assert len(losses) == 8
-    assert losses[-1] < losses[0]
+    losses = {
+        side: [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        for side, history in numbers["history"].items()
+    }
+    assert (len(losses["request"]), len(losses["response"])) == (3, 8)
+    assert all(one[-1] < one[0] for one in losses.values())
     assert checkpoint.load_head(folder)[1].token_head.layers == (0, -1)
 
 

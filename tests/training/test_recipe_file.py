@@ -31,10 +31,10 @@ def test_a_shipped_recipe_is_valid_and_opens_with_its_command(name: str):
 
 def test_overrides_reach_into_groups_and_lists(config: str):
     recipe = recipe_file.load(
-        config, ["head.layers=[20, -1]", "optimiser.learning_rate=3e-4", "sources.triplets.limit=7", "seed=4"]
+        config, ["head.layers=[20, -1]", "response_optimiser.learning_rate=3e-4", "sources.triplets.limit=7", "seed=4"]
     )
     assert recipe.head.layers == (20, -1)
-    assert recipe.optimiser.learning_rate == 3e-4
+    assert recipe.response_optimiser.learning_rate == 3e-4
     assert recipe.sources["triplets"].limit == 7
     assert recipe.seed == 4
 
@@ -48,8 +48,11 @@ def test_a_whole_source_can_be_added(config: str):
     ("override", "message"),
     [
         ("sed=1", "unknown recipe key 'sed'; did you mean 'seed'?"),
-        ("optimiser.epoch=1", "unknown recipe key 'optimiser.epoch'; did you mean 'optimiser.epochs'?"),
-        ("optimizer.epochs=1", "unknown recipe key 'optimizer'; did you mean 'optimiser'?"),
+        (
+            "request_optimiser.epoch=1",
+            "unknown recipe key 'request_optimiser.epoch'; did you mean 'request_optimiser.epochs'?",
+        ),
+        ("request_optimizer.epochs=1", "unknown recipe key 'request_optimizer'; did you mean 'request_optimiser'?"),
         ("sources.triplet.limit=1", "unknown recipe key 'sources.triplet'; did you mean 'sources.triplets'?"),
         ("sources.triplets.limt=1", "did you mean 'sources.triplets.limit'?"),
         ("sources.new={kind: prompts}", "recipe key sources.new.path is missing"),
