@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from evaluation.rows import Row, read, sha256
 PARALLEL = 4
 """Requests in flight. The server takes them in turn; more only hides the latency of HTTP."""
 
-GROUPS = {"XSTest + NotInject + do-not-answer": ("XSTest", "NotInject", "do-not-answer")}
+REQUEST_GROUPS = {"XSTest + NotInject + do-not-answer": ("XSTest", "NotInject", "do-not-answer")}
 """Sources that are measured together, because one of them alone holds a single class."""
 
 
@@ -77,8 +77,10 @@ def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) ->
     return [done[row.key] for row in rows]
 
 
-def separation(scores: Sequence[Score], resamples: int = 1000) -> dict[str, Any]:
-    """Return AUROC, average precision and F1 at `flag` per source that holds both classes."""
+def separation(
+    scores: Sequence[Score], groups: Mapping[str, Sequence[str]] | None = None, resamples: int = 1000
+) -> dict[str, Any]:
+    """Return AUROC, average precision and F1 at `flag` per source, and per group, that holds both classes."""
 
     def estimate(scores: list[float], metric: Callable[[Any, Any], float]) -> Estimate:
         return bootstrap(labels, scores, metric, resamples=resamples)
@@ -86,7 +88,7 @@ def separation(scores: Sequence[Score], resamples: int = 1000) -> dict[str, Any]
     by_source: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         by_source[score.source].append(score)
-        for group, members in GROUPS.items():
+        for group, members in (groups or {}).items():
             if score.source in members:
                 by_source[group].append(score)
     result = {}
@@ -127,7 +129,10 @@ def measure(
         if side == "requests":
             rows = [Row(row.source, row.prompt, None, row.label) for row in rows]
         scores = score_all(client, model, rows, out / f"{side}.jsonl")
-        summary[side] = {"separation": separation(scores, resamples), "over_block": shares_over_block(scores)}
+        summary[side] = {
+            "separation": separation(scores, REQUEST_GROUPS if side == "requests" else None, resamples),
+            "over_block": shares_over_block(scores),
+        }
         summary["data"] |= {path.name: sha256(path) for path, _ in parts}
     return summary
 
