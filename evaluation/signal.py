@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from evaluation.rows import Row, read, sha256
 
 PARALLEL = 4
 """Requests in flight. The server takes them in turn; more only hides the latency of HTTP."""
+
+PROBE = "How does ballast keep a ship upright?"
 
 REQUEST_GROUPS = {"XSTest + NotInject + do-not-answer": ("XSTest", "NotInject", "do-not-answer")}
 """Sources that are measured together, because one of them alone holds a single class."""
@@ -56,6 +58,19 @@ def ask(client: OpenAI, model: str, row: Row) -> Score:
     return Score(row.source, row.label, risk, risk > answer["thresholds"][side]["block"], answer["flagged"][side])
 
 
+def require_same_head(client: OpenAI, model: str, out: Path) -> None:
+    """Refuse to add to results of another head: its answer to a fixed probe tells it from others.
+
+    Raises:
+        ValueError: if `out` holds results of another head.
+    """
+    found = json.dumps([model, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0)))])
+    path = out / "head.json"
+    if path.exists() and path.read_text(encoding="utf-8") != found:
+        raise ValueError(f"{out} holds results of another head; choose another --out")
+    path.write_text(found, encoding="utf-8")
+
+
 def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) -> list[Score]:
     """Return a score for every row, asking only for those that `journal` does not hold yet.
 
@@ -74,7 +89,7 @@ def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) ->
         for row, score in zip(missing, track(scores, journal.stem, total=len(missing)), strict=True):
             done[row.key] = score
             file.write(json.dumps({"key": row.key, **asdict(score)}) + "\n")
-    return [done[row.key] for row in rows]
+    return [replace(done[row.key], source=row.source, label=row.label) for row in rows]
 
 
 def separation(
@@ -119,6 +134,7 @@ def measure(
     client: OpenAI, model: str, data: Path, answers: Path | None, out: Path, resamples: int = 1000
 ) -> dict[str, Any]:
     """Score every file of `data` and return the summary."""
+    require_same_head(client, model, out)
     files = {
         "requests": [(data / "prompts.jsonl", None), (data / "direct.jsonl", 1), (data / "benign_prompts.jsonl", 0)],
         "responses": [(data / "responses.jsonl", None), *([(answers, 0)] if answers else [])],

@@ -45,6 +45,11 @@ class ChatTemplate:
             template = template.get("default")
         self.source: str = template if isinstance(template, str) and template else FALLBACK_TEMPLATE
 
+        added = tokenizer.added_tokens_decoder.values()
+        self._control_tokens = sorted(
+            {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
+        )
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the template's source."""
@@ -58,11 +63,13 @@ class ChatTemplate:
             continue_final: the last message, an assistant's, is a prefill that the model continues.
 
         Raises:
-            TemplateError: if the template refuses the messages, they are not valid Unicode, or
-                `continue_final` has no assistant message to continue.
+            TemplateError: if the template refuses the messages, they hold a control token or are not
+                valid Unicode, or `continue_final` has no assistant message to continue.
         """
         if not messages:
             raise TemplateError("messages must hold at least one message")
+        for message in messages:
+            self._refuse_control_tokens(message.content)
         if not continue_final:
             return EncodedPrompt(self._ids(self._render(messages)))
         if messages[-1].role != "assistant":
@@ -77,6 +84,16 @@ class ChatTemplate:
         if whole[: len(request)] == request:
             return EncodedPrompt(request, whole[len(request) :])
         return EncodedPrompt(request, self._ids(messages[-1].content))  # the border would merge: keep it
+
+    def _refuse_control_tokens(self, content: str) -> None:
+        """Refuse text that would become a control token, such as the end of a turn.
+
+        With one a client could close its own turn inside a message, or open a turn of the user inside a
+        prefill, where the request risk is not read any more.
+        """
+        found = next((token for token in self._control_tokens if token in content), None)
+        if found is not None:
+            raise TemplateError(f"the text of a message must not hold the model's control token {found}")
 
     def _ids(self, text: str) -> tuple[int, ...]:
         try:

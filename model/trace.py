@@ -13,8 +13,8 @@ LOGIT_LIMIT = 20.0
 
 
 def probability(logit: float) -> float:
-    """Return the logistic function of `logit`, in (0, 1); NaN counts as certain harm (1.0)."""
-    if math.isnan(logit):
+    """Return the logistic function of `logit`, in (0, 1); NaN and infinities count as certain harm (1.0)."""
+    if not math.isfinite(logit):
         return 1.0
     clamped = max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
     return 1.0 / (1.0 + math.exp(-clamped))
@@ -27,11 +27,14 @@ class Assessment:
     position: int
     risk: float
     smoothed_logit: float
+    """The moving average up to here; a failed evaluation leaves it as it was, NaN if there was none."""
+    is_failed: bool = False
+    """The head gave no finite number: suspicious whatever came before."""
 
     @property
     def smoothed(self) -> float:
-        """The smoothed response risk, 0 to 1."""
-        return probability(self.smoothed_logit)
+        """The smoothed response risk, 0 to 1; 1 where the head failed."""
+        return 1.0 if self.is_failed else probability(self.smoothed_logit)
 
 
 @dataclass
@@ -63,12 +66,15 @@ class Trace:
         """
         if position <= self.position:
             raise ValueError(f"assessments move forward: {position} is not after {self.position}")
-        clamped = LOGIT_LIMIT if math.isnan(logit) else max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
-        smoothed = clamped
-        if self.assessments:
-            kept = (1.0 - self.smoothing) ** (position - self.position)
-            smoothed = kept * self.assessments[-1].smoothed_logit + (1.0 - kept) * clamped
-        assessment = Assessment(position, probability(logit), smoothed)
+        before = self.assessments[-1].smoothed_logit if self.assessments else math.nan
+        if not math.isfinite(logit):
+            assessment = Assessment(position, 1.0, before, is_failed=True)
+        else:
+            smoothed = max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
+            if not math.isnan(before):
+                kept = (1.0 - self.smoothing) ** (position - self.position)
+                smoothed = kept * before + (1.0 - kept) * smoothed
+            assessment = Assessment(position, probability(logit), smoothed)
         self.assessments.append(assessment)
         return assessment
 

@@ -24,8 +24,8 @@ def safety(finish: Finish, exposure: Exposure, trace: list[TokenRisk] | None) ->
         action=finish.action,
         request_risk=finish.request_risk if is_full else None,
         response_risk=finish.response_risk if is_full else None,
-        num_assessments=finish.num_assessments,
-        num_withdrawn_tokens=finish.num_withdrawn_tokens,
+        num_assessments=None if exposure == "none" else finish.num_assessments,
+        num_withdrawn_tokens=None if exposure == "none" else finish.num_withdrawn_tokens,
     )
     return found if trace is None else found.model_copy(update={"trace": trace})
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.trace import LOGIT_LIMIT
+from model.trace import LOGIT_LIMIT, Trace
 
 
 def smooth(logits: Tensor, smoothing: float) -> Tensor:
@@ -26,7 +26,7 @@ def smooth(logits: Tensor, smoothing: float) -> Tensor:
 def request_risks(logits: Tensor) -> Tensor:
     """Return `model.trace.probability` of every logit, (B,) in float64."""
     risks = torch.sigmoid(logits.double().clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
-    return torch.nan_to_num(risks, nan=1.0)
+    return risks.masked_fill(~logits.isfinite(), 1.0)
 
 
 def response_risks(logits: Tensor, lengths: Tensor, smoothing: float, patience: int) -> Tensor:
@@ -38,7 +38,7 @@ def response_risks(logits: Tensor, lengths: Tensor, smoothing: float, patience: 
         smoothing: weight of the newest logit, in (0, 1].
         patience: suspicious assessments in a row before a rollback.
     """
-    limited = torch.nan_to_num(logits.double(), nan=LOGIT_LIMIT).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    limited = torch.nan_to_num(logits.double()).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     smoothed = smooth(limited, smoothing)  # (B, T)
     highest = smoothed.gather(1, lengths[:, None] - 1)[:, 0]  # (B,): the last one acts alone
     if smoothed.shape[1] >= patience:
@@ -46,4 +46,14 @@ def response_risks(logits: Tensor, lengths: Tensor, smoothing: float, patience: 
         ends = torch.arange(patience, smoothed.shape[1] + 1, device=logits.device)
         windows = windows.masked_fill(ends[None, :] > lengths[:, None], -torch.inf)
         highest = torch.maximum(highest, windows.max(dim=1).values)
-    return torch.sigmoid(highest)
+    risks = torch.sigmoid(highest)
+    for row in (~logits.isfinite()).any(dim=1).nonzero()[:, 0].tolist():  # a failed head: rare, and not linear
+        risks[row] = _traced(logits[row, : int(lengths[row])].tolist(), smoothing, patience)
+    return risks
+
+
+def _traced(logits: list[float], smoothing: float, patience: int) -> float:
+    trace = Trace(smoothing)
+    for position, logit in enumerate(logits, start=1):
+        trace.add(position, logit)
+    return trace.response_risk(patience) or 0.0

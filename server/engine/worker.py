@@ -196,6 +196,9 @@ class SequentialEngine:
             return
         _settle(loop, ready, lm)
         while self._receive():
+            for job in [job for job in self._waiting if job.is_aborted]:
+                self._waiting.remove(job)
+                self._forget(job)
             while self._waiting and len(self._running) < self._max_running:
                 self._running.append(self._waiting.pop(0))
             for job in list(self._running):

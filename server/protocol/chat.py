@@ -20,6 +20,10 @@ Content = Annotated[
 """A string, or a list of text parts. Tags in parentheses are left out of a field's name in errors."""
 
 
+LONGEST_TOKEN_ID = 9
+"""Digits of a key of `logit_bias`; longer ones are no id of any vocabulary."""
+
+
 class ChatMessage(RequestModel):
     """One turn of the conversation."""
 
@@ -76,7 +80,7 @@ class SafetyOptions(RequestModel):
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
-        if not (key.isascii() and key.isdigit()):
+        if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_TOKEN_ID):
             raise PydanticCustomError("invalid_value", "must have token ids, as strings of digits, for keys")
     return bias
 

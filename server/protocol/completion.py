@@ -48,8 +48,8 @@ class Safety(BaseModel):
     request_risk: float | None
     response_risk: float | None
     """Of the response as generated, withdrawn tokens included."""
-    num_assessments: int
-    num_withdrawn_tokens: int
+    num_assessments: int | None
+    num_withdrawn_tokens: int | None
     trace: list[TokenRisk] | None = None
 
 

@@ -5,8 +5,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from model import __version__
+from server.errors import Forbidden
 from server.protocol.models import Status, Version
-from server.service import TheService
+from server.service import TheExchange, TheService
 
 router = APIRouter(tags=["operation"])
 
@@ -31,6 +32,13 @@ async def version(service: TheService) -> Version:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(service: TheService) -> Response:
-    """Return the metrics in the Prometheus text format."""
+async def metrics(service: TheService, exchange: TheExchange) -> Response:
+    """Return the metrics in the Prometheus text format.
+
+    They hold thresholds and sums of exact risks, so without `metrics_open` they are for callers who may
+    see those.
+    """
+    access = exchange.access
+    if not service.settings.metrics_open and (access is None or access.expose_risk != "full"):
+        raise Forbidden("metrics show exact risks: use a key with expose_risk full, or set metrics_open")
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

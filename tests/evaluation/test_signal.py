@@ -84,7 +84,14 @@ def test_an_interrupted_run_asks_only_for_what_is_missing(server, data):
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-2]))
     server.asked.clear()
     assert run(server, data) == 0
-    assert len(server.asked) == 2
+    assert len(server.asked) == 1 + 2  # the probe, and the two rows that were lost
+
+
+def test_results_of_another_head_are_not_mixed_in(server, data, capsys):
+    assert run(server, data) == 0
+    (data / "out" / "head.json").write_text("another")
+    assert run(server, data) == 1
+    assert "another head" in capsys.readouterr().err
 
 
 def test_results_hold_no_texts(server, data):

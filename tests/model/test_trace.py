@@ -81,10 +81,17 @@ def test_the_raw_risk_is_not_smoothed():
     assert trace.assessments[-1].risk == pytest.approx(1 / (1 + math.exp(-2)))
 
 
-def test_nan_counts_as_certain_harm():
-    assert probability(math.nan) == 1.0
-    assert trace_of([math.nan]).assessments[0].risk == 1.0
-    assert trace_of([math.nan]).assessments[0].smoothed_logit == LOGIT_LIMIT
+@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf])
+def test_a_failed_head_is_certain_harm_whatever_came_before(logit: float):
+    assert probability(logit) == 1.0
+    failed = trace_of([-8.0, -8.0, logit], smoothing=0.1).assessments[-1]
+    assert (failed.risk, failed.smoothed, failed.is_failed) == (1.0, 1.0, True)
+
+
+def test_a_failure_stays_out_of_the_average():
+    # -8, then 0.5 * 4 + 0.5 * -8 = -2, as if the failure between had not been.
+    trace = trace_of([-8.0, math.nan, 4.0], smoothing=0.5)
+    assert trace.assessments[-1].smoothed_logit == pytest.approx(-2.0)
 
 
 def test_nan_does_not_spoil_what_follows():
@@ -92,12 +99,12 @@ def test_nan_does_not_spoil_what_follows():
     assert trace.assessments[-1].smoothed == pytest.approx(probability(-8.0))
 
 
-@pytest.mark.parametrize(("logit", "limit"), [(1e9, LOGIT_LIMIT), (-1e9, -LOGIT_LIMIT), (math.inf, LOGIT_LIMIT)])
+@pytest.mark.parametrize(("logit", "limit"), [(1e9, LOGIT_LIMIT), (-1e9, -LOGIT_LIMIT)])
 def test_one_extreme_logit_is_clamped(logit: float, limit: float):
     assert trace_of([logit]).assessments[0].smoothed_logit == limit
 
 
-@given(logit=st.floats(allow_nan=False))
+@given(logit=st.floats(allow_nan=False, allow_infinity=False))
 def test_a_probability_is_never_0_or_1(logit: float):
     assert 0.0 < probability(logit) < 1.0
 

@@ -134,3 +134,17 @@ def test_a_browser_may_ask_first_without_a_key_if_its_origin_is_allowed(serve):
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == "https://app.example"
     assert server.http.options("/v1/models", headers={**headers, "origin": "https://evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize(("key", "status"), [("red-key", 200), ("flag-key", 403), ("blind-key", 403)])
+def test_metrics_hold_exact_risks_and_are_for_keys_that_may_see_them(serve, key, status):
+    server = serve(api_keys=KEYS)
+    assert server.http.get("/metrics", headers={"authorization": f"Bearer {key}"}).status_code == status
+
+
+def test_a_key_that_may_see_nothing_sees_the_action_alone(serve):
+    server = serve(api_keys=KEYS)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    answer = server.http.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer blind-key"}).json()
+    safety = answer["choices"][0]["safety"]
+    assert {name for name, value in safety.items() if value is not None} == {"action"}
