@@ -46,8 +46,12 @@ def find(name: str) -> Path:
     for folder in (Path(name).expanduser(), SHIPPED / name):
         if (folder / CONFIG_FILE).is_file():
             return folder
-    shipped = sorted(str(found.parent.relative_to(SHIPPED)) for found in SHIPPED.glob(f"**/{CONFIG_FILE}"))
-    raise CheckpointError(f"no {CONFIG_FILE} in {name!r}; shipped checkpoints are {shipped}")
+    raise CheckpointError(f"no {CONFIG_FILE} in {name!r}; shipped checkpoints are {shipped()}")
+
+
+def shipped() -> list[str]:
+    """Return the names of the checkpoints that come with this release."""
+    return sorted(str(found.parent.relative_to(SHIPPED)) for found in SHIPPED.glob(f"**/{CONFIG_FILE}"))
 
 
 def default_for(model_name: str) -> str | None:

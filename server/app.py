@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from model import __version__
+from model import __version__, checkpoint
 from server import errors
 from server.auth import OPEN_PATHS, Authenticate, KeyRing
 from server.engine.engine import EngineState
@@ -106,8 +106,9 @@ async def _start(service: Service, on_started: Started | None, stopping: asyncio
     logger.info("model loaded", model=service.settings.name, seconds=round(time.perf_counter() - began, 1))
     if config is not None and "NC" in config.licence.upper().split("-"):
         notice = f"this safety checkpoint is for non-commercial use only ({config.licence})"
-        if service.settings.checkpoint is None:
-            notice += f"; checkpoint={service.settings.model}/permissive serves one that is not"
+        permissive = f"{service.settings.model}/permissive"
+        if service.settings.checkpoint is None and permissive in checkpoint.shipped():
+            notice += f"; checkpoint={permissive} serves one that is not"
         logger.warning(notice)
     if on_started is not None:
         on_started(None)

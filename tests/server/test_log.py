@@ -85,7 +85,10 @@ def test_lines_below_the_level_are_left_out(configured, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_licence_that_forbids_commercial_use_is_said_at_the_start(serve, scripted):
+def test_a_licence_that_forbids_commercial_use_is_said_at_the_start(serve, scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.checkpoint.SHIPPED", tmp_path)
+    (tmp_path / "tiny" / "permissive").mkdir(parents=True)
+    (tmp_path / "tiny" / "permissive" / "safety_config.json").touch()
     with structlog.testing.capture_logs() as lines:
         serve(lm=lambda: scripted("x", licence="CC-BY-NC-4.0"))
     (line,) = (line for line in lines if line["log_level"] == "warning")
@@ -94,3 +97,11 @@ def test_a_licence_that_forbids_commercial_use_is_said_at_the_start(serve, scrip
     with structlog.testing.capture_logs() as lines:
         serve()
     assert [line for line in lines if line["log_level"] == "warning"] == []
+
+
+def test_the_notice_names_no_checkpoint_that_does_not_ship(serve, scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.checkpoint.SHIPPED", tmp_path)
+    with structlog.testing.capture_logs() as lines:
+        serve(lm=lambda: scripted("x", licence="CC-BY-NC-4.0"))
+    (line,) = (line for line in lines if line["log_level"] == "warning")
+    assert "checkpoint=" not in line["event"]
