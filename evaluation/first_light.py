@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from openai import OpenAI, OpenAIError
 
+from evaluation.intervals import wilson
+
 SUITE = Path(__file__).parent / "suites" / "first_light.yaml"
 POLICIES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -98,7 +100,10 @@ def report(client: OpenAI, model: str, suite: dict[str, list[dict[str, str]]]) -
             for way in WAYS:
                 mine = [row for row in table if row.startswith(f"| {kind} ") and f"| {policy} | {way} |" in row]
                 acted = sum("content_filter" in row for row in mine)
-                counts.append(f"| {kind} | {policy} | {way} | {len(items)} | {acted} |")
+                share = wilson(acted, len(items))
+                counts.append(
+                    f"| {kind} | {policy} | {way} | {share.n} | {acted} [{share.low:.0%}, {share.high:.0%}] |"
+                )
     return "\n".join([*counts, "", *head, *table, ""])
 
 

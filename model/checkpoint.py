@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from model.errors import BaseMismatch, CheckpointError
 from model.guarded_lm import GuardedLM
 from model.pretrained import NAMED, Pretrained
 from model.safety_head import TokenHead
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "safety_config.json"
 HEAD_FILE = "safety_head.safetensors"
@@ -100,6 +103,8 @@ def attach(pretrained: Pretrained, folder: Path) -> GuardedLM:
             f"checkpoint {folder} was trained on {config.base.name} ({config.base.weights[:12]}), "
             f"but {pretrained.name} is {found[:12]}; train a head for it with ballast-train head"
         )
+    if (dtype := str(pretrained.model.dtype).removeprefix("torch.")) != config.base.dtype:
+        logger.warning("the thresholds were calibrated in %s, the model runs in %s", config.base.dtype, dtype)
     template = ChatTemplate(pretrained.tokenizer).fingerprint
     if template != config.base.chat_template:
         raise BaseMismatch(

@@ -169,3 +169,10 @@ def test_an_unknown_checkpoint_is_named_with_the_shipped_ones(tmp_path):
 def test_the_default_model_has_a_default_checkpoint_and_others_have_none():
     assert default_for(DEFAULT_MODEL) == "smollm2-135m/all-rows"
     assert default_for("other/model") is None
+
+
+def test_another_precision_than_that_of_the_calibration_is_said(folder, pretrained, caplog):
+    attach(pretrained, folder)
+    assert caplog.text == ""
+    attach(Pretrained("tiny", pretrained.model.bfloat16(), pretrained.tokenizer), folder)
+    assert "calibrated in float32, the model runs in bfloat16" in caplog.text
