@@ -195,6 +195,22 @@ class SequentialEngine:
             _settle(loop, ready, error)
             return
         _settle(loop, ready, lm)
+        try:
+            self._serve(lm)
+        except BaseException:
+            logger.exception("the engine's thread failed")
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._fail)
+
+    def _fail(self) -> None:
+        """Stop taking requests and end all that wait for one; called when the worker is gone."""
+        self._state = EngineState.STOPPED
+        for job in self._jobs.values():
+            job.outbox.put_nowait(EngineError("the engine has failed; the server must be restarted"))
+        self._jobs.clear()
+
+    def _serve(self, lm: GuardedLM) -> None:
+        """Give every running job its turns until told to stop."""
         while self._receive():
             for job in [job for job in self._waiting if job.is_aborted]:
                 self._waiting.remove(job)
