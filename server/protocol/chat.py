@@ -20,6 +20,10 @@ Content = Annotated[
 """A string, or a list of text parts. Tags in parentheses are left out of a field's name in errors."""
 
 
+MOST_BIASED_TOKENS = 1024
+"""Entries of `logit_bias`: each costs time at every token, in the one thread that serves everybody."""
+LONGEST_STOP = 256
+"""Characters of a stop string."""
 LONGEST_TOKEN_ID = 9
 """Digits of a key of `logit_bias`; longer ones are no id of any vocabulary."""
 
@@ -79,6 +83,9 @@ class SafetyOptions(RequestModel):
 
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
+    if len(bias) > MOST_BIASED_TOKENS:
+        message = f"must have at most {MOST_BIASED_TOKENS} entries, got {len(bias)}"
+        raise PydanticCustomError("invalid_value", "{message}", {"message": message})
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_TOKEN_ID):
             raise PydanticCustomError("invalid_value", "must have token ids, as strings of digits, for keys")
@@ -88,6 +95,9 @@ def _token_ids(bias: dict[str, float]) -> dict[str, float]:
 def _not_empty(stop: str) -> str:
     if not stop:
         raise PydanticCustomError("invalid_value", "must not be an empty string")
+    if len(stop) > LONGEST_STOP:
+        message = f"must have at most {LONGEST_STOP} characters, got {len(stop)}"
+        raise PydanticCustomError("invalid_value", "{message}", {"message": message})
     return stop
 
 

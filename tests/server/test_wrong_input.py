@@ -268,3 +268,20 @@ def test_more_tokens_than_the_context_has_left_are_refused_under_the_name_they_w
         assert (error["param"], error["code"]) == (field, "context_length_exceeded")
         assert "512" in error["message"]
         assert "1000" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [("logit_bias", {str(token): 1 for token in range(1025)}, "at most 1024"), ("stop", "x" * 257, "at most 256")],
+)
+def test_what_would_slow_every_token_is_capped(polite, field, value, limit):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], field: value}
+    response = polite.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith(field)
+    assert limit in response.json()["error"]["message"]
+
+
+def test_a_token_id_of_a_thousand_digits_is_a_400(polite):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "logit_bias": {"9" * 5000: 1}}
+    assert polite.http.post("/v1/chat/completions", json=body).status_code == 400
