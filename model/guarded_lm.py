@@ -119,7 +119,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _check_layers(layers: tuple[int, ...], width: int, text_config: object) -> None:
     """Raise a CheckpointError if the head reads states that this model does not have."""
     num_layers = int(getattr(text_config, "num_hidden_layers"))  # noqa: B009 - config classes differ by family
-    model_width = int(getattr(text_config, "hidden_size"))  # noqa: B009
+    model_width = int(getattr(text_config, "hidden_size"))  # noqa: B009 - as above
     if width != model_width:
         raise CheckpointError(f"the head reads states of width {width}, the model's are {model_width} wide")
     if bad := [layer for layer in layers if not -1 <= layer <= num_layers]:

@@ -95,7 +95,7 @@ def _resolve(name: str) -> str:
     if path.is_file():
         if path.suffix != ".gguf":
             raise WeightsNotFound(f"{path} is a file, but not a .gguf one; give the folder of safetensors weights")
-        return str(_converted(path, _sha256(path)))
+        return str(_converted(path, sha256_of(path)))
     if path.is_absolute() or name.startswith((".", "~")):
         raise WeightsNotFound(f"{path} does not exist")
     return name
@@ -126,7 +126,7 @@ def _converted(gguf: Path, sha256: str) -> Path:
         return target
     if not gguf.is_file():
         raise WeightsNotFound(f"{gguf} does not exist")
-    if (found := _sha256(gguf)) != sha256:
+    if (found := sha256_of(gguf)) != sha256:
         raise WeightsNotFound(f"{gguf} has SHA-256 {found}, expected {sha256}; reinstall it")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -145,7 +145,8 @@ def _converted(gguf: Path, sha256: str) -> Path:
     return target
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

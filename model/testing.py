@@ -35,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # untyped in transformers
         tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
     )
     fast.chat_template = CHAT_TEMPLATE
@@ -63,8 +63,9 @@ def tiny_lm(model_type: str = "llama", *, seed: int = 0, context_length: int = 5
         settings["sliding_window"] = 16
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))  # type: ignore[no-untyped-call]
-    return model.eval()  # type: ignore[no-any-return]
+        config = CONFIG_MAPPING[model_type](**settings)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
+    return model.eval()  # type: ignore[no-any-return]  # untyped in transformers
 
 
 def tiny_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> SafetyConfig:

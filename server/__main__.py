@@ -30,7 +30,7 @@ def serve(chosen: Settings) -> int:
     from server.process import Process, listen
 
     log.configure(chosen)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
     try:
         listener = listen(chosen)
     except OSError as error:

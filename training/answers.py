@@ -45,7 +45,7 @@ def answer(
         path = cache / "answers" / f"{name}.json"
         if not path.is_file():
             texts = _generate(pretrained, ids, settings, int(name[:8], 16))
-            write_atomically(path, lambda scratch, texts=texts: _dump(texts, scratch))  # type: ignore[misc]
+            write_atomically(path, lambda scratch, texts=texts: _dump(texts, scratch))  # type: ignore[misc]  # mypy cannot infer the default
         for index, text in zip(batch, json.loads(path.read_text(encoding="utf-8")), strict=True):
             answers[index] = text
     return answers
@@ -65,7 +65,7 @@ def _generate(pretrained: Pretrained, prompts: Sequence[Encoded], settings: Answ
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (B, T)
-    sampling = GenerationConfig(  # type: ignore[no-untyped-call]
+    sampling = GenerationConfig(  # type: ignore[no-untyped-call]  # untyped in transformers
         do_sample=True,
         temperature=settings.temperature,
         top_k=0,

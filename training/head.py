@@ -214,7 +214,7 @@ def _newest_checkpoint(run: Path, is_resumed: bool) -> str | None:
     if not run.is_dir():
         return None
     if is_resumed:
-        newest: str | None = get_last_checkpoint(str(run))  # type: ignore[no-untyped-call]
+        newest: str | None = get_last_checkpoint(str(run))  # type: ignore[no-untyped-call]  # untyped
         return newest
     shutil.rmtree(run)
     return None

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from model.pretrained import sha256_of
 from training.calibrate import Calibration, SideReport
 from training.config import HeadRecipe
 from training.head import Trained
 from training.rows import Row
-from training.shards import sha256_of
 from training.sources import local_file
 
 

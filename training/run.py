@@ -157,7 +157,7 @@ def _loggers(recipe: HeadRecipe) -> tuple[TrainerCallback, ...]:
     except ImportError:
         return ()
     writer = SummaryWriter(log_dir=str(Path(recipe.run) / "logs"))
-    return (TensorBoardCallback(writer),)  # type: ignore[no-untyped-call]
+    return (TensorBoardCallback(writer),)  # type: ignore[no-untyped-call]  # untyped there
 
 
 def _device(recipe: HeadRecipe) -> str:

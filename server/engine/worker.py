@@ -75,7 +75,7 @@ class _Items(Generic[T]):
         if isinstance(item, Exception):
             self._is_over = True
             raise item
-        return item  # type: ignore[no-any-return]
+        return item  # type: ignore[no-any-return]  # the queue mixes items, errors and the end
 
     async def aclose(self) -> None:
         """Abort the job."""

@@ -41,7 +41,7 @@ def test_a_worker_that_dies_ends_every_request_and_takes_no_more():
         def broken() -> bool:
             raise MemoryError
 
-        engine._receive = broken  # type: ignore[method-assign]
+        engine._receive = broken  # type: ignore[method-assign]  # the fault to test
         with pytest.raises(EngineError, match="must be restarted"):
             await collect(engine, "running")
         assert engine.state is EngineState.STOPPED
