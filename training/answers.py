@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def answer(
         path = cache / "answers" / f"{name}.json"
         if not path.is_file():
             texts = _generate(pretrained, ids, settings, int(name[:8], 16))
-            write_atomically(path, lambda scratch, texts=texts: _dump(texts, scratch))  # type: ignore[misc]  # mypy cannot infer the default
+            write_atomically(path, partial(_dump, texts))
         for index, text in zip(batch, json.loads(path.read_text(encoding="utf-8")), strict=True):
             answers[index] = text
     return answers

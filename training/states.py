@@ -7,6 +7,7 @@ by what they were computed from, so a rerun, another recipe or a higher limit re
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -105,7 +106,7 @@ def compute(
         path = cache / "states" / f"{digest(identity, [[p.request, p.prefill] for p in prompts])[:32]}.safetensors"
         if not path.is_file():
             shard = forward(pretrained, prompts, layers, batch_tokens)
-            write_atomically(path, lambda scratch, shard=shard: save_file(shard._asdict(), scratch))  # type: ignore[misc]
+            write_atomically(path, partial(save_file, shard._asdict()))
         shards.append(Shard(**load_file(path)))
     places = tuple((number, row) for number, chunk in enumerate(chunks) for row in range(len(chunk)))
     return States(tuple(shards), places)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ def echo(rows: Sequence[Row]) -> list[str]:
     return [f"An answer to: {row.prompt}" for row in rows]
 
 
-def limited(recipe: HeadRecipe, group: str, **changes: object) -> HeadRecipe:
-    return replace(recipe, sources={**recipe.sources, group: replace(recipe.sources[group], **changes)})  # type: ignore[arg-type]
+def limited(recipe: HeadRecipe, group: str, **changes: Any) -> HeadRecipe:
+    return replace(recipe, sources={**recipe.sources, group: replace(recipe.sources[group], **changes)})
 
 
 def test_no_prompt_stands_in_two_parts(recipe: HeadRecipe):

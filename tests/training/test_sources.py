@@ -1,6 +1,7 @@
 """Every documented file becomes rows; a bad row is named by file and line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,10 @@ from training.rows import is_permissive, licence_of_weights
 from training.sources import read
 
 
-def labels(data: Path, kind: Kind, **changes: object) -> set[tuple[bool, int | None, int | None]]:
+def labels(data: Path, kind: Kind, **changes: Any) -> set[tuple[bool, int | None, int | None]]:
     """Whether there is a response, and both labels, of all rows of a file."""
     path = {"own_answers": "benign_prompts"}.get(kind, kind)
-    source = Source(f"{path}.jsonl", kind, **changes)  # type: ignore[arg-type]
+    source = Source(f"{path}.jsonl", kind, **changes)
     return {(row.response is not None, row.request_label, row.response_label) for row in read("g", source, data)}
 
 

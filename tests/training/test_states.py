@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,11 +57,11 @@ def test_a_rerun_computes_only_what_is_missing(
     calls: list[int] = []
     plain = states_module.forward
 
-    def interrupted(*arguments: object) -> Shard:
+    def interrupted(*arguments: Any) -> Shard:
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(1)
-        return plain(*arguments)  # type: ignore[arg-type]
+        return plain(*arguments)
 
     def run(cache: Path) -> list[torch.Tensor]:
         found = compute(tiny, rows, (-1,), CUT, batch_tokens=500, cache=cache)
