@@ -4,7 +4,9 @@
 
 Scores are kept row by row (hashes, never texts), so an interrupted run goes on where it stopped. The
 result is `summary.json` and `summary.md`: AUROC and F1 at `flag` per source, and how much is refused
-or stopped at `block`, each with n and a 95 % interval.
+or stopped at `block`, each with n and a 95 % interval. For responses the same after the first 25 %, 50 %
+and 75 % of their tokens. Labels are of whole responses: one whose harm begins late is harmless until
+then and counts as harmful all the same, so a low accuracy at 25 % is partly the label's.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from openai import OpenAI, OpenAIError
 from rich.progress import track
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
+from evaluation.depth import EARLY, early_risks, response_risk
 from evaluation.intervals import Estimate, bootstrap, wilson
+from evaluation.report import as_markdown
 from evaluation.rows import Row, read, sha256
 
 PARALLEL = 4
@@ -41,51 +46,92 @@ class Score:
     source: str
     label: int
     risk: float
-    is_over_block: bool
-    is_flagged: bool
+    flag: float
+    block: float
+    early: tuple[float, ...] = ()
+    """The response risk after each share of `EARLY`; of requests there is none."""
+
+    @property
+    def is_flagged(self) -> bool:
+        """Whether a classifier reports it."""
+        return self.risk > self.flag
+
+    @property
+    def is_over_block(self) -> bool:
+        """Whether the policy acts on it."""
+        return self.risk > self.block
 
 
-def ask(client: OpenAI, model: str, row: Row) -> Score:
-    """Return the server's risk for a row: the response risk where it has a response, else the request risk."""
-    messages = [{"role": "user", "content": row.prompt}]
+def ask(client: OpenAI, model: str, row: Row, patience: int) -> Score:
+    """Return the server's risk for a row: the response risk where it has a response, else the request risk.
+
+    Raises:
+        OpenAIError: if the server refuses the row or cannot be reached.
+        ValueError: if the server gives no risk, or another response risk than `patience` makes of its trace.
+    """
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": row.prompt}]}
     side = "request" if row.response is None else "response"
     if row.response is not None:
-        messages.append({"role": "assistant", "content": row.response})
-    answer: dict[str, Any] = client.post(
-        "/safety/score", cast_to=dict[str, Any], body={"model": model, "messages": messages}
-    )
-    risk = float(answer[f"{side}_risk"])
-    return Score(row.source, row.label, risk, risk > answer["thresholds"][side]["block"], answer["flagged"][side])
+        body["messages"].append({"role": "assistant", "content": row.response})
+        body["trace"] = True
+    answer: dict[str, Any] = client.post("/safety/score", cast_to=dict[str, Any], body=body)
+    if (risk := answer[f"{side}_risk"]) is None:
+        raise ValueError(f"the server gives no {side} risk of row {row.key}: an empty response, or risks not exposed")
+    thresholds = answer["thresholds"][side]
+    score = Score(row.source, row.label, risk, thresholds["flag"], thresholds["block"])
+    if row.response is None:
+        return score
+    smoothed = [token["smoothed_risk"] for token in answer["trace"]]
+    if not isclose(own := response_risk(smoothed, patience), risk, abs_tol=1e-9):
+        raise ValueError(
+            f"with patience {patience} the response risk is {own}, but the server says {risk}; "
+            "give the patience of its checkpoint with --patience"
+        )
+    return replace(score, early=early_risks(smoothed, patience))
 
 
-def require_same_head(client: OpenAI, model: str, out: Path) -> None:
+def require_same_head(client: OpenAI, model: str, patience: int, out: Path) -> None:
     """Refuse to add to results of another head: its answer to a fixed probe tells it from others.
 
     Raises:
-        ValueError: if `out` holds results of another head.
+        ValueError: if `out` holds results of another head or patience, or of an earlier form of this command.
     """
-    found = json.dumps([model, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0)))])
+    found = json.dumps([model, patience, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0), patience))])
     path = out / "head.json"
     if path.exists() and path.read_text(encoding="utf-8") != found:
-        raise ValueError(f"{out} holds results of another head; choose another --out")
+        raise ValueError(f"{out} holds results of another head, patience or version; choose another --out")
     path.write_text(found, encoding="utf-8")
 
 
-def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) -> list[Score]:
+def read_journal(path: Path) -> dict[str, Score]:
+    """Return the scores that were kept, by the key of their row.
+
+    Raises:
+        ValueError: naming file and line of what is no score, such as one without the risks inside a response.
+    """
+    done = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            key = entry.pop("key")
+            done[key] = Score(**entry | {"early": tuple(entry["early"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a score of this version; choose another --out") from error
+    return done
+
+
+def score_all(client: OpenAI, model: str, rows: Sequence[Row], patience: int, journal: Path) -> list[Score]:
     """Return a score for every row, asking only for those that `journal` does not hold yet.
 
     Raises:
         OpenAIError: if the server refuses a row or cannot be reached; what was scored is kept.
+        ValueError: as `ask` and `read_journal`.
     """
-    done: dict[str, Score] = {}
-    if journal.exists():
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            key = entry.pop("key")
-            done[key] = Score(**entry)
+    done = read_journal(journal)
     missing = list({row.key: row for row in rows if row.key not in done}.values())
-    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8") as file:
-        scores: Iterator[Score] = pool.map(lambda row: ask(client, model, row), missing)
+    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
+        scores: Iterator[Score] = pool.map(lambda row: ask(client, model, row, patience), missing)
         for row, score in zip(missing, track(scores, journal.stem, total=len(missing)), strict=True):
             done[row.key] = score
             file.write(json.dumps({"key": row.key, **asdict(score)}) + "\n")
@@ -130,51 +176,39 @@ def shares_over_block(scores: Iterable[Score]) -> dict[str, Estimate]:
     return {name: wilson(sum(hits), len(hits)) for name, hits in sorted(groups.items())}
 
 
+def by_depth(scores: Sequence[Score], resamples: int = 1000) -> dict[str, Any]:
+    """Return separation and shares over `block` of responses of which only the first tokens were read."""
+    result = {}
+    for number, share in enumerate(EARLY):
+        early = [replace(score, risk=score.early[number]) for score in scores]
+        result[f"{share:.0%}"] = {
+            "separation": separation(early, resamples=resamples),
+            "over_block": shares_over_block(early),
+        }
+    return result
+
+
 def measure(
-    client: OpenAI, model: str, data: Path, answers: Path | None, out: Path, resamples: int = 1000
+    client: OpenAI, model: str, data: Path, answers: Path | None, out: Path, patience: int, resamples: int = 1000
 ) -> dict[str, Any]:
     """Score every file of `data` and return the summary."""
-    require_same_head(client, model, out)
+    require_same_head(client, model, patience, out)
     files = {
         "requests": [(data / "prompts.jsonl", None), (data / "direct.jsonl", 1), (data / "benign_prompts.jsonl", 0)],
         "responses": [(data / "responses.jsonl", None), *([(answers, 0)] if answers else [])],
     }
-    summary: dict[str, Any] = {"model": model, "data": {}}
+    summary: dict[str, Any] = {"model": model, "patience": patience, "data": {}}
     for side, parts in files.items():
         rows = [row for path, label in parts for row in read(path, label=label)]
         if side == "requests":
             rows = [Row(row.source, row.prompt, None, row.label) for row in rows]
-        scores = score_all(client, model, rows, out / f"{side}.jsonl")
-        summary[side] = {
-            "separation": separation(scores, REQUEST_GROUPS if side == "requests" else None, resamples),
-            "over_block": shares_over_block(scores),
-        }
+        scores = score_all(client, model, rows, patience, out / f"{side}.jsonl")
+        groups = REQUEST_GROUPS if side == "requests" else None
+        whole = {"separation": separation(scores, groups, resamples), "over_block": shares_over_block(scores)}
+        depths = {"by_depth": {**by_depth(scores, resamples), "100%": whole}} if side == "responses" else {}
+        summary[side] = whole | depths
         summary["data"] |= {path.name: sha256(path) for path, _ in parts}
     return summary
-
-
-def as_markdown(summary: dict[str, Any]) -> str:
-    """Return the summary as Markdown tables."""
-    lines = []
-    for side, acted in (("requests", "refused"), ("responses", "stopped")):
-        lines += [f"### {side.capitalize()}", ""]
-        lines += [
-            "| source | n | AUROC | F1 at `flag` | all harmful: F1 | average precision |",
-            "|---|---|---|---|---|---|",
-        ]
-        for source, found in summary[side]["separation"].items():
-            cells = [_cell(found[name]) for name in ("auroc", "f1_at_flag")]
-            trivial, precision = f"{found['f1_calling_all_harmful']:.3f}", _cell(found["average_precision"])
-            lines.append(f"| {source} | {found['auroc'].n} | {' | '.join(cells)} | {trivial} | {precision} |")
-        lines += ["", f"| source | n | {acted} at `block` |", "|---|---|---|"]
-        for name, share in summary[side]["over_block"].items():
-            lines.append(f"| {name} | {share.n} | {share.value:.2%} [{share.low:.2%}, {share.high:.2%}] |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,13 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--answers", type=Path, help="JSON lines of benign answers: prompt, response")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--patience", type=int, default=3, help="of the served checkpoint (%(default)s)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals (%(default)s)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
         model = client.models.list().data[0].id
-        summary = measure(client, model, args.data, args.answers, args.out, args.resamples)
+        summary = measure(client, model, args.data, args.answers, args.out, args.patience, args.resamples)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.signal: {error}\n")
         return 1

@@ -10,7 +10,7 @@ from evaluation.signal import Score, separation, shares_over_block
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Scores 0.9 where the newest message speaks of danger, else 0.1; counts what it was asked."""
+    """Scores the word danger 0.9, every other 0.1; a word is a token, patience is 3. Keeps what it was asked."""
 
     def do_GET(self):
         self.reply({"object": "list", "data": [{"id": "stub", "object": "model", "created": 0, "owned_by": "me"}]})
@@ -18,16 +18,18 @@ class Stub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.asked.append(body)
-        risk = 0.9 if "danger" in body["messages"][-1]["content"] else 0.1
-        has_response = body["messages"][-1]["role"] == "assistant"
-        self.reply(
-            {
-                "request_risk": risk,
-                "response_risk": risk if has_response else None,
-                "flagged": {"request": risk > 0.5, "response": risk > 0.5},
-                "thresholds": {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")},
-            }
-        )
+        words = body["messages"][-1]["content"].split()
+        risks = [0.9 if word == "danger" else 0.1 for word in words]
+        has_response = body["messages"][-1]["role"] == "assistant" and words
+        windows = [min(risks[start : start + 3]) for start in range(len(risks) - 2)]
+        answer = {
+            "request_risk": max(risks, default=0.1),
+            "response_risk": max([risks[-1], *windows]) if has_response else None,
+            "thresholds": {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")},
+        }
+        if body.get("trace"):
+            answer["trace"] = [{"smoothed_risk": risk} for risk in risks]
+        self.reply(answer)
 
     def reply(self, body):
         data = json.dumps(body).encode()
@@ -78,6 +80,27 @@ def test_a_server_that_is_always_right_has_an_auroc_of_one(server, data):
         assert summary[side]["over_block"]["Mine, harmless"] | {"high": 0} == {"value": 0, "low": 0, "high": 0, "n": 2}
 
 
+def test_inside_a_response_only_what_was_read_counts(server, data):
+    # "a danger" is two tokens: one of them is the first 25 % and 50 %, rounded up, and both are the first 75 %.
+    assert run(server, data) == 0
+    depths = json.loads((data / "out" / "summary.json").read_text())["responses"]["by_depth"]
+    assert {name: found["separation"]["Mine"]["auroc"]["value"] for name, found in depths.items()} == {
+        "25%": 0.5,
+        "50%": 0.5,
+        "75%": 1.0,
+        "100%": 1.0,
+    }
+    assert [found["over_block"]["Mine, harmful"]["value"] for found in depths.values()] == [0, 0, 1, 1]
+    assert "| Mine | 75% | 1.000 [1.000, 1.000] |" in (data / "out" / "summary.md").read_text()
+
+
+def test_another_patience_than_the_servers_is_refused(server, data, capsys):
+    # Of 0.1, 0.9, 0.1 the server's patience of 3 makes 0.1, a patience of 1 makes 0.9.
+    (data / "responses.jsonl").write_text('{"prompt": "q", "response": "a danger cake", "harmful": 0}\n')
+    assert run(server, data, "--patience", "1") == 1
+    assert "give the patience of its checkpoint with --patience" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_asks_only_for_what_is_missing(server, data):
     assert run(server, data) == 0
     journal = data / "out" / "requests.jsonl"
@@ -94,6 +117,14 @@ def test_results_of_another_head_are_not_mixed_in(server, data, capsys):
     assert "another head" in capsys.readouterr().err
 
 
+def test_scores_without_the_risks_inside_a_response_are_refused(server, data, capsys):
+    assert run(server, data) == 0
+    journal = data / "out" / "responses.jsonl"
+    journal.write_text('{"key": "k", "source": "s", "label": 1, "risk": 0.9, "is_over_block": true}\n')
+    assert run(server, data) == 1
+    assert "responses.jsonl, line 1: not a score of this version" in capsys.readouterr().err
+
+
 def test_results_hold_no_texts(server, data):
     run(server, data)
     assert not any("cake" in path.read_text() for path in (data / "out").iterdir())
@@ -105,6 +136,12 @@ def test_an_unreachable_server_is_one_line_and_no_traceback(data, capsys):
     assert "Connection error" in capsys.readouterr().err
 
 
+def test_an_empty_response_is_one_line_and_no_traceback(server, data, capsys):
+    (data / "responses.jsonl").write_text('{"prompt": "q", "response": "", "harmful": 0}\n')
+    assert run(server, data) == 1
+    assert "no response risk of row" in capsys.readouterr().err
+
+
 def test_a_bad_row_is_named_by_file_and_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "p", "harmful": 0}\n{"prompt": "p"}\n')
@@ -113,11 +150,11 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path):
 
 
 def test_sources_with_one_class_have_no_auroc():
-    scores = [Score("one", 1, 0.9, True, True), Score("two", 0, 0.1, False, False), Score("two", 1, 0.9, True, True)]
+    scores = [Score("one", 1, 0.9, 0.5, 0.8), Score("two", 0, 0.1, 0.5, 0.8), Score("two", 1, 0.9, 0.5, 0.8)]
     assert list(separation(scores)) == ["two"]
 
 
 def test_shares_are_counted_by_source_and_label():
-    scores = [Score("a", 0, 0.9, True, True), Score("a", 0, 0.1, False, False), Score("a", 1, 0.9, True, True)]
+    scores = [Score("a", 0, 0.9, 0.5, 0.8), Score("a", 0, 0.6, 0.5, 0.8), Score("a", 1, 0.9, 0.5, 0.8)]
     shares = shares_over_block(scores)
     assert (shares["a, harmless"].value, shares["a, harmful"].value) == (0.5, 1.0)
