@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from openai import OpenAI, OpenAIError
@@ -74,7 +74,8 @@ def ask(client: OpenAI, model: str, row: Row, patience: int) -> Score:
     if row.response is not None:
         body["messages"].append({"role": "assistant", "content": row.response})
         body["trace"] = True
-    answer: dict[str, Any] = client.post("/safety/score", cast_to=dict[str, Any], body=body)
+    # `dict[str, Any]` as cast_to fails under Python 3.10, where the client takes it for a class.
+    answer = cast("dict[str, Any]", client.post("/safety/score", cast_to=object, body=body))
     if (risk := answer[f"{side}_risk"]) is None:
         raise ValueError(f"the server gives no {side} risk of row {row.key}: an empty response, or risks not exposed")
     thresholds = answer["thresholds"][side]
