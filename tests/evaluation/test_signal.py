@@ -1,6 +1,4 @@
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -9,47 +7,23 @@ from evaluation.rows import read
 from evaluation.signal import Score, separation, shares_over_block
 
 
-class Stub(BaseHTTPRequestHandler):
-    """Scores the word danger 0.9, every other 0.1; a word is a token, patience is 3. Keeps what it was asked."""
-
-    def do_GET(self):
-        self.reply({"object": "list", "data": [{"id": "stub", "object": "model", "created": 0, "owned_by": "me"}]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append(body)
-        words = body["messages"][-1]["content"].split()
-        risks = [0.9 if word == "danger" else 0.1 for word in words]
-        has_response = body["messages"][-1]["role"] == "assistant" and words
-        windows = [min(risks[start : start + 3]) for start in range(len(risks) - 2)]
-        answer = {
-            "request_risk": max(risks, default=0.1),
-            "response_risk": max([risks[-1], *windows]) if has_response else None,
-            "thresholds": {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")},
-        }
-        if body.get("trace"):
-            answer["trace"] = [{"smoothed_risk": risk} for risk in risks]
-        self.reply(answer)
-
-    def reply(self, body):
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
+def scored(body):
+    """Scores the word danger 0.9, every other 0.1; a word is a token, patience is 3."""
+    words = body["messages"][-1]["content"].split()
+    risks = [0.9 if word == "danger" else 0.1 for word in words]
+    windows = [min(risks[start : start + 3]) for start in range(len(risks) - 2)]
+    has_response = body["messages"][-1]["role"] == "assistant" and words
+    answer = {
+        "request_risk": max(risks, default=0.1),
+        "response_risk": max([risks[-1], *windows]) if has_response else None,
+        "thresholds": {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")},
+    }
+    return answer | {"trace": [{"smoothed_risk": risk} for risk in risks]} if body.get("trace") else answer
 
 
 @pytest.fixture
-def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as stub:
-        stub.asked = []
-        threading.Thread(target=stub.serve_forever, daemon=True).start()
-        yield stub
-        stub.shutdown()
+def server(stub):
+    return stub(scored)
 
 
 @pytest.fixture
@@ -66,9 +40,8 @@ def data(tmp_path):
 
 
 def run(server, data, *more):
-    address = f"http://127.0.0.1:{server.server_address[1]}"
     return signal.main(
-        ["--server", address, "--data", str(data), "--out", str(data / "out"), "--resamples", "20", *more]
+        ["--server", server.url, "--data", str(data), "--out", str(data / "out"), "--resamples", "20", *more]
     )
 
 

@@ -1,0 +1,94 @@
+"""Answers of the served model to benign prompts: harmless text in the very style that is judged.
+
+    python -m evaluation.answers --data ../shared/data/eval/benign_prompts.jsonl --out answers.jsonl
+
+Asks a running server, its policy only observing, at temperature 0.7. Each prompt has a seed of its own, so
+no answer depends on another. An interrupted run goes on where it stopped: give each model a file of its own.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from openai import OpenAI, OpenAIError
+from rich.progress import track
+
+from evaluation.rows import Row, read
+
+SOURCE = "own answers"
+TEMPERATURE = 0.7
+MAX_TOKENS = 128
+PARALLEL = 4
+
+
+def choose(rows: Sequence[Row], n: int) -> list[Row]:
+    """Return the `n` rows whose hashes come first: a random sample of the prompts, and always the same.
+
+    Raises:
+        ValueError: if there are fewer different prompts.
+    """
+    different = {row.key: row for row in rows}
+    if len(different) < n:
+        raise ValueError(f"{n} answers need as many different prompts, got {len(different)}")
+    return [different[key] for key in sorted(different)[:n]]
+
+
+def ask(client: OpenAI, model: str, row: Row) -> str:
+    """Return the model's answer, the same at every call; both sides of the policy only observe."""
+    sides = {side: {"mode": "score"} for side in ("input", "output")}
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": row.prompt}],
+        temperature=TEMPERATURE,
+        max_tokens=MAX_TOKENS,
+        seed=int(row.key[:8], 16),
+        extra_body={"moderation": {"model": model, "policy": sides}},
+    )
+    return answer.choices[0].message.content or ""
+
+
+def answer_all(client: OpenAI, model: str, rows: Sequence[Row], out: Path) -> int:
+    """Append an answer to `out` for each row that it does not hold yet; return how many rows it holds.
+
+    Empty answers are left out: there is nothing in them to judge.
+
+    Raises:
+        OpenAIError: if the server refuses a row or cannot be reached; what was answered is kept.
+        ValueError: if `out` holds what is no answer.
+    """
+    done = {row.prompt for row in read(out, label=0)} if out.exists() and out.stat().st_size else set()
+    missing = [row for row in rows if row.prompt not in done]
+    with ThreadPoolExecutor(PARALLEL) as pool, out.open("a", encoding="utf-8", buffering=1) as file:
+        answers: Iterator[str] = pool.map(lambda row: ask(client, model, row), missing)
+        for row, text in zip(missing, track(answers, SOURCE, total=len(missing)), strict=True):
+            if text.strip():
+                file.write(json.dumps({"prompt": row.prompt, "response": text, "source": SOURCE}) + "\n")
+                done.add(row.prompt)
+    return len(done)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description="Collect answers of a running server to benign prompts.")
+    parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the server (%(default)s)")
+    parser.add_argument("--api-key", default="none", help="key that may loosen, where the server asks for one")
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines of benign prompts: prompt")
+    parser.add_argument("--n", type=int, default=1000, help="how many answers (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="file of the answers, for evaluation.signal --answers")
+    args = parser.parse_args(argv)
+    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
+    try:
+        rows = choose(read(args.data, label=0), args.n)
+        found = answer_all(client, client.models.list().data[0].id, rows, args.out)
+    except (OpenAIError, OSError, ValueError) as error:
+        sys.stderr.write(f"evaluation.answers: {error}\n")
+        return 1
+    sys.stdout.write(f"{found} answers in {args.out}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
