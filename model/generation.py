@@ -10,14 +10,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from model.events import Action, Event, Finish, FinishReason, Release
+from model.events import Action, Event, Finish, FinishReason, HeadWork, Release
 from model.guarded_lm import GuardedLM, StepOutput
 from model.holdback import Holdback, ResponseToken
 from model.policy import Continue, Decision, Mode, Policy, Refuse, Rollback
 from model.request import GenerationRequest, admit
 from model.sampling import GREEDY, draw, generator_for
 from model.schedule import Every, Schedule, is_due
-from model.trace import Trace, probability
+from model.trace import Trace
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass, so that a long prompt does not hold up its neighbours."""
@@ -52,10 +52,10 @@ class Generation:
         self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop)
         self._trace = Trace(smoothing=lm.config.smoothing if lm.config else 1.0)
         self._response_risk: float | None = None
-        self._num_assessments = 0
-        self._num_failures = 0
+        self._request_head = HeadWork()
+        self._response_head = HeadWork()
+        self._untold_head = HeadWork()
         self._num_withdrawn = 0
-        self._head_s = 0.0
 
     def run(self) -> Iterator[Event]:
         """Yield the events of the response."""
@@ -85,30 +85,30 @@ class Generation:
 
     def _read_request(self) -> Generator[Event, None, Tensor]:
         """Feed the request in chunks, note its risk at the last token, and return the logits (V,)."""
-        chunks = _chunks(self._request.prompt.request)
-        for chunk in chunks[:-1]:
+        *before, last = chunks(self._request.prompt.request)
+        for chunk in before:
             self._lm.forward(chunk, self._cache)
             yield Release()
         is_read = self._policy.input is not Mode.OFF
-        output = self._lm.forward(chunks[-1], self._cache, assess_last=int(is_read))
+        output = self._lm.forward(last, self._cache, assess_last=int(is_read))
         if is_read:
-            (self._trace.request_risk,) = (probability(logit) for logit in self._logits(output, "request"))
-        yield Release(head_s=self._pop_head_s())
+            self._trace.read_request(self._request_logit(output))
+        yield Release(head=self._pop_head())
         return output.logits
 
     def _read_prefill(self, logits: Tensor) -> Generator[Event, None, tuple[Tensor, Decision]]:
         """Feed a prefilled assistant message and assess it token by token, like generated text."""
         decision: Decision = Continue(releasable=0)
         is_read = self._policy.output is not Mode.OFF
-        for chunk in _chunks(self._request.prompt.prefill):
+        for chunk in chunks(self._request.prompt.prefill):
             output = self._lm.forward(chunk, self._cache, assess_last=len(chunk) if is_read else 0)
             logits = output.logits
-            for logit in self._logits(output, "response") if is_read else ():
+            for logit in self._response_logits(output) if is_read else ():
                 self._add(self._trace.position + 1, logit)
                 decision = self._policy.decide(self._trace, self._trace.position)
                 if isinstance(decision, Rollback):
                     return logits, decision
-            yield Release(head_s=self._pop_head_s())
+            yield Release(head=self._pop_head())
         return logits, decision
 
     def _draw(self, logits: Tensor) -> tuple[FinishReason | None, int]:
@@ -137,7 +137,7 @@ class Generation:
         )
         output = self._lm.forward([token_id], self._cache, assess_last=int(is_assessed))
         if is_assessed:
-            (logit,) = self._logits(output, "response")
+            (logit,) = self._response_logits(output)
             self._add(self._length, logit)
         return output.logits, self._policy.decide(self._trace, self._length)
 
@@ -147,7 +147,7 @@ class Generation:
             fed = len(self._prompt_ids) + len(self._draft) - 1
             self._lm.crop(self._cache, fed)  # the newest token may have been fed without an assessment
             output = self._lm.forward([self._draft.token_ids[-1]], self._cache, assess_last=1)
-            (logit,) = self._logits(output, "response")
+            (logit,) = self._response_logits(output)
             self._add(self._length, logit)
         return self._policy.decide(self._trace, self._length, is_final=True)
 
@@ -186,7 +186,7 @@ class Generation:
         """Write the refusal; return False if it turned harmful and was cut."""
         self._lm.crop(self._cache, len(self._request.prompt.request))
         policy = replace(self._policy, output=Mode.BLOCK)
-        self._trace = Trace(self._trace.smoothing, self._trace.request_risk)
+        self._trace = replace(self._trace, assessments=[])
         for token_id in prefix:
             refusal.push(ResponseToken(token_id))
         output = self._lm.forward(prefix, self._cache)
@@ -201,7 +201,7 @@ class Generation:
                 break
             refusal.push(ResponseToken(drawn.token_id, drawn.logprob, drawn.top))
             output = self._lm.forward([drawn.token_id], self._cache, assess_last=1)
-            (logit,) = self._logits(output, "response")
+            (logit,) = self._response_logits(output)
             self._trace.add(len(refusal), logit)
             if refusal.has_stopped or _is_complete(refusal.text, wording_length):
                 break
@@ -209,7 +209,7 @@ class Generation:
             if not isinstance(decision, Continue):
                 break
             text, tokens = refusal.release(max(refusal.num_released, decision.releasable))
-            yield Release(text, tokens, is_refusal=True, head_s=self._pop_head_s())
+            yield Release(text, tokens, is_refusal=True, head=self._pop_head())
         if isinstance(decision, Continue) and self._trace.assessments:
             decision = policy.decide(self._trace, len(refusal), is_final=True)
         self._response_risk = _highest(self._response_risk, self._trace.response_risk(policy.patience))
@@ -217,16 +217,25 @@ class Generation:
         if not is_safe:
             self._num_withdrawn += refusal.crop(refusal.num_released)
         text, tokens = refusal.release(len(refusal), is_end=True)
-        yield Release(text, tokens, is_refusal=True, head_s=self._pop_head_s())
+        yield Release(text, tokens, is_refusal=True, head=self._pop_head())
         return is_safe
 
-    def _logits(self, output: StepOutput, side: str) -> list[float]:
-        """Return one side's logits at the assessed tokens, counting assessments and failures."""
+    def _request_logit(self, output: StepOutput) -> float:
+        """Return the request's logit at the one assessed token, counting what the head did."""
         assert output.head is not None
-        logits: list[float] = (output.head.request if side == "request" else output.head.response).tolist()
-        self._head_s += output.head_s
-        self._num_assessments += len(logits)
-        self._num_failures += sum(logit != logit for logit in logits)  # NaN differs from itself
+        (logit,) = output.head.request.tolist()
+        work = HeadWork.of([logit], output.head_s)
+        self._request_head += work
+        self._untold_head += work
+        return float(logit)
+
+    def _response_logits(self, output: StepOutput) -> list[float]:
+        """Return the response's logits at the assessed tokens, counting what the head did."""
+        assert output.head is not None
+        logits: list[float] = output.head.response.tolist()
+        work = HeadWork.of(logits, output.head_s)
+        self._response_head += work
+        self._untold_head += work
         return logits
 
     def _add(self, position: int, logit: float) -> None:
@@ -241,11 +250,11 @@ class Generation:
     def _release(self, length: int, *, is_end: bool = False) -> Release:
         """Release what may leave out of the first `length` response tokens."""
         text, tokens = self._draft.release(max(0, length - self._num_prefill), is_end=is_end)
-        return Release(text, tokens, head_s=self._pop_head_s())
+        return Release(text, tokens, head=self._pop_head())
 
-    def _pop_head_s(self) -> float:
-        head_s, self._head_s = self._head_s, 0.0
-        return head_s
+    def _pop_head(self) -> HeadWork:
+        work, self._untold_head = self._untold_head, HeadWork()
+        return work
 
     def _finish(self, reason: FinishReason, action: Action, completion_tokens: int) -> Finish:
         is_refusal = action != "none"
@@ -254,9 +263,10 @@ class Generation:
             action=action,
             request_risk=self._trace.request_risk,
             response_risk=self._response_risk if is_refusal else self._overall_risk(),
-            num_assessments=self._num_assessments,
+            num_assessments=self._request_head.num_assessments + self._response_head.num_assessments,
             num_withdrawn_tokens=self._num_withdrawn,
-            num_head_failures=self._num_failures,
+            num_request_failures=self._request_head.num_failures,
+            num_response_failures=self._response_head.num_failures,
             prompt_tokens=len(self._prompt_ids),
             completion_tokens=completion_tokens,
         )
@@ -274,7 +284,8 @@ def _is_complete(text: str, wording_length: int) -> bool:
     return len(text) - wording_length >= SHORTEST_REFUSAL and text.endswith((".", "!", "?"))
 
 
-def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
+def chunks(ids: Sequence[int]) -> list[Sequence[int]]:
+    """Return `ids` in the pieces of at most `PREFILL_CHUNK` tokens that one forward pass reads."""
     return [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
 
 

@@ -48,6 +48,8 @@ class Trace:
     smoothing: float
     request_risk: float | None = None
     assessments: list[Assessment] = field(default_factory=list)
+    is_request_failed: bool = False
+    """The head gave no finite number for the request, which counts as certain harm."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.smoothing <= 1.0:
@@ -57,6 +59,16 @@ class Trace:
     def position(self) -> int:
         """How many response tokens the newest assessment covers."""
         return self.assessments[-1].position if self.assessments else 0
+
+    @property
+    def num_failures(self) -> int:
+        """Assessments on which the head failed, that of the request included."""
+        return self.is_request_failed + sum(assessment.is_failed for assessment in self.assessments)
+
+    def read_request(self, logit: float) -> None:
+        """Note the assessment of the request."""
+        self.request_risk = probability(logit)
+        self.is_request_failed = not math.isfinite(logit)
 
     def add(self, position: int, logit: float) -> Assessment:
         """Append the assessment of the first `position` tokens and return it.

@@ -4,6 +4,7 @@ ApiError            an answer that is an error
 ├── Unauthorized    401: no key, or a wrong one
 ├── Forbidden       403: the key may not do this
 ├── NotServed       404: a model by another name
+├── HeadFailed      500: no judgement, because the safety head gave no number
 └── NotReady        503: loading, or shutting down
 """
 
@@ -26,6 +27,9 @@ CLIENT_CLOSED_REQUEST = 499
 
 RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 """What the API's description says about errors, for every route."""
+
+HEAD_FAILED = "head_failed"
+"""Code of an error where a judgement would have been."""
 
 NOT_READY_RETRY_S = 5
 ENGINE_RETRY_S = 1
@@ -85,6 +89,14 @@ class NotServed(ApiError):
     def __init__(self, name: str, known: Sequence[str], *, param: str) -> None:
         message = f"the model {name!r} is not served here; use {' or '.join(map(repr, known))}"
         super().__init__(404, message, code="model_not_found", param=param)
+
+
+class HeadFailed(ApiError):
+    """The safety head gave no finite number, so there is no judgement."""
+
+    def __init__(self, num_failures: int, *, param: str) -> None:
+        message = f"the safety head failed on {num_failures} assessment(s) of {param}, so it is not judged"
+        super().__init__(500, message, code=HEAD_FAILED, param=param)
 
 
 class NotReady(ApiError):

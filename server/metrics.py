@@ -5,8 +5,11 @@ rolled_back, `risk` request or response, `name` block or flag.
 """
 
 import time
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from model.config import SafetyConfig
 from model.events import Event, Finish, Release
@@ -47,6 +50,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._build_serving(engine)
         self._build_safety()
+        self.registry.register(_HeadCounts(engine))
 
     def _build_serving(self, engine: Engine) -> None:
         at = self.registry
@@ -79,8 +83,6 @@ class Metrics:
             "ballast_safety_decisions", "What the policy did on a side that is on", ("side", "action"), registry=at
         )
         self.withdrawn_tokens = Counter("ballast_withdrawn_tokens", "Tokens generated, never released", registry=at)
-        self.assessments = Counter("ballast_assessments", "Evaluations of the signal", registry=at)
-        self.head_failures = Counter("ballast_head_failures", "Evaluations that counted as unsafe", registry=at)
         self.head_s = Histogram(
             "ballast_safety_head_seconds", "Time of the head in one step", buckets=_HEAD_S, registry=at
         )
@@ -109,6 +111,21 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+class _HeadCounts(Collector):
+    """What the engine counts itself: scoring and aborted requests are in it, which no meter sees to their end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counters as they stand."""
+        head = self._engine.stats().head
+        yield CounterMetricFamily("ballast_assessments", "Evaluations of the signal", value=head.num_assessments)
+        yield CounterMetricFamily(
+            "ballast_head_failures", "Evaluations without a number, which count as unsafe", value=head.num_failures
+        )
+
+
 class ChoiceMeter:
     """Measures one choice of a chat completion while its events pass.
 
@@ -132,8 +149,8 @@ class ChoiceMeter:
             self._see_release(event)
 
     def _see_release(self, release: Release) -> None:
-        if release.head_s > 0:
-            self._metrics.head_s.observe(release.head_s)
+        if release.head.num_assessments:
+            self._metrics.head_s.observe(release.head.seconds)
         if not (release.text or release.tokens):
             return
         now = time.perf_counter()
@@ -151,8 +168,6 @@ class ChoiceMeter:
             metrics.prompt_tokens.inc(finish.prompt_tokens)
         metrics.completion_tokens.inc(finish.completion_tokens)
         metrics.withdrawn_tokens.inc(finish.num_withdrawn_tokens)
-        metrics.assessments.inc(finish.num_assessments)
-        metrics.head_failures.inc(finish.num_head_failures)
         if finish.request_risk is not None:
             metrics.request_risk.observe(finish.request_risk)
         if finish.response_risk is not None:

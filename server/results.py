@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from model.config import SafetyConfig
 from model.events import Finish
 from model.policy import Mode
+from server.errors import HEAD_FAILED
 from server.protocol.completion import Safety, TokenRisk
 from server.protocol.moderation import (
     CATEGORIES,
     UNSAFE,
+    InBandError,
     InBandModeration,
     InBandResult,
     InBandSide,
@@ -39,24 +41,22 @@ def in_band(
 ) -> InBandModeration:
     """Return the in-band `moderation` object: one result of the input, one of the output per choice.
 
-    A side is flagged over its `flag` threshold, or where the policy acted on it. A side that is off, or
-    a caller who may see nothing, gets no results.
+    A side is flagged over its `flag` threshold, or where the policy acted on it. A side on which the head
+    failed is an error. A side that is off, or a caller who may see nothing, gets no results.
     """
-    inputs: list[InBandResult] = []
-    outputs: list[InBandResult] = []
-    if config is not None and exposure != "none":
-        if modes[0] is not Mode.OFF:
-            first = finishes[0]
-            acted = first.action == "refused"
-            inputs = [_result(model, first.request_risk, config.request.flag, acted, exposure)]
-        if modes[1] is not Mode.OFF:
-            outputs = [
-                _result(model, one.response_risk, config.response.flag, one.action == "rolled_back", exposure)
-                for one in finishes
-            ]
+    nothing = InBandSide(type="moderation_results", model=model, results=[])
+    if config is None or exposure == "none":
+        return InBandModeration(input=nothing, output=nothing)
+    first = finishes[0]
+    request = _result(model, first.request_risk, config.request.flag, first.action == "refused", exposure)
+    responses = [
+        _result(model, one.response_risk, config.response.flag, one.action == "rolled_back", exposure)
+        for one in finishes
+    ]
+    num_failures = sum(one.num_response_failures for one in finishes)
     return InBandModeration(
-        input=InBandSide(type="moderation_results", model=model, results=inputs),
-        output=InBandSide(type="moderation_results", model=model, results=outputs),
+        input=nothing if modes[0] is Mode.OFF else _side(model, [request], first.num_request_failures),
+        output=nothing if modes[1] is Mode.OFF else _side(model, responses, num_failures),
     )
 
 
@@ -70,6 +70,14 @@ def moderation(risk: float, flag: float, exposure: Exposure) -> ModerationResult
         category_scores={**zeros, UNSAFE: _score(risk, flagged, exposure)},
         category_applied_input_types={name: ["text"] for name in (*CATEGORIES, UNSAFE)},
     )
+
+
+def _side(model: str, results: list[InBandResult], num_failures: int) -> InBandSide | InBandError:
+    """Return the judgements of a side, or that there are none because the head failed on it."""
+    if num_failures:
+        message = f"the safety head failed on {num_failures} assessment(s) of this side, which count as unsafe"
+        return InBandError(type="error", code=HEAD_FAILED, message=message)
+    return InBandSide(type="moderation_results", model=model, results=results)
 
 
 def _result(model: str, risk: float | None, flag: float, acted: bool, exposure: Exposure) -> InBandResult:

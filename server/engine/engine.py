@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Protocol
 
 from model.chat import EncodedPrompt
-from model.events import Event
+from model.events import Event, HeadWork
 from model.request import GenerationRequest
 from model.trace import Trace
 
@@ -37,10 +37,12 @@ class EngineState(str, Enum):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine is doing now."""
+    """What the engine is doing now, and did so far."""
 
     num_running: int
     num_waiting: int
+    head: HeadWork
+    """All that the head did for requests since the start, for those too that were aborted later."""
 
 
 class Engine(Protocol):
@@ -76,9 +78,12 @@ class Engine(Protocol):
         ...
 
     async def score(self, request_id: str, prompt: EncodedPrompt) -> Trace:
-        """Return the trace of a conversation, generating nothing. Raises as `submit`."""
+        """Return the trace of a conversation, generating nothing. Raises as `submit`.
+
+        Cancelling it aborts the request.
+        """
         ...
 
     def stats(self) -> EngineStats:
-        """Return what the engine is doing now."""
+        """Return what the engine is doing now, and did so far."""
         ...

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 from model.chat import EncodedPrompt, Message
-from model.events import Event, Finish
+from model.events import Event, Finish, HeadWork, Release
 from model.generation import generate
 from model.guarded_lm import GuardedLM
 from model.policy import Mode
 from model.request import GenerationRequest, admit, check_prompt
 from model.sampling import GREEDY
-from model.scoring import score
+from model.scoring import score_in_passes
 from model.trace import Trace
 from server.engine.engine import EngineError, EngineState, EngineStats, Overloaded
 
@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 RETRY_AFTER_S = 1
 _END = object()
+_LAST = (Finish, Trace, Exception)
+"""What ends a job: its place is free before the event loop reads it."""
 
 
 @dataclass(eq=False)
@@ -100,6 +102,7 @@ class SequentialEngine:
         self._jobs: dict[str, _Job[Any]] = {}  # event loop only
         self._running: list[_Job[Any]] = []  # worker only, its length may be read
         self._waiting: list[_Job[Any]] = []  # worker only
+        self._head = HeadWork()  # written by the worker, read by the event loop
         self._state = EngineState.STARTING
         self._lm: GuardedLM | None = None
         self._thread: threading.Thread | None = None
@@ -161,17 +164,17 @@ class SequentialEngine:
             job.outbox.put_nowait(EngineError("the request was aborted"))
 
     async def score(self, request_id: str, prompt: EncodedPrompt) -> Trace:
-        """Return the trace of a conversation, generating nothing."""
+        """Return the trace of a conversation, generating nothing; see `Engine.score`."""
         check_prompt(self.lm, prompt)
-        items = _Items(self._queue(request_id, lambda lm: iter((score(lm, prompt),))))
-        async for trace in items:
-            return trace
+        async for item in _Items(self._queue(request_id, lambda lm: score_in_passes(lm, prompt))):
+            if isinstance(item, Trace):
+                return item
         raise EngineError("the engine gave no trace")
 
     def stats(self) -> EngineStats:
-        """Return what the engine is doing now."""
+        """Return what the engine is doing now, and did so far."""
         num_running = len(self._running)
-        return EngineStats(num_running, max(0, len(self._jobs) - num_running))
+        return EngineStats(num_running, max(0, len(self._jobs) - num_running), self._head)
 
     def _queue(self, request_id: str, begin: Callable[[GuardedLM], Iterator[T]]) -> _Job[T]:
         """Hand a job to the worker."""
@@ -221,7 +224,6 @@ class SequentialEngine:
                 if not self._advance(lm, job):
                     self._running.remove(job)
                     job.steps = None  # frees its keys and values
-                    self._forget(job)
 
     def _receive(self) -> bool:
         """Take what has arrived, waiting only when there is nothing to do; False means stop."""
@@ -237,6 +239,7 @@ class SequentialEngine:
     def _advance(self, lm: GuardedLM, job: _Job[Any]) -> bool:
         """Give a job one forward pass; return whether it goes on. No exception leaves here."""
         if job.is_aborted:
+            self._forget(job)
             return False
         try:
             if job.steps is None:
@@ -245,13 +248,26 @@ class SequentialEngine:
         except Exception:
             logger.exception("request %s failed", job.request_id)
             item = EngineError("the engine failed on this request; it is safe to retry")
+        self._head += _head_work(item)
+        if item is not _END and not isinstance(item, _LAST):
+            job.post(item)
+            return True
+        self._forget(job)
         job.post(item)
-        return not (item is _END or isinstance(item, Exception))
+        job.post(_END)
+        return False
 
     def _forget(self, job: _Job[Any]) -> None:
         """Drop a job from the event loop's books."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
             job.loop.call_soon_threadsafe(self._jobs.pop, job.request_id, None)
+
+
+def _head_work(item: object) -> HeadWork:
+    """Return what the head did in the pass that gave `item`."""
+    if isinstance(item, Release):
+        return item.head
+    return item if isinstance(item, HeadWork) else HeadWork()
 
 
 def _settle(loop: asyncio.AbstractEventLoop, ready: "asyncio.Future[GuardedLM]", outcome: object) -> None:

@@ -72,11 +72,19 @@ class InBandSide(BaseModel):
     results: list[InBandResult]
 
 
+class InBandError(BaseModel):
+    """In place of the judgements of a side on which the safety head failed; the policy counts that as unsafe."""
+
+    type: Literal["error"] = "error"
+    code: str
+    message: str
+
+
 class InBandModeration(BaseModel):
     """The in-band response object; present only if the request had the field."""
 
-    input: InBandSide
-    output: InBandSide
+    input: InBandSide | InBandError
+    output: InBandSide | InBandError
 
 
 def _input_kind(value: Any) -> str:

@@ -8,7 +8,7 @@ from model.errors import InvalidRequest
 from model.guarded_lm import GuardedLM
 from server.admission import encode
 from server.departure import unless_gone
-from server.errors import Forbidden, as_api_error, invalid
+from server.errors import Forbidden, HeadFailed, as_api_error, invalid
 from server.protocol.chat import ChatMessage
 from server.protocol.moderation import ModerationRequest, ModerationResponse
 from server.results import moderation
@@ -26,7 +26,7 @@ async def create(
     The safety signal has one score, the request risk, and it stands under the category `unsafe`. In the 13
     categories of the OpenAI API, `false` and 0 mean *not judged*: they do not mean that a text is safe in
     that respect. A list of parts is one text. A key that may only see flags gets the scores 0 and 1; one
-    that may see nothing gets a 403.
+    that may see nothing gets a 403. A text on which the safety head fails is a 500.
     """
     if body.model is not None:
         service.require_model(body.model, aliases=service.settings.moderation_aliases)
@@ -49,6 +49,8 @@ async def _risks(service: Service, lm: GuardedLM, name: str, texts: list[str]) -
         except InvalidRequest as error:
             field = "input" if error.param == "messages" else error.param
             raise invalid(field, str(error), code=as_api_error(error).code or "invalid_value") from error
+        if trace.num_failures:
+            raise HeadFailed(trace.num_failures, param=f"input[{index}]" if len(texts) > 1 else "input")
         assert trace.request_risk is not None
         risks.append(trace.request_risk)
     return risks

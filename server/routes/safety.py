@@ -1,4 +1,4 @@
-"""`POST /v1/safety/score`: the risks of a conversation, in one forward pass."""
+"""`POST /v1/safety/score`: the risks of a conversation, generating nothing."""
 
 import uuid
 
@@ -11,7 +11,7 @@ from model.trace import Trace
 from server.admission import encode
 from server.answer import token_text
 from server.departure import unless_gone
-from server.errors import Forbidden, invalid
+from server.errors import Forbidden, HeadFailed, invalid
 from server.protocol.safety import (
     Flagged,
     RiskThresholds,
@@ -36,7 +36,8 @@ async def score(
     """Return the request risk, and the response risk if the last message is the assistant's.
 
     Nothing is generated. Flags are at the `flag` thresholds. A key that may only see flags gets null for
-    every number and may not ask for a trace (400); one that may see nothing gets a 403.
+    every number and may not ask for a trace (400); one that may see nothing gets a 403. Where the safety
+    head fails there is no judgement, but a 500.
     """
     service.require_model(body.model)
     config = service.require_signal()
@@ -48,6 +49,8 @@ async def score(
     prompt = await encode(lm, body.messages, continue_final=body.messages[-1].role == "assistant")
     name = f"score-{uuid.uuid4().hex}"
     trace = await unless_gone(request, service.engine.score(name, prompt))
+    if trace.num_failures:
+        raise HeadFailed(trace.num_failures, param="messages")
     risks = (trace.request_risk, trace.response_risk(config.patience))
     response = ScoreResponse(
         id=name,

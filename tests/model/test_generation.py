@@ -384,4 +384,22 @@ def test_a_generation_can_be_dropped_in_the_middle(make_request):
 def test_the_time_of_the_head_is_reported_whole(script: str, user: str, num_passes: int, ask):
     # The scripted head takes 10 microseconds per pass.
     answer = ask(ScriptedLM(script), user)
-    assert sum(release.head_s for release in answer.releases) == pytest.approx(num_passes * 1e-5)
+    assert sum(release.head.seconds for release in answer.releases) == pytest.approx(num_passes * 1e-5)
+
+
+@pytest.mark.parametrize(("script", "user"), [("hello", "hi"), ("", "Bad"), ("aHARM", "hi"), ("", "hi")])
+def test_what_the_head_did_in_each_step_adds_up_to_what_it_did(script: str, user: str, ask):
+    answer = ask(ScriptedLM(script), user, prefill="some words" if not script else None)
+    assert sum(release.head.num_assessments for release in answer.releases) == answer.finish.num_assessments > 0
+    assert sum(release.head.num_failures for release in answer.releases) == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_failures_are_counted_by_side_and_step(value: float, ask):
+    lm = broken_lm("response")
+    with torch.no_grad():
+        lm.head.response.out.bias.fill_(value)
+    answer = ask(lm)
+    assert answer.finish.num_request_failures == 0
+    assert answer.finish.num_response_failures == answer.finish.num_assessments - 1 > 0
+    assert sum(release.head.num_failures for release in answer.releases) == answer.finish.num_head_failures

@@ -4,7 +4,7 @@ import torch
 from model.chat import EncodedPrompt, Message
 from model.errors import ContextLengthError, InvalidRequest
 from model.guarded_lm import GuardedLM
-from model.scoring import score
+from model.scoring import score, score_in_passes
 from model.testing import ScriptedLM, byte_tokenizer, tiny_guarded_lm, tiny_lm
 from model.trace import probability
 
@@ -47,9 +47,50 @@ def test_risks_are_the_heads_at_the_states_of_one_pass():
     assert [a.risk for a in trace.assessments] == pytest.approx(expected, abs=1e-6)
 
 
-def test_it_is_one_forward_pass():
+def test_a_conversation_of_one_piece_is_one_forward_pass():
     lm = ScriptedLM("")
     score(lm, conversation(lm, "hi", "a" * 200))
+    assert len(lm.fed) == 1
+
+
+def long_lm() -> GuardedLM:
+    model, tokenizer = tiny_lm(context_length=2048), byte_tokenizer()
+    lm = tiny_guarded_lm(smoothing=0.3)
+    return GuardedLM(model, tokenizer, lm.head, lm.config)
+
+
+# The chat template adds 19 tokens: the border lies in a piece, at its end, one before and one after it.
+@pytest.mark.parametrize("num_user", [1000, 1005, 1004, 1006, 3, 1700])
+def test_a_long_conversation_read_in_pieces_has_the_trace_of_one_pass(num_user: int, monkeypatch):
+    lm = long_lm()
+    prompt = conversation(lm, "u" * num_user, "some text " * 25)
+    assert len(prompt.request) == num_user + 19
+    in_pieces = score(lm, prompt)
+    monkeypatch.setattr("model.generation.PREFILL_CHUNK", 2048)
+    at_once = score(lm, prompt)
+    assert in_pieces.request_risk == pytest.approx(at_once.request_risk, abs=1e-5)
+    assert [a.position for a in in_pieces.assessments] == list(range(1, 251))
+    for name in ("risk", "smoothed"):
+        found, expected = ([getattr(a, name) for a in trace.assessments] for trace in (in_pieces, at_once))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_each_pass_reads_a_piece_and_the_head_only_what_is_assessed():
+    lm = ScriptedLM("")
+    lm.context_length = 4096
+    *passes, trace = score_in_passes(lm, conversation(lm, "u" * 1100, "a" * 500))
+    assert [len(ids) for ids in lm.fed] == [512, 512, 512, 1619 - 1536]
+    # The request ends at token 1119, the 95th of the third piece.
+    assert [work.num_assessments for work in passes] == [0, 0, 512 - 94, 83]
+    assert (trace.position, trace.num_failures) == (500, 0)
+
+
+def test_a_pass_is_made_only_when_it_is_asked_for():
+    lm = ScriptedLM("")
+    lm.context_length = 4096
+    passes = score_in_passes(lm, conversation(lm, "u" * 1100, "a"))
+    assert lm.fed == []
+    next(passes)
     assert len(lm.fed) == 1
 
 
@@ -68,6 +109,18 @@ def test_a_failed_head_is_certain_harm():
     trace = score(lm, conversation(lm, "hi", "abc"))
     assert trace.request_risk == 1.0
     assert [a.risk for a in trace.assessments] == [1.0] * 3
+    assert trace.num_failures == 4
+
+
+@pytest.mark.parametrize(("side", "num_failures"), [("request", 1), ("response", 3)])
+def test_failures_are_those_of_the_side_that_was_read(side: str, num_failures: int):
+    lm = tiny_guarded_lm()
+    with torch.no_grad():
+        getattr(lm.head, side).out.bias.fill_(float("inf"))
+    work, trace = score_in_passes(lm, conversation(lm, "hi", "abc"))
+    assert (work.num_assessments, work.num_failures) == (4, num_failures)
+    assert trace.num_failures == num_failures
+    assert trace.is_request_failed is (side == "request")
 
 
 def test_a_model_without_a_signal_cannot_score():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -32,6 +33,18 @@ class SlowLM(ScriptedLM):
     def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
         time.sleep(0.01)
         return super().forward(*args, **kwargs)
+
+
+class BrokenHeadLM(SlowLM):
+    """Its head gives no number on one side, `request` or `response`, once it is told so."""
+
+    broken: str | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
+        step = super().forward(*args, **kwargs)
+        if step.head is not None and self.broken is not None:
+            getattr(step.head, self.broken).fill_(math.nan)
+        return step
 
 
 @dataclass
@@ -163,6 +176,19 @@ def serve_all() -> Iterator[Serve]:
 def scripted() -> type[ScriptedLM]:
     """The model that says its script."""
     return ScriptedLM
+
+
+@pytest.fixture
+def serve_broken(serve: Serve) -> Callable[..., Server]:
+    """Start a server whose head fails on one side: `serve_broken("response", "what it says")`."""
+
+    def start(side: str, script: str = "good day.", **changes: Any) -> Server:
+        lm = BrokenHeadLM(script)
+        server = serve(lm=lambda: lm, **changes)
+        lm.broken = side  # only now: a server whose head fails at the start does not serve
+        return server
+
+    return start
 
 
 @pytest.fixture(scope="module")

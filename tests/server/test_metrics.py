@@ -1,3 +1,5 @@
+import time
+
 from model.config import Thresholds
 from server.metrics import METRIC_NAMES
 
@@ -63,18 +65,34 @@ def test_the_thresholds_in_force_are_shown(serve, scripted):
     assert "ballast_head_info{" in server.http.get("/metrics").text
 
 
-def test_a_failing_head_is_counted(serve, scripted, monkeypatch):
-    server = serve()
-
-    def broken(*args, **kwargs):
-        step = type(server.engine.lm).forward(server.engine.lm, *args, **kwargs)
-        if step.head is not None:
-            step.head.response.fill_(float("nan"))
-        return step
-
-    monkeypatch.setattr(server.engine.lm, "forward", broken)
+def test_a_failing_head_is_counted(serve_broken):
+    server = serve_broken("response")
     assert server.chat("hello").choices[0].finish_reason == "content_filter"
     assert server.metric("ballast_head_failures_total") > 0
+
+
+def test_what_the_head_does_is_counted_in_scoring_too(serve_broken):
+    server = serve_broken("request")
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "abc"}]
+    assert server.post("/v1/safety/score", messages=turns).status_code == 500
+    assert server.http.post("/v1/moderations", json={"input": ["a", "b"]}).status_code == 500
+    assert server.metric("ballast_assessments_total") == 4 + 1
+    assert server.metric("ballast_head_failures_total") == 1 + 1
+
+
+def test_what_the_head_does_is_counted_for_a_client_that_leaves_too(serve_broken):
+    server = serve_broken("response", "good day to you. " * 12, output_mode="score")
+    stream = server.chat("hello", stream=True)
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    stream.close()
+    aborted = 'ballast_requests_total{endpoint="/v1/chat/completions",finish_reason="aborted",status="499"}'
+    end = time.monotonic() + 10
+    while not server.metric(aborted) or server.engine.stats().num_running:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    num_assessments = server.metric("ballast_assessments_total")
+    assert num_assessments > 1
+    assert server.metric("ballast_head_failures_total") == num_assessments - 1  # all but the request's
 
 
 def test_running_sequences_are_shown(serve):

@@ -80,6 +80,42 @@ def test_a_side_on_which_the_policy_acted_is_flagged_below_the_flag_threshold_to
     assert result["flagged"] is True
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("side", "other"), [("input", "output"), ("output", "input")])
+def test_a_side_on_which_the_head_failed_is_an_error_and_no_score(serve_broken, side, other, stream):
+    server = serve_broken({"input": "request", "output": "response"}[side])
+    answer = server.chat("hello", n=2, stream=stream, moderation={"model": "tiny", "policy": SCORE_BOTH})
+    (found,) = [chunk.moderation for chunk in answer if chunk.moderation] if stream else [answer.moderation]
+    assert getattr(found, side).type == "error"
+    assert getattr(found, side).code == "head_failed"
+    assert "head failed" in getattr(found, side).message
+    assert getattr(found, other).type == "moderation_results"
+    if not stream:
+        ChatCompletion.model_validate(answer.model_dump())
+
+
+def test_the_policy_still_takes_a_failed_head_for_unsafe(serve_broken):
+    body = in_band(serve_broken("request")).json()
+    assert body["choices"][0]["finish_reason"] == "content_filter"
+    assert body["moderation"]["input"]["type"] == "error"
+
+
+def test_a_failure_is_not_told_where_no_judgement_would_be(serve_broken):
+    off = in_band(serve_broken("response", "x", input_mode="block", output_mode="off"), "HARM").json()
+    assert off["moderation"]["output"] == {"type": "moderation_results", "model": "tiny", "results": []}
+    hidden = in_band(serve_broken("request", expose_risk="none")).json()
+    assert hidden["moderation"]["input"]["type"] == "moderation_results"
+
+
+@pytest.mark.parametrize(("texts", "param"), [("hello", "input"), (["a", "b"], "input[0]")])
+def test_a_text_on_which_the_head_failed_is_a_500_and_no_score(serve_broken, texts, param):
+    response = serve_broken("request").http.post("/v1/moderations", json={"input": texts})
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("server_error", "head_failed", param)
+    assert "head failed" in error["message"]
+
+
 def test_another_moderation_model_is_a_404_that_names_the_field(polite):
     response = polite.post(moderation={"model": "gpt-guard"})
     assert response.status_code == 404

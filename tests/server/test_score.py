@@ -34,7 +34,7 @@ def test_a_trace_has_every_token_of_the_response(polite):
     assert all(set(step) == {"token_id", "token", "risk", "smoothed_risk"} for step in trace)
 
 
-def test_scoring_takes_one_forward_pass_and_generates_nothing(serve):
+def test_scoring_a_short_conversation_takes_one_forward_pass_and_generates_nothing(serve):
     server = serve()
     before = len(server.engine.lm.fed)
     assert score(server, "hello", "all well").status_code == 200
@@ -55,3 +55,12 @@ def test_what_cannot_be_scored_is_refused_by_name(polite, fields, status, param)
     response = score(polite, "hello", **fields)
     assert response.status_code == status
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("side", ["request", "response"])
+def test_a_conversation_on_which_the_head_failed_is_a_500_and_no_score(serve_broken, side):
+    response = score(serve_broken(side), "hello", "abc")
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("server_error", "head_failed", "messages")
+    assert str({"request": 1, "response": 3}[side]) in error["message"]

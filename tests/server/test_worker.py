@@ -1,13 +1,19 @@
 import asyncio
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from model.chat import Message
-from model.events import Finish
+from model.chat import EncodedPrompt, Message
+from model.events import Finish, HeadWork
+from model.generation import PREFILL_CHUNK
+from model.guarded_lm import StepOutput
 from model.policy import Mode
 from model.request import GenerationRequest
 from model.testing import ScriptedLM
-from server.engine.engine import EngineError, EngineState
+from server.engine.engine import EngineError, EngineState, Overloaded
 from server.engine.worker import SequentialEngine
 
 
@@ -18,6 +24,37 @@ def request_for(lm: ScriptedLM) -> GenerationRequest:
 
 async def collect(engine: SequentialEngine, name: str) -> list[object]:
     return [event async for event in engine.submit(name, request_for(engine.lm))]
+
+
+class GatedLM(ScriptedLM):
+    """Waits in every full piece of a prompt until it may go on."""
+
+    def __init__(self, script: str) -> None:
+        super().__init__(script)
+        self.context_length = 8192
+        self.is_in_a_piece = threading.Event()
+        self._may_go_on = threading.Semaphore(0)
+
+    def forward(self, token_ids: Sequence[int], *args: Any, **kwargs: Any) -> StepOutput:
+        if len(token_ids) == PREFILL_CHUNK:
+            self.is_in_a_piece.set()
+            assert self._may_go_on.acquire(timeout=10)
+        return super().forward(token_ids, *args, **kwargs)
+
+    def go_on(self, num_pieces: int = 100) -> None:
+        self._may_go_on.release(num_pieces)
+
+    @property
+    def num_pieces(self) -> int:
+        return sum(len(ids) == PREFILL_CHUNK for ids in self.fed)
+
+
+def long_prompt(lm: ScriptedLM) -> EncodedPrompt:
+    return lm.chat.encode([Message("user", "x" * 2000), Message("assistant", "y" * 2000)], continue_final=True)
+
+
+async def until_in_a_piece(lm: GatedLM) -> None:
+    assert await asyncio.to_thread(lm.is_in_a_piece.wait, 10)
 
 
 def test_a_fault_in_one_request_ends_that_request_and_no_other():
@@ -54,16 +91,114 @@ def test_a_worker_that_dies_ends_every_request_and_takes_no_more():
 
 def test_an_aborted_request_that_waits_leaves_the_queue():
     async def run() -> None:
-        engine = SequentialEngine(lambda: ScriptedLM("x" * 400), max_running=1, max_waiting=1)
+        lm = GatedLM("hello")
+        engine = SequentialEngine(lambda: lm, max_running=1, max_waiting=1)
         await engine.start()
-        first = engine.submit("first", request_for(engine.lm))
-        await anext(first)
-        waiting = engine.submit("waiting", request_for(engine.lm))
+        running = asyncio.create_task(engine.score("running", long_prompt(lm)))
+        await until_in_a_piece(lm)
+        waiting = engine.submit("waiting", request_for(lm))
+        with pytest.raises(Overloaded):
+            engine.submit("too many", request_for(lm))
         await waiting.aclose()
-        for _ in range(3):  # a few passes of the first one
-            await anext(first)
+        lm.go_on(1)  # it waits again in the next piece
+        while engine.stats().num_waiting:
+            await asyncio.sleep(0)
+        engine.submit("next", request_for(lm))
+        running.cancel()
+        lm.go_on()
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+
+
+def test_scoring_a_long_conversation_lets_others_have_their_turns():
+    async def run() -> None:
+        lm = GatedLM("hello")
+        engine = SequentialEngine(lambda: lm)
+        await engine.start()
+        scoring = asyncio.create_task(engine.score("long", long_prompt(lm)))
+        await until_in_a_piece(lm)
+        generating = asyncio.create_task(collect(engine, "short"))
         await asyncio.sleep(0)
-        engine.submit("next", request_for(engine.lm))
+        lm.go_on()
+        assert isinstance((await generating)[-1], Finish)
+        assert (await scoring).position == 2000
+        sizes = [len(ids) for ids in lm.fed]
+        pieces = [index for index, size in enumerate(sizes) if size == PREFILL_CHUNK]
+        assert len(pieces) == 7
+        assert sizes[pieces[1] : pieces[-1]].count(1) >= 3  # tokens of the other answer
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["cancelled", "aborted"])
+def test_scoring_that_nobody_waits_for_ends_after_the_piece_it_is_in(how: str):
+    async def run() -> None:
+        lm = GatedLM("hello")
+        engine = SequentialEngine(lambda: lm)
+        await engine.start()
+        scoring = asyncio.create_task(engine.score("long", long_prompt(lm)))
+        await until_in_a_piece(lm)
+        if how == "cancelled":
+            scoring.cancel()
+        else:
+            engine.abort("long")
+        (outcome,) = await asyncio.gather(scoring, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError if how == "cancelled" else EngineError)
+        lm.go_on()
+        assert isinstance((await collect(engine, "next"))[-1], Finish)
+        assert lm.num_pieces == 1
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+
+
+def test_a_place_is_free_as_soon_as_the_answer_is_read():
+    async def run() -> None:
+        engine = SequentialEngine(lambda: ScriptedLM("ab"), max_running=1, max_waiting=0)
+        await engine.start()
+        prompt = request_for(engine.lm).prompt
+        for index in range(20):
+            await engine.score(f"score-{index}", prompt)
+            async for event in engine.submit(f"chat-{index}", request_for(engine.lm)):
+                if isinstance(event, Finish):
+                    break
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+
+
+def test_what_the_head_did_is_counted_for_aborted_requests_and_for_scoring_too():
+    class BrokenLM(GatedLM):
+        """Its head gives no number for any response, once it is broken."""
+
+        is_broken = False
+
+        def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
+            step = super().forward(*args, **kwargs)
+            if step.head is not None and self.is_broken:
+                step.head.response.fill_(math.inf)
+            return step
+
+    async def run() -> None:
+        lm = BrokenLM("x" * 400)
+        engine = SequentialEngine(lambda: lm)
+        await engine.start()
+        assert engine.stats().head == HeadWork()  # the warm-up is no request
+        num_warm_up = len(lm.fed)
+        lm.is_broken = True
+        events = engine.submit("left", request_for(lm))
+        for _ in range(10):
+            await anext(events)
+        await events.aclose()
+        await engine.score(
+            "short", lm.chat.encode([Message("user", "hi"), Message("assistant", "abc")], continue_final=True)
+        )
+        num_passes = len(lm.fed) - num_warm_up
+        head = engine.stats().head
+        # One assessment per pass: the request's, which works, then one per token; and four in one pass.
+        assert (head.num_assessments, head.num_failures) == (num_passes - 1 + 4, num_passes - 2 + 3)
         await engine.stop(drain_s=0)
 
     asyncio.run(run())
