@@ -43,7 +43,7 @@ async def admit(service: Service, lm: GuardedLM, access: Access, body: ChatReque
     num_choices = _num_choices(service, body)
     sampling = _sampling(body)
     if body.safety is not None and body.safety.trace and access.expose_risk != "full":
-        raise invalid("safety.trace", "safety.trace is only for keys that may see the exact risks", code="not_allowed")
+        raise invalid("safety.trace", "safety.trace is only for callers who may see exact risks", code="not_allowed")
     continue_final = _continue_final(body)
     prompt = await encode(lm, body.messages, continue_final=continue_final)
     max_tokens = _max_tokens(lm, prompt, body)
@@ -88,7 +88,9 @@ def _mode(side: str, asked: SidePolicy | None, own: Mode, access: Access) -> Mod
     mode = Mode(asked.mode)
     if mode.strictness < own.strictness and not access.may_loosen:
         field = f"moderation.policy.{side}.mode"
-        message = f"{field} {mode.value!r} is weaker than this server's {own.value!r}, and this key may not loosen it"
+        message = (
+            f"{field} {mode.value!r} is weaker than this server's {own.value!r}, and this caller may not loosen it"
+        )
         raise invalid(field, message, code="not_allowed")
     return mode
 
@@ -115,8 +117,9 @@ def _text(index: int, message: ChatMessage) -> str:
 
 def _num_choices(service: Service, body: ChatRequest) -> int:
     num = body.n or 1
-    if num > service.settings.max_n:
-        raise invalid("n", f"n must be at most {service.settings.max_n}, got {num}")
+    most = service.settings.most_choices
+    if num > most:
+        raise invalid("n", f"n must be at most {most}, got {num}")
     return num
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import structlog
 from fastapi import FastAPI
@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from model import __version__, checkpoint
+from model.config import SafetyConfig
 from server import errors
 from server.auth import OPEN_PATHS, Authenticate, KeyRing
 from server.engine.engine import EngineState
@@ -46,7 +47,6 @@ def create_app(settings: Settings, engine: ModelEngine, *, on_started: Started |
         middleware=_middleware(settings, metrics),
         lifespan=lambda app: _lifespan(service, on_started),
         redoc_url=None,
-        strict_content_type=False,
     )
     app.state.service = service
     errors.install(app)
@@ -104,11 +104,19 @@ async def _start(service: Service, on_started: Started | None, stopping: asyncio
     config = service.engine.lm.config
     service.metrics.describe(config)
     logger.info("model loaded", model=service.settings.name, seconds=round(time.perf_counter() - began, 1))
-    if config is not None and "NC" in config.licence.upper().split("-"):
-        notice = f"this safety checkpoint is for non-commercial use only ({config.licence})"
-        permissive = f"{service.settings.model}/permissive"
-        if service.settings.checkpoint is None and permissive in checkpoint.shipped():
-            notice += f"; checkpoint={permissive} serves one that is not"
+    for notice in _notices(service.settings, config):
         logger.warning(notice)
     if on_started is not None:
         on_started(None)
+
+
+def _notices(settings: Settings, config: SafetyConfig | None) -> Iterator[str]:
+    """Yield what an operator should know before the first request."""
+    if not settings.is_loopback and not settings.api_keys:
+        yield f"no api_keys: anybody who reaches {settings.host}:{settings.port} can use this server"
+    if config is not None and "NC" in config.licence.upper().split("-"):
+        notice = f"this safety checkpoint is for non-commercial use only ({config.licence})"
+        permissive = f"{settings.model}/permissive"
+        if settings.checkpoint is None and permissive in checkpoint.shipped():
+            notice += f"; checkpoint={permissive} serves one that is not"
+        yield notice

@@ -1,17 +1,24 @@
-"""Who is asking, and what they may do. Every path needs a key once there is one, but for the probes."""
+"""Who is asking, and what they may do. Every path needs a key once there is one, but for the probes.
+
+Without keys a server on a loopback address trusts its callers, as long as they are on this machine. A
+reverse proxy, or a browser that was led here under another name, brings callers who are not.
+"""
 
 import hashlib
 import hmac
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import Unauthorized
 from server.exchange import exchange_of
-from server.settings import Exposure, Settings
+from server.settings import Exposure, Settings, is_loopback_name
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
+FORWARDING = frozenset({"forwarded", "via", "x-real-ip"})
+"""Headers that proxies add, beside those that begin with `x-forwarded-`."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +44,35 @@ class KeyRing:
             )
             for entry in settings.api_keys
         ]
-        self._anonymous = Access("", settings.is_loopback, settings.default_exposure)
+        self._is_loopback = settings.is_loopback
+        self._local = Access("", may_loosen=True, expose_risk=settings.default_exposure)
+        self._anyone = Access("", may_loosen=False, expose_risk=settings.expose_risk or "flag")
 
-    def access(self, authorization: str | None) -> Access:
-        """Return what the bearer of this header may do. Takes as long for a wrong key as for a right one.
+    def access(self, headers: Headers) -> Access:
+        """Return what the sender of these headers may do. Takes as long for a wrong key as for a right one.
 
         Raises:
             Unauthorized: if there are keys, and this is none of them.
         """
         if not self._entries:
-            return self._anonymous
-        scheme, _, key = (authorization or "").partition(" ")
+            return self._local if self._is_loopback and _is_local(headers) else self._anyone
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip().encode("utf-8", "surrogateescape"))
         matches = [access for digest, access in self._entries if hmac.compare_digest(digest, given)]
         if scheme.lower() != "bearer" or not matches:
             raise Unauthorized
         return matches[0]
+
+
+def _is_local(headers: Headers) -> bool:
+    """Tell whether a request to a loopback address was meant for one, and came without a detour."""
+    if any(name in FORWARDING or name.startswith("x-forwarded-") for name in headers):
+        return False
+    hosts = headers.getlist("host")
+    try:
+        return len(hosts) == 1 and is_loopback_name(urlsplit(f"//{hosts[0]}").hostname or "")
+    except ValueError:  # brackets that are no address
+        return False
 
 
 def _digest(key: bytes) -> bytes:
@@ -71,7 +91,7 @@ class Authenticate:
         """Pass an ASGI exchange on, or answer it."""
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
-                exchange_of(scope).access = self._keys.access(Headers(scope=scope).get("authorization"))
+                exchange_of(scope).access = self._keys.access(Headers(scope=scope))
             except Unauthorized as error:
                 await error.response()(scope, receive, send)
                 return

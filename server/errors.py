@@ -4,6 +4,7 @@ ApiError            an answer that is an error
 ├── Unauthorized    401: no key, or a wrong one
 ├── Forbidden       403: the key may not do this
 ├── NotServed       404: a model by another name
+├── NotJson         415: a body that is not declared as JSON
 ├── HeadFailed      500: no judgement, because the safety head gave no number
 └── NotReady        503: loading, or shutting down
 """
@@ -91,6 +92,15 @@ class NotServed(ApiError):
         super().__init__(404, message, code="model_not_found", param=param)
 
 
+class NotJson(ApiError):
+    """The body is not declared as JSON."""
+
+    def __init__(self, media_type: str) -> None:
+        sent = f", got {media_type[:_MAX_ECHO]!r}" if media_type else ""
+        message = f"the body must be JSON{sent}; send the header `content-type: application/json`"
+        super().__init__(415, message, code="unsupported_media_type")
+
+
 class HeadFailed(ApiError):
     """The safety head gave no finite number, so there is no judgement."""
 
@@ -164,7 +174,7 @@ def _from_validation(found: Mapping[str, Any]) -> ApiError:
         )
     field = field_path([*found["loc"][1:], *([context["field"]] if "field" in context else [])])
     if not field:
-        return ApiError(400, "the body must be a JSON object, with content-type application/json", code="invalid_body")
+        return ApiError(400, "the body must be a JSON object", code="invalid_body")
     if kind == "missing":
         return invalid(field, f"{field} is required", code="missing_required_parameter")
     code = kind if kind in ("unknown_parameter", "unsupported_parameter", "invalid_unicode") else "invalid_value"

@@ -9,7 +9,7 @@ from model.config import SafetyConfig
 from model.guarded_lm import GuardedLM
 from server.auth import Access
 from server.engine.engine import Engine, EngineState
-from server.errors import NotReady, NotServed, invalid
+from server.errors import NotJson, NotReady, NotServed, invalid
 from server.exchange import Exchange, exchange_of
 from server.metrics import Metrics
 from server.settings import Settings
@@ -90,6 +90,15 @@ async def _access(request: Request) -> Access:
     return access
 
 
+async def _require_json(request: Request) -> None:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, _, subtype = media_type.partition("/")
+    if kind != "application" or not (subtype == "json" or subtype.endswith("+json")):
+        raise NotJson(media_type)
+
+
+JSON_BODY = Depends(_require_json)
+"""For routes with a body. A web page can send any other type, or none, to another site without asking it first."""
 TheService = Annotated[Service, Depends(_service)]
 TheModel = Annotated[GuardedLM, Depends(_model)]
 """Asking for it answers 503 while the model is not ready."""

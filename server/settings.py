@@ -109,7 +109,9 @@ class Settings(BaseSettings):
 
     max_running: Annotated[int, Field(ge=1)] = setting(8, "Limits", "sequences that are generated at a time")
     max_waiting: Annotated[int, Field(ge=0)] = setting(64, "Limits", "requests in the queue; more get a 429")
-    max_n: Annotated[int, Field(ge=1, le=128)] = setting(16, "Limits", "most choices (n) of one request")
+    max_n: Annotated[int, Field(ge=1, le=128)] = setting(
+        16, "Limits", "most choices (n) of one request, if all can run or wait"
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = setting(4 << 20, "Limits", "longest body of a request")
     drain_s: Annotated[float, Field(ge=0)] = setting(30.0, "Limits", "seconds that running requests get at a stop")
 
@@ -131,14 +133,14 @@ class Settings(BaseSettings):
         return self.served_model_name or self.model
 
     @property
+    def most_choices(self) -> int:
+        """The largest `n` that can be served at all; a larger one would find the queue full however idle it is."""
+        return min(self.max_n, self.max_running + self.max_waiting)
+
+    @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback_name(self.host)
 
     @property
     def default_exposure(self) -> Exposure:
@@ -156,6 +158,16 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources: values given, then the environment. `load` adds flags and the file."""
         return init_settings, env_settings
+
+
+def is_loopback_name(host: str) -> bool:
+    """Tell whether `host` is `localhost` or a loopback address, without a port and without brackets."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def load(flags: Mapping[str, Any], file: str | None = None) -> Settings:

@@ -17,10 +17,10 @@ from server.exchange import Exchange
 from server.metrics import ChoiceMeter
 from server.protocol.chat import ChatRequest
 from server.protocol.completion import ChatCompletion
-from server.service import TheAccess, TheExchange, TheModel, TheService
+from server.service import JSON_BODY, TheAccess, TheExchange, TheModel, TheService
 from server.sse import DONE, ChoiceStream, event
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], dependencies=[JSON_BODY])
 
 
 @router.post(

@@ -12,9 +12,9 @@ from server.errors import Forbidden, HeadFailed, as_api_error, invalid
 from server.protocol.chat import ChatMessage
 from server.protocol.moderation import ModerationRequest, ModerationResponse
 from server.results import moderation
-from server.service import Service, TheAccess, TheModel, TheService
+from server.service import JSON_BODY, Service, TheAccess, TheModel, TheService
 
-router = APIRouter(tags=["safety"])
+router = APIRouter(tags=["safety"], dependencies=[JSON_BODY])
 
 
 @router.post("/v1/moderations")
@@ -32,7 +32,7 @@ async def create(
         service.require_model(body.model, aliases=service.settings.moderation_aliases)
     config = service.require_signal()
     if access.expose_risk == "none":
-        raise Forbidden("this key may not see judgements")
+        raise Forbidden("this caller may not see judgements")
     name = f"modr-{uuid.uuid4().hex}"
     risks = await unless_gone(request, _risks(service, lm, name, body.texts))
     results = [moderation(risk, config.request.flag, access.expose_risk) for risk in risks]

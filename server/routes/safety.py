@@ -20,9 +20,9 @@ from server.protocol.safety import (
     ScoreResponse,
     ScoreThresholds,
 )
-from server.service import TheAccess, TheModel, TheService
+from server.service import JSON_BODY, TheAccess, TheModel, TheService
 
-router = APIRouter(tags=["safety"])
+router = APIRouter(tags=["safety"], dependencies=[JSON_BODY])
 
 
 @router.post(
@@ -43,9 +43,9 @@ async def score(
     config = service.require_signal()
     is_full = access.expose_risk == "full"
     if access.expose_risk == "none":
-        raise Forbidden("this key may not see judgements")
+        raise Forbidden("this caller may not see judgements")
     if body.trace and not is_full:
-        raise invalid("trace", "trace is only for keys that may see the exact risks", code="not_allowed")
+        raise invalid("trace", "trace is only for callers who may see exact risks", code="not_allowed")
     prompt = await encode(lm, body.messages, continue_final=body.messages[-1].role == "assistant")
     name = f"score-{uuid.uuid4().hex}"
     trace = await unless_gone(request, service.engine.score(name, prompt))

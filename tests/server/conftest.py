@@ -153,7 +153,8 @@ def _starter() -> Iterator[Serve]:
         ) -> Server:
             load = lm or (lambda: (SlowLM if slow else ScriptedLM)(script))
             engine = SequentialEngine(load, max_running=max_running, max_waiting=max_waiting)
-            return stack.enter_context(running(engine, settings(**changes), wait=wait))
+            configured = settings(max_running=max_running, max_waiting=max_waiting, **changes)
+            return stack.enter_context(running(engine, configured, wait=wait))
 
         yield start
 

@@ -1,3 +1,5 @@
+import socket
+
 import openai
 import pytest
 from pydantic import SecretStr
@@ -80,6 +82,63 @@ def test_a_mode_may_not_be_loosened_without_keys_off_loopback(serve):
     response = server.post(moderation={"model": "tiny", "policy": {"output": {"mode": "score"}}})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "moderation.policy.output.mode"
+
+
+LOOSEN = {"moderation": {"model": "tiny", "policy": {"output": {"mode": "score"}}}}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.8.9.1:80", "[::1]", "[::1]:8000"])
+def test_a_caller_on_this_machine_is_trusted_without_keys(polite, host):
+    response = polite.http.post("/v1/chat/completions", json={**CHAT, **LOOSEN}, headers={"host": host})
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["safety"]["request_risk"] is not None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "ballast.example:8000"},
+        {"host": "localhost.evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "192.168.0.7:8000"},
+        {"host": "0.0.0.0"},
+        {"host": "[::2]:80"},
+        {"host": "[::1"},
+        {"host": ""},
+        {"forwarded": "for=192.0.2.60"},
+        {"x-forwarded-for": "192.0.2.60"},
+        {"x-forwarded-host": "ballast.example"},
+        {"x-real-ip": "192.0.2.60"},
+        {"via": "1.1 proxy"},
+    ],
+    ids=lambda headers: "-".join(*headers.items()),
+)
+def test_a_caller_through_a_proxy_or_under_another_name_is_not_trusted(polite, headers):
+    response = polite.http.post("/v1/chat/completions", json=CHAT, headers=headers)
+    assert response.json()["choices"][0]["safety"]["request_risk"] is None
+    response = polite.http.post("/v1/chat/completions", json={**CHAT, **LOOSEN}, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "moderation.policy.output.mode"
+    assert polite.http.get("/metrics", headers=headers).status_code == 403
+
+
+def test_two_names_at_once_are_not_trusted(polite):
+    with socket.create_connection(("127.0.0.1", int(polite.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+        assert connection.recv(100).split()[1] in (b"400", b"403")
+
+
+def test_what_the_operator_exposes_is_for_every_caller_without_keys(serve):
+    response = serve(expose_risk="full").http.post("/v1/chat/completions", json=CHAT, headers={"host": "a.example"})
+    assert response.json()["choices"][0]["safety"]["request_risk"] is not None
+
+
+def test_a_key_is_worth_the_same_through_a_proxy(locked):
+    headers = {"authorization": "Bearer red-key", "host": "ballast.example", "x-forwarded-for": "192.0.2.60"}
+    response = locked.http.post("/v1/chat/completions", json={**CHAT, **LOOSEN}, headers=headers)
+    assert response.json()["choices"][0]["safety"]["request_risk"] is not None
 
 
 def test_off_loopback_risks_are_only_flagged(serve):

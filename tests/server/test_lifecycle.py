@@ -94,9 +94,21 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
 
 
 def test_choices_that_do_not_all_fit_the_queue_leave_nothing_behind(serve):
-    server = serve(max_running=1, max_waiting=1)
+    server = serve(LONG, slow=True, max_running=2, max_waiting=1)
+    stream = server.chat("hello", stream=True)
+    next(iter(stream))
     assert server.post(n=3).status_code == 429
-    wait_until(lambda: server.engine.stats().num_waiting + server.engine.stats().num_running == 0)
+    wait_until(lambda: server.engine.stats().num_waiting + server.engine.stats().num_running == 1)
+    assert server.post(n=2, max_tokens=2).status_code == 200
+    stream.close()
+
+
+def test_more_choices_than_may_ever_run_and_wait_are_a_400_and_no_endless_429(serve):
+    server = serve(max_running=2, max_waiting=0)
+    response = server.post(n=3)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "n"
+    assert "at most 2, got 3" in response.json()["error"]["message"]
     assert server.post(n=2).status_code == 200
 
 

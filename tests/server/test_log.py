@@ -105,3 +105,19 @@ def test_the_notice_names_no_checkpoint_that_does_not_ship(serve, scripted, tmp_
         serve(lm=lambda: scripted("x", licence="CC-BY-NC-4.0"))
     (line,) = (line for line in lines if line["log_level"] == "warning")
     assert "checkpoint=" not in line["event"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_notices"),
+    [
+        ({"host": "0.0.0.0"}, 1),
+        ({"host": "0.0.0.0", "api_keys": [{"name": "app", "key": "secret"}]}, 0),
+        ({"host": "127.0.0.1"}, 0),
+    ],
+)
+def test_a_server_that_anybody_can_reach_without_a_key_says_so_at_the_start(serve, changes, num_notices):
+    with structlog.testing.capture_logs() as lines:
+        serve(**changes)
+    notices = [line["event"] for line in lines if line["log_level"] == "warning"]
+    assert len(notices) == num_notices
+    assert all("no api_keys" in notice and "0.0.0.0:8000" in notice for notice in notices)

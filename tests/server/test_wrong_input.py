@@ -195,15 +195,25 @@ def test_invalid_json_is_reported_with_its_place(polite):
     assert "character 10" in error["message"]
 
 
-def test_a_form_is_refused_with_the_content_type_to_use(polite):
-    error = error_of(polite.http.post("/v1/chat/completions", data={"model": "tiny"}))
-    assert "application/json" in error["message"]
-
-
-def test_a_body_without_a_content_type_is_read_as_json(polite):
-    request = polite.http.build_request("POST", "/v1/moderations", content='{"input": "hello"}')
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/moderations", "/v1/safety/score"])
+@pytest.mark.parametrize(
+    "sent", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json", "", None]
+)
+def test_a_body_that_is_not_declared_as_json_is_a_415_that_says_what_to_send(polite, path, sent):
+    """These are the types that a web page may send to another site without asking it first."""
+    request = polite.http.build_request("POST", path, content='{"input": "hello"}')
     request.headers.pop("content-type", None)
-    assert polite.http.send(request).status_code == 200
+    if sent is not None:
+        request.headers["content-type"] = sent
+    error = error_of(polite.http.send(request), 415)
+    assert "`content-type: application/json`" in error["message"]
+    assert error["code"] == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("sent", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"])
+def test_every_way_to_declare_json_is_accepted(polite, sent):
+    body = {"content": '{"input": "hello"}', "headers": {"content-type": sent}}
+    assert polite.http.post("/v1/moderations", **body).status_code == 200
 
 
 def test_a_prompt_of_100000_tokens_is_refused_with_both_numbers(polite):
