@@ -9,6 +9,8 @@ ModelError
 └── TemplateError        the chat template refuses these messages
 """
 
+from traceback import walk_tb
+
 
 class ModelError(Exception):
     """Any error of the guarded model."""
@@ -40,3 +42,11 @@ class ContextLengthError(InvalidRequest):
 
 class TemplateError(ModelError):
     """The model's chat template does not accept these messages."""
+
+
+def origin(error: BaseException) -> str:
+    """Return the type of `error` and where it came from, innermost last; its message may quote a user's text."""
+    frames = [
+        f"{frame.f_code.co_filename}:{line} {frame.f_code.co_name}" for frame, line in walk_tb(error.__traceback__)
+    ]
+    return f"{type(error).__name__} at {' > '.join(frames)}"

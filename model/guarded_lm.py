@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.chat import ChatTemplate
 from model.config import SafetyConfig
-from model.errors import CheckpointError
+from model.errors import CheckpointError, origin
 from model.safety_head import HeadOutput, TokenHead
 
 logger = logging.getLogger(__name__)
@@ -25,11 +25,11 @@ class StepOutput:
     """What one forward pass over T new tokens gives."""
 
     logits: Tensor
-    """Next-token logits after the newest token, (V,)."""
+    """Next-token logits after the newest token, (V,); on the CPU where the head was read."""
     head: HeadOutput | None
-    """Logits of both risks at the assessed tokens, (N,) each; NaN where the head failed. None if unread."""
+    """Logits of both risks at the assessed tokens, (N,) each, on the CPU; NaN where the head failed. None if unread."""
     head_s: float
-    """Seconds that the head took."""
+    """Seconds until the head's logits lay on the CPU, without the pass before it."""
 
 
 class GuardedLM:
@@ -91,8 +91,11 @@ class GuardedLM:
         output = self.model(
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=assess
         )
-        head, head_s = self._read(output.hidden_states, assess_last) if assess else (None, 0.0)
-        return StepOutput(output.logits[0, -1], head, head_s)
+        logits = output.logits[0, -1]  # (V,)
+        if not assess:
+            return StepOutput(logits, None, 0.0)
+        logits = logits.to("cpu")  # waits for the pass, so that the head's time is its own; the sampler needs it there
+        return StepOutput(logits, *self._read(output.hidden_states, assess_last))
 
     def _read(self, hidden_states: tuple[Tensor, ...], num: int) -> tuple[HeadOutput, float]:
         """Return the head's logits at the last `num` tokens; NaN if the head fails, never an exception."""
@@ -101,8 +104,9 @@ class GuardedLM:
         try:
             states = torch.cat([hidden_states[layer][0, -num:] for layer in self.head.config.layers], dim=-1)
             output = self.head(states)  # (N,), (N,)
-        except Exception:
-            logger.exception("the safety head failed; its risks count as unsafe")
+            output = HeadOutput(output.request.to("cpu"), output.response.to("cpu"))
+        except Exception as error:
+            logger.error("the safety head failed; its risks count as unsafe: %s", origin(error))
             failed = torch.full((num,), torch.nan)
             output = HeadOutput(failed, failed)
         return output, time.perf_counter() - start

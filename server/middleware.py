@@ -1,12 +1,11 @@
 """The outer layers, in pure ASGI: they see every chunk of a stream and every disconnect."""
 
-import traceback
-
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model.errors import origin
 from server.errors import CLIENT_CLOSED_REQUEST, ApiError, as_api_error
 from server.exchange import Exchange, request_id_for
 from server.metrics import Metrics
@@ -48,7 +47,7 @@ class Observe:
         try:
             await self._app(scope, receive, send_observed)
         except Exception as error:
-            _log_surprise(exchange, error)
+            logger.error("unexpected error", request_id=exchange.request_id, error=origin(error))
             if not status:
                 await as_api_error(error).response()(scope, receive, send_observed)
         finally:
@@ -70,16 +69,6 @@ class Observe:
             completion_tokens=exchange.completion_tokens,
             seconds=round(exchange.elapsed_s, 4),
         )
-
-
-def _log_surprise(exchange: Exchange, error: Exception) -> None:
-    """Log where an exception came from, without its message, which may quote the user."""
-    logger.error(
-        "unexpected error",
-        request_id=exchange.request_id,
-        error=type(error).__name__,
-        stack="".join(traceback.format_tb(error.__traceback__)),
-    )
 
 
 class LimitBody:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 from model.chat import EncodedPrompt, Message
+from model.errors import origin
 from model.events import Event, Finish, HeadWork, Release
 from model.generation import generate
 from model.guarded_lm import GuardedLM
@@ -200,8 +201,8 @@ class SequentialEngine:
         _settle(loop, ready, lm)
         try:
             self._serve(lm)
-        except BaseException:
-            logger.exception("the engine's thread failed")
+        except BaseException as error:
+            logger.critical("the engine's thread failed: %s", origin(error))
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._fail)
 
@@ -245,8 +246,8 @@ class SequentialEngine:
             if job.steps is None:
                 job.steps = job.begin(lm)
             item = next(job.steps, _END)
-        except Exception:
-            logger.exception("request %s failed", job.request_id)
+        except Exception as error:
+            logger.error("request %s failed: %s", job.request_id, origin(error))
             item = EngineError("the engine failed on this request; it is safe to retry")
         self._head += _head_work(item)
         if item is not _END and not isinstance(item, _LAST):

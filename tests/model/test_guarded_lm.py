@@ -1,6 +1,8 @@
 """The wrapper on seven families of tiny random models, against plain transformers."""
 
 import logging
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import GenerationConfig
 from model.config import TokenHeadConfig
 from model.errors import CheckpointError
 from model.guarded_lm import GuardedLM
-from model.safety_head import TokenHead
+from model.safety_head import HeadOutput, TokenHead
 from model.testing import FAMILIES, byte_tokenizer, tiny_config, tiny_guarded_lm, tiny_lm
 
 IDS = [1, *range(60, 90), 7]
@@ -25,7 +27,7 @@ class FailingHead(nn.Module):
         self.config = TokenHeadConfig((-1,), 32, 0)
 
     def forward(self, states: torch.Tensor) -> None:
-        raise RuntimeError("broken")
+        raise RuntimeError(" ".join(["my", "darkest", "thought"]))
 
 
 def plain_logits(lm: GuardedLM, ids: list[int]) -> torch.Tensor:
@@ -105,6 +107,50 @@ def test_a_head_that_raises_gives_nan_and_a_log_line(caplog):
     assert output.head.response.isnan().tolist() == [True, True]
     assert torch.equal(output.logits, plain_logits(lm, IDS))
     assert "safety head failed" in caplog.text
+
+
+def test_the_log_line_of_a_failing_head_says_where_and_repeats_no_message(caplog):
+    lm = tiny_guarded_lm()
+    lm.head = FailingHead()
+    with caplog.at_level(logging.ERROR):
+        lm.forward(IDS, lm.new_cache(), assess_last=2)
+    assert "RuntimeError at " in caplog.text
+    assert "test_guarded_lm.py:" in caplog.text
+    assert "my darkest" not in caplog.text
+
+
+class Pending:
+    """A tensor that a GPU is still computing: it takes 20 ms to come to the CPU."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def to(self, device: str) -> torch.Tensor:
+        assert device == "cpu"
+        time.sleep(0.02)
+        return self.value
+
+
+def test_the_time_of_the_head_lasts_until_its_logits_are_on_the_cpu(monkeypatch):
+    lm = tiny_guarded_lm()
+    pending = HeadOutput(Pending(torch.zeros(2)), Pending(torch.ones(2)))
+    monkeypatch.setattr(lm.head, "forward", lambda states: pending)
+    output = lm.forward(IDS, lm.new_cache(), assess_last=2)
+    assert output.head_s >= 0.02
+    assert torch.equal(output.head.response, torch.ones(2))
+
+
+def test_the_time_of_the_head_does_not_hold_the_pass_before_it(monkeypatch):
+    """On a GPU the head begins only when the pass has ended, so the pass must be waited for first."""
+    lm = tiny_guarded_lm()
+    order = []
+    monkeypatch.setattr(Pending, "to", lambda self, device: order.append(self.value) or torch.zeros(1))
+    states = (torch.zeros(1, 32, 32),)
+    result = SimpleNamespace(logits={(0, -1): Pending("logits")}, hidden_states=states)
+    monkeypatch.setattr(lm, "model", type("Model", (), {"device": "cpu", "__call__": lambda self, **_: result})())
+    monkeypatch.setattr(lm.head, "forward", lambda _: order.append("head") or HeadOutput(Pending("a"), Pending("b")))
+    lm.forward(IDS, None, assess_last=2)
+    assert order == ["logits", "head", "a", "b"]
 
 
 def test_a_head_without_its_configuration_is_refused():

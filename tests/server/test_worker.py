@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import math
 import threading
 from collections.abc import Sequence
@@ -202,3 +203,35 @@ def test_what_the_head_did_is_counted_for_aborted_requests_and_for_scoring_too()
         await engine.stop(drain_s=0)
 
     asyncio.run(run())
+
+
+def test_a_fault_is_logged_with_its_place_and_without_its_message(caplog):
+    class FailingLM(ScriptedLM):
+        """Fails once, with a message that quotes the user."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
+            step = super().forward(*args, **kwargs)
+            if len(self.fed) == 9:
+                raise ValueError(" ".join(["my", "darkest", "thought"]))
+            return step
+
+    async def run() -> None:
+        engine = SequentialEngine(lambda: FailingLM("a long enough answer"))
+        await engine.start()
+        with pytest.raises(EngineError, match="safe to retry"):
+            await collect(engine, "a")
+
+        def broken() -> bool:
+            raise MemoryError(" ".join(["my", "darkest", "thought"]))
+
+        engine._receive = broken  # type: ignore[method-assign]  # the fault to test
+        with pytest.raises(EngineError, match="must be restarted"):
+            await collect(engine, "b")
+        await engine.stop(drain_s=0)
+
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(run())
+    assert "request a failed: ValueError at " in caplog.text
+    assert "thread failed: MemoryError at " in caplog.text
+    assert caplog.text.count("test_worker.py:") == 2
+    assert "my darkest" not in caplog.text
