@@ -49,7 +49,7 @@ class Generation:
         self._generator = generator_for(request.sampling, request.choice)
         self._prompt_ids = (*request.prompt.request, *request.prompt.prefill)
         self._num_prefill = len(request.prompt.prefill)
-        self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop)
+        self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop, min_tokens=request.sampling.min_tokens)
         self._trace = Trace(smoothing=lm.config.smoothing if lm.config else 1.0)
         self._response_risk: float | None = None
         self._request_head = HeadWork()

@@ -30,12 +30,21 @@ class Holdback:
         tokenizer: the model's tokenizer.
         context: ids before the response.
         stop: strings that end the response; the text before the first one is kept.
+        min_tokens: stop strings that end within the text of the first this many tokens are ordinary text, as in vLLM.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+    ) -> None:
         self._tokenizer = tokenizer
         self._context = tuple(context)
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(tokenizer, context)
         self._tokens: list[ResponseToken] = []
         self._ends: list[int] = []  # length of the text after each token
@@ -75,7 +84,7 @@ class Holdback:
         self._tokens.append(token)
         self._ends.append(len(self._text))
         self._is_cropped = False
-        if self._stop_at is None:
+        if self._stop_at is None and len(self._tokens) > self._min_tokens:
             found = [at for stop in self._stop if (at := self._text.find(stop, max(0, start - len(stop) + 1))) >= 0]
             self._stop_at = min(found, default=None)
 

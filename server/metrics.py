@@ -72,7 +72,10 @@ class Metrics:
             registry=at,
         )
         self.inter_token_s = Histogram(
-            "ballast_inter_token_seconds", "Between two releases of one choice", buckets=_TOKEN_S, registry=at
+            "ballast_inter_token_seconds",
+            "Between two tokens of one choice; tokens that leave together share their wait evenly",
+            buckets=_TOKEN_S,
+            registry=at,
         )
 
     def _build_safety(self) -> None:
@@ -151,16 +154,14 @@ class ChoiceMeter:
     def _see_release(self, release: Release) -> None:
         if release.head.num_assessments:
             self._metrics.head_s.observe(release.head.seconds)
-        if not (release.text or release.tokens):
-            return
-        now = time.perf_counter()
-        if self._has_text:
-            self._metrics.inter_token_s.observe(now - self._last)
-        elif release.text:
-            self._metrics.first_token_s.observe(now - self._last)
-            self._has_text = True
-        if self._has_text:
+        now, num_tokens = time.perf_counter(), len(release.tokens)
+        if self._has_text and num_tokens:
+            for _ in range(num_tokens):
+                self._metrics.inter_token_s.observe((now - self._last) / num_tokens)
             self._last = now
+        elif release.text and not self._has_text:
+            self._metrics.first_token_s.observe(now - self._last)
+            self._has_text, self._last = True, now
 
     def _see_finish(self, finish: Finish) -> None:
         metrics = self._metrics

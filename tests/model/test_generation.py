@@ -236,6 +236,37 @@ def test_min_tokens_put_the_end_off(ask):
     assert len(ask(ScriptedLM("ab"), sampling=SamplingParams(temperature=0, min_tokens=5)).tokens) >= 5
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "expected"),
+    [
+        (0, "one "),
+        (6, "one "),  # the stop string ends with the seventh token
+        (7, "one two stop "),
+        (12, "one two stop "),
+        (15, "one two stop "),  # the second one ends with the sixteenth
+        (16, "one two stop two three"),
+    ],
+)
+def test_a_stop_string_within_min_tokens_is_ordinary_text(min_tokens: int, expected: str, ask):
+    sampling = SamplingParams(temperature=0, min_tokens=min_tokens)
+    answer = ask(ScriptedLM("one two stop two three"), stop=("two",), sampling=sampling)
+    assert (answer.text, answer.finish.reason) == (expected, "stop")
+
+
+def test_a_stop_string_within_min_tokens_is_released_as_it_comes(ask):
+    sampling = SamplingParams(temperature=0, min_tokens=7)
+    answer = ask(ScriptedLM("one two and more"), stop=("two",), sampling=sampling, **BOTH_OFF)
+    assert answer.text == "one two and more"
+    assert "two" in "".join(release.text for release in answer.releases[:12])
+
+
+def test_a_rollback_looks_for_stop_strings_as_before_within_min_tokens(ask):
+    # The text that is kept is pushed again; its stop string is still ordinary text.
+    sampling = SamplingParams(temperature=0, min_tokens=7)
+    answer = ask(ScriptedLM("one two and more HARM"), stop=("two",), sampling=sampling)
+    assert (answer.text, answer.finish.action) == ("one two and more ", "rolled_back")
+
+
 def test_ignore_eos_goes_on_to_max_tokens(ask):
     answer = ask(ScriptedLM("ab"), sampling=SamplingParams(temperature=0, ignore_eos=True), max_tokens=6)
     assert (len(answer.tokens), answer.text, answer.finish.reason) == (6, "ab", "length")

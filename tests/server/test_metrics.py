@@ -1,7 +1,15 @@
 import time
+from types import SimpleNamespace
 
+import pytest
+
+from model.chat import EncodedPrompt
 from model.config import Thresholds
-from server.metrics import METRIC_NAMES
+from model.events import HeadWork, Release
+from model.holdback import ResponseToken
+from model.request import GenerationRequest
+from server.engine.engine import EngineStats
+from server.metrics import METRIC_NAMES, ChoiceMeter, Metrics
 
 
 def test_every_metric_of_the_list_is_there_and_no_other(polite):
@@ -34,6 +42,30 @@ def test_tokens_assessments_and_times_are_measured(serve):
     assert server.metric("ballast_inter_token_seconds_count") > 0
     assert server.metric("ballast_safety_head_seconds_count") > 0
     assert server.metric('ballast_request_seconds_count{endpoint="/v1/chat/completions"}') == 1
+
+
+class IdleEngine:
+    """An engine that has done nothing."""
+
+    def stats(self):
+        return EngineStats(0, 0, HeadWork())
+
+
+def test_tokens_that_leave_together_share_their_wait_evenly(monkeypatch):
+    """First text after 1 s, then three tokens 0.6 s later, text without a token, and a token 0.3 s after the three."""
+    metrics = Metrics(IdleEngine())
+    meter = ChoiceMeter(metrics, GenerationRequest(EncodedPrompt((1,)), max_tokens=9), arrived=10.0)
+    releases = {11.0: ("a", 2), 11.6: ("bcd", 3), 11.7: ("e", 0), 11.8: ("", 0), 11.9: ("f", 1)}
+    for now, (text, num_tokens) in releases.items():
+        monkeypatch.setattr("server.metrics.time", SimpleNamespace(perf_counter=lambda now=now: now))
+        meter.see(Release(text, (ResponseToken(5),) * num_tokens))
+    samples = [line for line in metrics.render().decode().splitlines() if "_seconds" in line]
+    found = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in samples if line[0] != "#")}
+    assert found["ballast_time_to_first_token_seconds_sum"] == pytest.approx(1.0)
+    assert found["ballast_inter_token_seconds_count"] == 4
+    assert found["ballast_inter_token_seconds_sum"] == pytest.approx(0.6 + 0.3)
+    assert found['ballast_inter_token_seconds_bucket{le="0.25"}'] == 3
+    assert found['ballast_inter_token_seconds_bucket{le="0.5"}'] == 4
 
 
 def test_the_time_to_the_first_token_includes_the_holdback(serve):
