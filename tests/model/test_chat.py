@@ -1,12 +1,16 @@
 import hashlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.chat import FALLBACK_TEMPLATE, ChatTemplate, EncodedPrompt, Message
 from model.errors import TemplateError
 from model.testing import CHAT_TEMPLATE, byte_tokenizer
 
 USER = Message("user", "hi")
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+"""What the template puts after the newest message."""
 
 
 def template(source=CHAT_TEMPLATE) -> ChatTemplate:
@@ -138,3 +142,104 @@ def test_a_prefill_cannot_open_a_turn_of_the_user():
         ChatTemplate(byte_tokenizer()).encode(
             [Message("user", "hi"), Message("assistant", prefill)], continue_final=True
         )
+
+
+# The query: from the newest message to the end of the request
+
+
+def query_of(prompt: EncodedPrompt) -> str:
+    return text_of(prompt.request[prompt.query_start :])
+
+
+HISTORY = [USER, Message("assistant", "Good day.")]
+HISTORIES = [
+    [],
+    [Message("system", "be kind")],
+    HISTORY,
+    [Message("system", "be kind"), *HISTORY],
+    [Message("user", "and now?"), Message("assistant", "and now?")],
+]
+
+
+@pytest.mark.parametrize("before", HISTORIES)
+def test_the_query_begins_with_the_newest_message(before):
+    assert query_of(template().encode([*before, Message("user", "and now?")])) == "and now?" + TAIL
+
+
+@pytest.mark.parametrize("before", HISTORIES)
+def test_the_query_of_a_prefilled_answer_is_the_message_before_it(before):
+    messages = [*before, Message("user", "and now?"), Message("assistant", "and now?")]
+    prompt = template().encode(messages, continue_final=True)
+    assert query_of(prompt) == "and now?" + TAIL
+    assert prompt.query_start == template().encode(messages[:-1]).query_start
+
+
+def test_a_prefill_whose_border_is_kept_has_the_query_too():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["ab"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}a"
+    prompt = ChatTemplate(tokenizer).encode([*HISTORY, USER, Message("assistant", "b")], continue_final=True)
+    assert tokenizer.decode(prompt.prefill) == "b"
+    assert tokenizer.decode(prompt.request[prompt.query_start :]) == "hi;a"
+
+
+def test_an_assistant_message_that_is_not_continued_is_the_newest():
+    assert query_of(template().encode(HISTORY)) == "Good day." + TAIL
+
+
+@pytest.mark.parametrize(
+    "content", ["assistant", "a", "t", "im_end", "<", "|>", ">\n", "start", "user", "hi", "system"]
+)
+def test_a_text_that_stands_in_the_template_too_is_found_where_the_message_is(content: str):
+    # Looked for from the end, "assistant" would be found in the opening of the answer.
+    assert query_of(template().encode([*HISTORY, Message("user", content)])) == content + TAIL
+
+
+@given(
+    content=st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip) | st.from_regex("[abAB]{1,4}"),
+    before=st.sampled_from(HISTORIES),
+)
+def test_the_query_is_the_newest_message_and_the_templates_tail(content: str, before):
+    prompt = template().encode([*before, Message("user", content)])
+    assert list(prompt.request[prompt.query_start :]) == byte_tokenizer().encode(content + TAIL)
+
+
+def test_the_query_begins_where_the_text_does_that_a_template_strips():
+    stripping = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    prompt = template(stripping).encode([*HISTORY, Message("user", " \n  and now? \n")])
+    assert query_of(prompt) == "and now?" + TAIL
+
+
+def test_the_query_begins_where_the_text_does_that_a_template_changes():
+    shouting = CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper")
+    prompt = template(shouting).encode([*HISTORY, Message("user", "and now?")])
+    assert query_of(prompt) == "AND NOW?" + TAIL
+
+
+@pytest.mark.parametrize("content", ["", " ", "\n \t"])
+def test_a_blank_message_makes_the_whole_request_the_query(content: str):
+    assert template().encode([*HISTORY, Message("user", content)]).query_start == 0
+    prefilled = [*HISTORY, Message("user", content), Message("assistant", "Well")]
+    assert template().encode(prefilled, continue_final=True).query_start == 0
+
+
+def test_a_template_that_leaves_the_text_out_makes_the_whole_request_the_query():
+    assert template("{{ messages | length }} messages").encode([*HISTORY, USER]).query_start == 0
+
+
+def test_a_first_token_that_the_template_began_belongs_to_the_query():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["\nan"])
+    prompt = ChatTemplate(tokenizer).encode([*HISTORY, Message("user", "and now?")])
+    assert tokenizer.decode(prompt.request[prompt.query_start :]) == "\nand now?" + TAIL
+
+
+def test_the_plain_template_has_a_query_too():
+    assert query_of(template(None).encode([*HISTORY, Message("user", "and now?")])) == "and now?\nassistant: "
+
+
+@pytest.mark.parametrize("start", [-1, 3, 4])
+def test_a_query_of_nothing_is_refused(start: int):
+    # It would leave the request unread.
+    with pytest.raises(ValueError, match=f"3 tokens cannot begin at {start}"):
+        EncodedPrompt((5, 6, 7), (8,), start)

@@ -30,9 +30,9 @@ def test_what_is_saved_is_loaded(folder):
     lm = tiny_guarded_lm()
     head, config = load_head(folder)
     assert config == lm.config
-    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(head(states).response, lm.head(states).response)
-    assert torch.equal(head(states).request, lm.head(states).request)
+    features = torch.randn(5, 2 * 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(head.response(features), lm.head.response(features))
+    assert torch.equal(head.request(features), lm.head.request(features))
 
 
 def test_a_head_with_a_hidden_layer_and_its_standardisation_travel(tmp_path):
@@ -41,7 +41,7 @@ def test_a_head_with_a_hidden_layer_and_its_standardisation_travel(tmp_path):
     head.request.mean.fill_(3.0)
     save(tmp_path, head, config)
     loaded, _ = load_head(tmp_path)
-    assert loaded.request.mean.tolist() == [3.0] * 64
+    assert loaded.request.mean.tolist() == [3.0] * 2 * 64
     assert loaded.response.out.weight.shape == (1, 4)
 
 

@@ -192,12 +192,12 @@ def test_an_answer_of_nothing_needs_no_assessment(ask):
     assert (answer.text, answer.finish.reason, answer.finish.response_risk) == ("", "stop", None)
 
 
-def test_the_last_assessment_reads_the_newest_token_once_in_the_cache(ask):
-    # Fed again for the assessment after "abc" was fed without one: request, a, b, c, and c in place of c.
+def test_the_last_assessment_feeds_no_token_again(ask):
+    # "c" was fed without an assessment; what the head reads at it was kept.
     lm = ScriptedLM("abc")
     ask(lm, schedule=First())
     a, b, c = ids_of(lm, "abc")
-    assert lm.fed[1:] == [(a,), (b,), (c,), (c,)]
+    assert lm.fed[1:] == [(a,), (b,), (c,)]
 
 
 # Ends and counts
@@ -327,7 +327,8 @@ def broken_lm(side: str | None):
     lm = tiny_guarded_lm()
     with torch.no_grad():
         if side is None:
-            lm.head.request.out.weight = torch.nn.Parameter(torch.zeros(1, 7))
+            for part in (lm.head.request, lm.head.response):
+                part.out.weight = torch.nn.Parameter(torch.zeros(1, 7))
         else:
             for name in ("request", "response"):
                 getattr(lm.head, name).out.bias.fill_(math.nan if name == side else -20.0)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.chat import EncodedPrompt
 from model.config import TokenHeadConfig
 from model.guarded_lm import GuardedLM
 from model.policy import Mode
@@ -36,6 +35,8 @@ def greedy_ids(lm: GuardedLM, ids: list[int], count: int, stop: str | None = Non
 def harm_detecting_lm(family: str) -> GuardedLM:
     """Return a tiny model whose head reads the embedding and calls one letter harm, whatever is around it.
 
+    It gives no weight to the mean of the passage.
+
     The embeddings are random and 32 wide, so the projection of another letter's on this one's is far
     below 1: its logit is 20 * projection - 15, which is 5 for the letter itself.
     """
@@ -44,7 +45,7 @@ def harm_detecting_lm(family: str) -> GuardedLM:
     with torch.no_grad():
         states = lm.model(torch.tensor([[letter]]), output_hidden_states=True).hidden_states[0][0, 0]
         lm.head.request.out.weight.zero_()
-        lm.head.response.out.weight[0] = 20 * states / states.dot(states)
+        lm.head.response.out.weight[0] = torch.cat([20 * states / states.dot(states), torch.zeros(32)])
         for part in (lm.head.request, lm.head.response):
             part.out.bias.fill_(-15.0)
     return lm
@@ -89,9 +90,9 @@ def test_after_a_rollback_the_refusal_is_as_if_the_rest_had_never_been(family: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_risks_along_a_generation_are_those_of_scoring_the_same_text(family: str, make_request, ask):
     lm = tiny_guarded_lm(family, smoothing=0.3)
-    request = make_request(lm).prompt
+    prompt = make_request(lm).prompt
     answer = ask(lm, max_tokens=NUM_TOKENS, input=Mode.SCORE, output=Mode.SCORE)
-    trace = score(lm, EncodedPrompt(request.request, tuple(token.token_id for token in answer.tokens)))
+    trace = score(lm, replace(prompt, prefill=tuple(token.token_id for token in answer.tokens)))
     assert [t.risk for t in answer.tokens] == pytest.approx([a.risk for a in trace.assessments], abs=1e-4)
     assert answer.finish.request_risk == pytest.approx(trace.request_risk, abs=1e-4)
     assert answer.finish.response_risk == pytest.approx(trace.response_risk(lm.config.patience), abs=1e-4)
@@ -99,13 +100,13 @@ def test_risks_along_a_generation_are_those_of_scoring_the_same_text(family: str
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_assessment_of_a_sparse_schedule_is_that_of_scoring_the_same_text(family: str, make_request, ask):
-    # The newest token was fed before without an assessment; fed again, it must not stand in the cache twice.
+    # The tokens before it were fed without an assessment; they must stand in its mean all the same.
     lm = tiny_guarded_lm(family)
     unended = SamplingParams(temperature=0, logit_bias=dict.fromkeys(lm.eos_ids, -100), min_tokens=5)
     for sampling in (unended, SamplingParams(seed=4, logit_bias=dict.fromkeys(lm.eos_ids, 4))):  # by length, by itself
         answer = ask(lm, max_tokens=20, sampling=sampling, input=Mode.OFF, output=Mode.SCORE, schedule=First())
         ids = tuple(token.token_id for token in answer.tokens)
-        trace = score(lm, EncodedPrompt(make_request(lm).prompt.request, ids))
+        trace = score(lm, replace(make_request(lm).prompt, prefill=ids))
         assert answer.finish.reason == ("length" if sampling is unended else "stop")
         assert answer.finish.response_risk == pytest.approx(trace.assessments[-1].risk, abs=1e-4)
 

@@ -40,10 +40,13 @@ def test_risks_are_the_heads_at_the_states_of_one_pass():
     trace = score(lm, prompt)
     with torch.inference_mode():
         ids = torch.tensor([[*prompt.request, *prompt.prefill]])
-        output = lm.head(lm.model(ids, output_hidden_states=True).hidden_states[-1][0])
-    border = len(prompt.request)
-    assert trace.request_risk == pytest.approx(probability(float(output.request[border - 1])), abs=1e-6)
-    expected = [probability(float(logit)) for logit in output.response[border:]]
+        states = lm.model(ids, output_hidden_states=True).hidden_states[-1][0]
+        query, response = states[prompt.query_start : len(prompt.request)], states[len(prompt.request) :]
+        (of_request,) = lm.head.request(torch.cat([query[-1], query.mean(dim=0)])[None])
+        means = [response[: length + 1].mean(dim=0) for length in range(len(response))]
+        of_response = lm.head.response(torch.cat([response, torch.stack(means)], dim=-1))
+    assert trace.request_risk == pytest.approx(probability(float(of_request)), abs=1e-6)
+    expected = [probability(float(logit)) for logit in of_response]
     assert [a.risk for a in trace.assessments] == pytest.approx(expected, abs=1e-6)
 
 

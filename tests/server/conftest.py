@@ -17,8 +17,10 @@ import openai
 import pytest
 import structlog
 import uvicorn
+from torch import Tensor
 
-from model.guarded_lm import GuardedLM, StepOutput
+from model.config import Side
+from model.guarded_lm import Assessed, GuardedLM, StepOutput
 from model.testing import ScriptedLM
 from server.app import create_app
 from server.engine.worker import SequentialEngine
@@ -40,11 +42,9 @@ class BrokenHeadLM(SlowLM):
 
     broken: str | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
-        step = super().forward(*args, **kwargs)
-        if step.head is not None and self.broken is not None:
-            getattr(step.head, self.broken).fill_(math.nan)
-        return step
+    def assess(self, side: Side, features: Tensor) -> Assessed:
+        found = super().assess(side, features)
+        return found._replace(logits=[math.nan] * len(features)) if side == self.broken else found
 
 
 @dataclass

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from model.chat import EncodedPrompt, Message
+from model.config import Side
 from model.events import Finish, HeadWork
 from model.generation import PREFILL_CHUNK
-from model.guarded_lm import StepOutput
+from model.guarded_lm import Assessed, StepOutput
 from model.policy import Mode
 from model.request import GenerationRequest
 from model.testing import ScriptedLM
@@ -176,11 +178,10 @@ def test_what_the_head_did_is_counted_for_aborted_requests_and_for_scoring_too()
 
         is_broken = False
 
-        def forward(self, *args: Any, **kwargs: Any) -> StepOutput:
-            step = super().forward(*args, **kwargs)
-            if step.head is not None and self.is_broken:
-                step.head.response.fill_(math.inf)
-            return step
+        def assess(self, side: Side, features: Tensor) -> Assessed:
+            found = super().assess(side, features)
+            is_failed = self.is_broken and side == "response"
+            return found._replace(logits=[math.inf] * len(features)) if is_failed else found
 
     async def run() -> None:
         lm = BrokenLM("x" * 400)
