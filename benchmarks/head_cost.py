@@ -17,20 +17,20 @@ import torch
 from model import checkpoint, pretrained
 from model.chat import Message
 from model.guarded_lm import GuardedLM
+from model.safety_head import Passage
 
 PROMPT = "Explain in a few sentences how a sailing boat can move against the wind, and what ballast is for."
 
 
 def seconds_per_token(lm: GuardedLM, ids: tuple[int, ...], num_tokens: int, *, assess: bool) -> float:
     """Decode greedily after `ids` and return seconds per token, the prompt not counted."""
-    cache = lm.new_cache()
+    cache, response = lm.new_cache(), Passage()
     output = lm.forward(ids, cache)
     start = time.perf_counter()
     for _ in range(num_tokens):
-        output = lm.forward([int(output.logits.argmax())], cache, assess_last=int(assess))
-        if assess:
-            assert output.head is not None
-            output.head.response.tolist()  # what the loop does with it: copy the risk to Python
+        output = lm.forward([int(output.logits.argmax())], cache, states_of_last=int(assess))
+        if output.states is not None:
+            lm.assess("response", response.extend(output.states))
     return (time.perf_counter() - start) / num_tokens
 
 

@@ -33,6 +33,12 @@ class EncodedPrompt:
     """Everything that the client supplied, ending with the template's opening of the answer."""
     prefill: tuple[int, ...] = ()
     """A prefilled assistant message: the first tokens of the response."""
+    query_start: int = 0
+    """Where in `request` the newest message begins; from there to the end is the query."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.query_start < max(1, len(self.request)):
+            raise ValueError(f"the query of {len(self.request)} tokens cannot begin at {self.query_start}")
 
 
 class ChatTemplate:
@@ -71,7 +77,8 @@ class ChatTemplate:
         for message in messages:
             self._refuse_control_tokens(message.content)
         if not continue_final:
-            return EncodedPrompt(self._ids(self._render(messages)))
+            request = self._ids(self._render(messages))
+            return EncodedPrompt(request, (), self._query_start(messages, request))
         if messages[-1].role != "assistant":
             raise TemplateError(
                 f"only an assistant message can be continued, the last one has role {messages[-1].role!r}"
@@ -80,10 +87,27 @@ class ChatTemplate:
             raise TemplateError("a prefilled assistant message needs a message before it")
         rendered = self._render(messages[:-1])
         request = self._ids(rendered)
+        query_start = self._query_start(messages[:-1], request)
         whole = self._ids(rendered + messages[-1].content)
         if whole[: len(request)] == request:
-            return EncodedPrompt(request, whole[len(request) :])
-        return EncodedPrompt(request, self._ids(messages[-1].content))  # the border would merge: keep it
+            return EncodedPrompt(request, whole[len(request) :], query_start)
+        prefill = self._ids(messages[-1].content)  # the border would merge: keep it
+        return EncodedPrompt(request, prefill, query_start)
+
+    def _query_start(self, messages: Sequence[Message], request: tuple[int, ...]) -> int:
+        """Return the number of tokens of `request` before the text of the newest of `messages`.
+
+        They are those that stay when another text stands in its place: the text itself may occur elsewhere,
+        in the template too. A blank text has no place of its own; then the whole request is the query.
+        """
+        *before, newest = messages
+        text = newest.content.strip()
+        if not text:
+            return 0
+        other = Message(newest.role, "b" if text[0] in "aA" else "a")
+        pairs = zip(request, self._ids(self._render((*before, other))), strict=False)
+        start = next((place for place, (one, another) in enumerate(pairs) if one != another), len(request))
+        return start if start < len(request) else 0  # the template left the text out
 
     def _refuse_control_tokens(self, content: str) -> None:
         """Refuse text that would become a control token, such as the end of a turn.

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from model.errors import CheckpointError
 from model.policy import Mode, Policy
 
-VERSION = 1
+VERSION = 2
 """Version of the `safety_config.json` format that this code reads and writes."""
+
+Side = Literal["request", "response"]
+"""What a risk is of."""
 
 
 @dataclass(frozen=True)

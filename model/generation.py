@@ -11,10 +11,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from model.events import Action, Event, Finish, FinishReason, HeadWork, Release
-from model.guarded_lm import GuardedLM, StepOutput
+from model.guarded_lm import Assessed, GuardedLM
 from model.holdback import Holdback, ResponseToken
 from model.policy import Continue, Decision, Mode, Policy, Refuse, Rollback
 from model.request import GenerationRequest, admit
+from model.safety_head import Passage
 from model.sampling import GREEDY, draw, generator_for
 from model.schedule import Every, Schedule, is_due
 from model.trace import Trace
@@ -50,6 +51,8 @@ class Generation:
         self._prompt_ids = (*request.prompt.request, *request.prompt.prefill)
         self._num_prefill = len(request.prompt.prefill)
         self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop, min_tokens=request.sampling.min_tokens)
+        self._response = Passage()
+        self._features: Tensor  # what the head reads at the tokens fed last, (N, 2 * S)
         self._trace = Trace(smoothing=lm.config.smoothing if lm.config else 1.0)
         self._response_risk: float | None = None
         self._request_head = HeadWork()
@@ -85,25 +88,28 @@ class Generation:
 
     def _read_request(self) -> Generator[Event, None, Tensor]:
         """Feed the request in chunks, note its risk at the last token, and return the logits (V,)."""
-        *before, last = chunks(self._request.prompt.request)
+        prompt, query = self._request.prompt, Passage()
+        num_query = len(prompt.request) - prompt.query_start if self._policy.input is not Mode.OFF else 0
+        num_after = len(prompt.request)
+        *before, last = chunks(prompt.request)
         for chunk in before:
-            self._lm.forward(chunk, self._cache)
+            num_after -= len(chunk)
+            self._feed(chunk, query, min(len(chunk), max(0, num_query - num_after)))
             yield Release()
-        is_read = self._policy.input is not Mode.OFF
-        output = self._lm.forward(last, self._cache, assess_last=int(is_read))
-        if is_read:
-            self._trace.read_request(self._request_logit(output))
+        logits = self._feed(last, query, min(len(last), num_query))
+        if num_query:
+            found = self._lm.assess("request", self._features[-1:])
+            self._request_head += self._note(found)
+            self._trace.read_request(found.logits[0])
         yield Release(head=self._pop_head())
-        return output.logits
+        return logits
 
     def _read_prefill(self, logits: Tensor) -> Generator[Event, None, tuple[Tensor, Decision]]:
         """Feed a prefilled assistant message and assess it token by token, like generated text."""
         decision: Decision = Continue(releasable=0)
-        is_read = self._policy.output is not Mode.OFF
         for chunk in chunks(self._request.prompt.prefill):
-            output = self._lm.forward(chunk, self._cache, assess_last=len(chunk) if is_read else 0)
-            logits = output.logits
-            for logit in self._response_logits(output) if is_read else ():
+            logits = self._feed_response(chunk)
+            for logit in self._response_logits() if self._policy.output is not Mode.OFF else ():
                 self._add(self._trace.position + 1, logit)
                 decision = self._policy.decide(self._trace, self._trace.position)
                 if isinstance(decision, Rollback):
@@ -135,20 +141,28 @@ class Generation:
         is_assessed = self._policy.output is not Mode.OFF and is_due(
             self._schedule, self._length, self._trace.position, is_suspicious=is_suspicious
         )
-        output = self._lm.forward([token_id], self._cache, assess_last=int(is_assessed))
+        logits = self._feed_response([token_id])
         if is_assessed:
-            (logit,) = self._response_logits(output)
-            self._add(self._length, logit)
-        return output.logits, self._policy.decide(self._trace, self._length)
+            self._assess_newest()
+        return logits, self._policy.decide(self._trace, self._length)
+
+    def _feed_response(self, token_ids: Sequence[int]) -> Tensor:
+        """Feed response tokens, note what the head would read at them, and return the logits (V,)."""
+        return self._feed(token_ids, self._response, len(token_ids) if self._policy.output is not Mode.OFF else 0)
+
+    def _feed(self, token_ids: Sequence[int], passage: Passage, num_read: int) -> Tensor:
+        """Feed tokens, the last `num_read` of which continue `passage`, and return the logits (V,)."""
+        output = self._lm.forward(token_ids, self._cache, states_of_last=num_read)
+        if output.states is not None:
+            self._features = passage.extend(output.states)
+        return output.logits
 
     def _decide_last(self) -> Decision:
         """Make the assessment that comes before every end of a response, and decide on it."""
         if self._policy.output is not Mode.OFF and self._trace.position < self._length:
-            fed = len(self._prompt_ids) + len(self._draft) - 1
-            self._lm.crop(self._cache, fed)  # the newest token may have been fed without an assessment
-            output = self._lm.forward([self._draft.token_ids[-1]], self._cache, assess_last=1)
-            (logit,) = self._response_logits(output)
-            self._add(self._length, logit)
+            if len(self._response) < self._length:  # the newest token has not been fed
+                self._feed_response(self._draft.token_ids[-1:])
+            self._assess_newest()
         return self._policy.decide(self._trace, self._length, is_final=True)
 
     def _roll_back(self, decision: Rollback) -> Iterator[Event]:
@@ -185,34 +199,35 @@ class Generation:
     def _continue_refusal(self, refusal: Holdback, prefix: Sequence[int], budget: int) -> Generator[Event, None, bool]:
         """Write the refusal; return False if it turned harmful and was cut."""
         self._lm.crop(self._cache, len(self._request.prompt.request))
-        policy = replace(self._policy, output=Mode.BLOCK)
+        self._policy = replace(self._policy, output=Mode.BLOCK)
         self._trace = replace(self._trace, assessments=[])
         for token_id in prefix:
             refusal.push(ResponseToken(token_id))
-        output = self._lm.forward(prefix, self._cache)
+        self._response = Passage()
+        logits = self._feed_response(prefix)
         text, tokens = refusal.release(len(refusal))
         yield Release(text, tokens, is_refusal=True)
         wording_length = len(refusal.text)
         sampling = replace(GREEDY, top_logprobs=self._request.sampling.top_logprobs)
         decision: Decision = Continue(releasable=len(refusal))
         for _ in range(budget):
-            drawn = draw(output.logits, sampling, self._generator)
+            drawn = draw(logits, sampling, self._generator)
             if drawn.token_id in self._lm.eos_ids:
                 break
             refusal.push(ResponseToken(drawn.token_id, drawn.logprob, drawn.top))
-            output = self._lm.forward([drawn.token_id], self._cache, assess_last=1)
-            (logit,) = self._response_logits(output)
+            logits = self._feed_response([drawn.token_id])
+            (logit,) = self._response_logits()
             self._trace.add(len(refusal), logit)
             if refusal.has_stopped or _is_complete(refusal.text, wording_length):
                 break
-            decision = policy.decide(self._trace, len(refusal))
+            decision = self._policy.decide(self._trace, len(refusal))
             if not isinstance(decision, Continue):
                 break
             text, tokens = refusal.release(max(refusal.num_released, decision.releasable))
             yield Release(text, tokens, is_refusal=True, head=self._pop_head())
         if isinstance(decision, Continue) and self._trace.assessments:
-            decision = policy.decide(self._trace, len(refusal), is_final=True)
-        self._response_risk = _highest(self._response_risk, self._trace.response_risk(policy.patience))
+            decision = self._policy.decide(self._trace, len(refusal), is_final=True)
+        self._response_risk = _highest(self._response_risk, self._trace.response_risk(self._policy.patience))
         is_safe = isinstance(decision, Continue)
         if not is_safe:
             self._num_withdrawn += refusal.crop(refusal.num_released)
@@ -220,23 +235,21 @@ class Generation:
         yield Release(text, tokens, is_refusal=True, head=self._pop_head())
         return is_safe
 
-    def _request_logit(self, output: StepOutput) -> float:
-        """Return the request's logit at the one assessed token, counting what the head did."""
-        assert output.head is not None
-        (logit,) = output.head.request.tolist()
-        work = HeadWork.of([logit], output.head_s)
-        self._request_head += work
-        self._untold_head += work
-        return float(logit)
+    def _response_logits(self) -> list[float]:
+        """Return the response's logits at the tokens fed last, counting what the head did."""
+        found = self._lm.assess("response", self._features)
+        self._response_head += self._note(found)
+        return found.logits
 
-    def _response_logits(self, output: StepOutput) -> list[float]:
-        """Return the response's logits at the assessed tokens, counting what the head did."""
-        assert output.head is not None
-        logits: list[float] = output.head.response.tolist()
-        work = HeadWork.of(logits, output.head_s)
-        self._response_head += work
+    def _note(self, found: Assessed) -> HeadWork:
+        """Return the head's work, and keep it for the next event."""
+        work = HeadWork.of(*found)
         self._untold_head += work
-        return logits
+        return work
+
+    def _assess_newest(self) -> None:
+        (logit,) = self._response_logits()
+        self._add(self._length, logit)
 
     def _add(self, position: int, logit: float) -> None:
         """Append an assessment to the trace and note its risk at its token."""

@@ -4,18 +4,20 @@ The model's code is not touched. The head reads hidden states that the pass comp
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.chat import ChatTemplate
-from model.config import SafetyConfig
+from model.config import SafetyConfig, Side
 from model.errors import CheckpointError, origin
-from model.safety_head import HeadOutput, TokenHead
+from model.safety_head import TokenHead
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +27,18 @@ class StepOutput:
     """What one forward pass over T new tokens gives."""
 
     logits: Tensor
-    """Next-token logits after the newest token, (V,); on the CPU where the head was read."""
-    head: HeadOutput | None
-    """Logits of both risks at the assessed tokens, (N,) each, on the CPU; NaN where the head failed. None if unread."""
-    head_s: float
-    """Seconds until the head's logits lay on the CPU, without the pass before it."""
+    """Next-token logits after the newest token, (V,); on the CPU where states were asked for."""
+    states: Tensor | None
+    """Hidden states of the head's layers side by side, (N, S), at the tokens asked for; None if there are none."""
+
+
+class Assessed(NamedTuple):
+    """What the head says of N positions."""
+
+    logits: list[float]
+    """NaN where the head failed."""
+    seconds: float
+    """Until the logits lay on the CPU."""
 
 
 class GuardedLM:
@@ -78,38 +87,42 @@ class GuardedLM:
             cache.crop(-surplus)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], cache: DynamicCache, *, assess_last: int = 0) -> StepOutput:
+    def forward(self, token_ids: Sequence[int], cache: DynamicCache, *, states_of_last: int = 0) -> StepOutput:
         """Feed new tokens of one sequence.
 
         Args:
             token_ids: the T new tokens, at least one.
             cache: keys and values of the tokens before them; extended in place.
-            assess_last: read the head at the last this many of the new tokens.
+            states_of_last: return the hidden states that the head reads at the last this many of the new tokens.
         """
         ids = torch.tensor([token_ids], device=self.model.device)  # (1, T)
-        assess = self.head is not None and assess_last > 0
+        is_read = self.head is not None and states_of_last > 0
         output = self.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=assess
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=is_read
         )
         logits = output.logits[0, -1]  # (V,)
-        if not assess:
-            return StepOutput(logits, None, 0.0)
+        if self.head is None or not is_read:
+            return StepOutput(logits, None)
         logits = logits.to("cpu")  # waits for the pass, so that the head's time is its own; the sampler needs it there
-        return StepOutput(logits, *self._read(output.hidden_states, assess_last))
+        layers = [output.hidden_states[layer][0, -states_of_last:] for layer in self.head.config.layers]
+        return StepOutput(logits, torch.cat(layers, dim=-1))
 
-    def _read(self, hidden_states: tuple[Tensor, ...], num: int) -> tuple[HeadOutput, float]:
-        """Return the head's logits at the last `num` tokens; NaN if the head fails, never an exception."""
+    @torch.inference_mode()
+    def assess(self, side: Side, features: Tensor) -> Assessed:
+        """Return the head's logits at N positions; NaN if the head fails, never an exception.
+
+        Args:
+            side: whose risk.
+            features: what `Passage.extend` made of the states, (N, 2 * S).
+        """
         assert self.head is not None
         start = time.perf_counter()
         try:
-            states = torch.cat([hidden_states[layer][0, -num:] for layer in self.head.config.layers], dim=-1)
-            output = self.head(states)  # (N,), (N,)
-            output = HeadOutput(output.request.to("cpu"), output.response.to("cpu"))
+            logits: list[float] = self.head.of(side)(features).tolist()
         except Exception as error:
             logger.error("the safety head failed; its risks count as unsafe: %s", origin(error))
-            failed = torch.full((num,), torch.nan)
-            output = HeadOutput(failed, failed)
-        return output, time.perf_counter() - start
+            logits = [math.nan] * len(features)
+        return Assessed(logits, time.perf_counter() - start)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

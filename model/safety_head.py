@@ -2,26 +2,48 @@
 
 Source: the layout of ShieldHead (ACL 2025) and Qwen3Guard-Stream (arXiv 2510.14276): separate heads
 for request and response on the generator's own states. Deviations: the trunk is frozen, each head
-is one small product, and standardisation of the states is part of the head.
+is one small product, standardisation of the states is part of the head, and each state is read beside
+the mean of its passage so far (docs/adr/0003).
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.config import TokenHeadConfig
+from model.config import Side, TokenHeadConfig
 
 
-class HeadOutput(NamedTuple):
-    """Logits of the two risks at N positions. NaN means that the head failed there."""
+class Passage:
+    """A run of tokens that is judged as one text: the query, or the response.
 
-    request: Tensor  # (N,)
-    response: Tensor  # (N,)
+    It turns hidden states into what the head reads: each state beside the mean of all states of the
+    passage up to it. That mean is a sum that grows with each token, so nothing is computed twice.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | float = 0.0
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def extend(self, states: Tensor) -> Tensor:
+        """Add the states of the next N tokens and return what the head reads at each of them.
+
+        Args:
+            states: hidden states of the head's layers side by side, (N, S) with N >= 1, any dtype.
+
+        Returns:
+            (N, 2 * S) in float32.
+        """
+        states = states.float()
+        totals = self._total + states.cumsum(dim=0)  # (N, S)
+        lengths = torch.arange(self._length + 1, self._length + len(states) + 1, device=states.device)
+        self._total, self._length = totals[-1], self._length + len(states)
+        return torch.cat([states, totals / lengths[:, None]], dim=-1)
 
 
 class RiskHead(nn.Module):
-    """One logit per position from standardised states: linear, or with one hidden layer."""
+    """One logit per position from standardised features: linear, or with one hidden layer."""
 
     mean: Tensor
     std: Tensor
@@ -33,9 +55,9 @@ class RiskHead(nn.Module):
         self.hidden = nn.Linear(size, hidden) if hidden else None
         self.out = nn.Linear(hidden or size, 1)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Return the logits (N,) of float32 `states` (N, S)."""
-        x = (states - self.mean) / self.std  # (N, S)
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits (N,) of float32 `features` (N, 2 * S) as `Passage.extend` gives them."""
+        x = (features - self.mean) / self.std  # (N, 2 * S)
         if self.hidden is not None:
             x = nn.functional.gelu(self.hidden(x))  # (N, hidden)
         logits: Tensor = self.out(x)[:, 0]
@@ -52,15 +74,10 @@ class TokenHead(nn.Module):
     def __init__(self, config: TokenHeadConfig) -> None:
         super().__init__()
         self.config = config
-        size = len(config.layers) * config.width
+        size = 2 * len(config.layers) * config.width
         self.request = RiskHead(size, config.hidden)
         self.response = RiskHead(size, config.hidden)
 
-    def forward(self, states: Tensor) -> HeadOutput:
-        """Return the logits of both risks.
-
-        Args:
-            states: hidden states of the configured layers side by side, (N, layers * D), any dtype.
-        """
-        states = states.float()
-        return HeadOutput(self.request(states), self.response(states))
+    def of(self, side: Side) -> RiskHead:
+        """Return the head of one side."""
+        return self.request if side == "request" else self.response

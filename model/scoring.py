@@ -9,6 +9,7 @@ from model.events import HeadWork
 from model.generation import chunks
 from model.guarded_lm import GuardedLM
 from model.request import check_prompt
+from model.safety_head import Passage
 from model.trace import Trace
 
 
@@ -44,19 +45,27 @@ def score_in_passes(lm: GuardedLM, prompt: EncodedPrompt) -> Iterator[HeadWork |
 
 def _passes(lm: GuardedLM, config: SafetyConfig, prompt: EncodedPrompt) -> Iterator[HeadWork | Trace]:
     trace, cache = Trace(config.smoothing), lm.new_cache()
-    end = -len(prompt.request)  # response tokens read so far; the request's last token is number 0
+    query, response = Passage(), Passage()
+    start, num_request = 0, len(prompt.request)
     for chunk in chunks((*prompt.request, *prompt.prefill)):
-        end += len(chunk)
-        num_assessed = min(len(chunk), max(0, end + 1))
-        output = lm.forward(chunk, cache, assess_last=num_assessed)
-        read: list[float] = []
-        if output.head is not None:
-            both = zip(output.head.request.tolist(), output.head.response.tolist(), strict=True)
-            for position, (request, response) in enumerate(both, start=end - num_assessed + 1):
-                if position == 0:
-                    trace.read_request(request)
-                else:
-                    trace.add(position, response)
-                read.append(response if position else request)
-        yield HeadWork.of(read, output.head_s)
+        end = start + len(chunk)
+        first = max(start, prompt.query_start)  # the first token whose states are read
+        output = lm.forward(chunk, cache, states_of_last=max(0, end - first))
+        work = HeadWork()
+        if output.states is not None:
+            num_query = max(0, min(end, num_request) - first)
+            of_query, of_response = output.states[:num_query], output.states[num_query:]
+            if len(of_query):
+                features = query.extend(of_query)
+                if end >= num_request:
+                    found = lm.assess("request", features[-1:])
+                    trace.read_request(found.logits[0])
+                    work += HeadWork.of(*found)
+            if len(of_response):
+                found = lm.assess("response", response.extend(of_response))
+                for logit in found.logits:
+                    trace.add(trace.position + 1, logit)
+                work += HeadWork.of(*found)
+        yield work
+        start = end
     yield trace

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.chat import ChatTemplate
 from model.checkpoint import fingerprint_weights, save
-from model.config import BaseModel, RefusalConfig, SafetyConfig, Thresholds, TokenHeadConfig
-from model.guarded_lm import GuardedLM, StepOutput
-from model.safety_head import HeadOutput, TokenHead
+from model.config import BaseModel, RefusalConfig, SafetyConfig, Side, Thresholds, TokenHeadConfig
+from model.guarded_lm import Assessed, GuardedLM, StepOutput
+from model.safety_head import TokenHead
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox")
 """Model types on which the guarded model is tested."""
@@ -131,20 +132,25 @@ class ScriptedLM(GuardedLM):
         self.fed: list[tuple[int, ...]] = []
         """The new tokens of every forward pass."""
 
-    def forward(self, token_ids: Sequence[int], cache: Any, *, assess_last: int = 0) -> StepOutput:
-        """Return logits that make the script's next token certain, and risks by the rule of the class."""
+    def forward(self, token_ids: Sequence[int], cache: Any, *, states_of_last: int = 0) -> StepOutput:
+        """Return logits that make the script's next token certain, and states that are request and response logit."""
         self.fed.append(tuple(token_ids))
         if self._fails_at is not None and len(self.fed) == self._fails_at:
             raise RuntimeError("scripted fault")
         cache.extend(token_ids)
         logits = torch.full((self.vocab_size,), -50.0)
         logits[self._next(list(cache))] = 50.0
-        if not assess_last:
-            return StepOutput(logits, None, 0.0)
+        if not states_of_last:
+            return StepOutput(logits, None)
         request = self.HIGH if any(map(str.isupper, self._request_text(list(cache)))) else self.LOW
-        newest = [str(self.tokenizer.decode([token])) for token in token_ids[-assess_last:]]
-        response = [self.HIGH if text.isupper() else self.LOW for text in newest]
-        return StepOutput(logits, HeadOutput(torch.full((assess_last,), request), torch.tensor(response)), 1e-5)
+        newest = [str(self.tokenizer.decode([token])) for token in token_ids[-states_of_last:]]
+        states = [[request, self.HIGH if text.isupper() else self.LOW] for text in newest]
+        return StepOutput(logits, torch.tensor(states))
+
+    def assess(self, side: Side, features: Tensor) -> Assessed:
+        """Return the logits that stand in the states themselves."""
+        logits: list[float] = features[:, 0 if side == "request" else 1].tolist()
+        return Assessed(logits, 1e-5)
 
     def new_cache(self) -> Any:
         """Return a list of the ids fed so far."""

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.config import Thresholds
+from model.config import Side, Thresholds
 from model.safety_head import TokenHead
-from training.config import HeadRecipe, Side
+from training.config import HeadRecipe
 from training.errors import DataError
 from training.head import pad
 from training.metrics import (
@@ -90,10 +90,10 @@ def score(head: TokenHead, rows: Sequence[Row], states: States, recipe: HeadReci
     for start in range(0, len(held_out), BATCH):
         chosen = held_out[start : start + BATCH]
         batch = [states[index] for index in chosen]
-        request_states = torch.stack([one.request for one in batch]).float()  # (B, S)
-        of_request[chosen] = request_risks(head.request(request_states)).numpy()
-        response_states, mask = pad(batch)
-        found = head.response(response_states.float())  # (sum of T,)
+        request = torch.stack([one.request for one in batch]).float()  # (B, 2 * S)
+        of_request[chosen] = request_risks(head.request(request)).numpy()
+        response, mask = pad(batch)
+        found = head.response(response)  # (sum of T,)
         logits = torch.zeros(mask.shape).masked_scatter(mask, found)  # (B, T)
         lengths = mask.sum(dim=1).clamp(min=1)  # rows without a response are left out below
         acting = recipe.acting

@@ -5,11 +5,12 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from model.config import Side
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Kind = Literal["responses", "triplets", "refusals", "instructions", "prompts", "benign_prompts", "own_answers"]
 """Which documented file a source looks like; `own_answers` are prompts that the served model answers."""
-Side = Literal["request", "response"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -23,7 +24,7 @@ class Source:
     """Rows of one origin: where they are, what they mean, and how much they count."""
 
     path: str
-    """A .jsonl file, relative to the recipe's `data`, or a Hub id."""
+    """A .jsonl file, or a .yaml file of templates, relative to the recipe's `data`; or a Hub id."""
     kind: Kind
     match: str = ""
     """Keep only rows whose `source` begins with this."""
@@ -164,7 +165,7 @@ class HeadRecipe:
     licence: str | None = None
     """Licence of the weights; null derives it from the rows."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the prompts that choose the epoch and the `flag` thresholds."""
+    """Share of the prompts that choose the `flag` thresholds, and on which the loss is logged."""
     batch_tokens: AtLeastOne = 4096
     """Tokens of one forward pass, padding included."""
     answers: Answers = Answers()

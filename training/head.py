@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from model.config import TokenHeadConfig
+from model.config import Side, TokenHeadConfig
 from model.safety_head import RiskHead, TokenHead
-from training.config import HeadRecipe, Loss, Optimiser, Side
+from training.config import HeadRecipe, Loss, Optimiser
 from training.errors import DataError
 from training.losses import request_loss, response_loss
 from training.rows import Row
@@ -34,8 +34,6 @@ class Trained:
     head: TokenHead
     history: dict[Side, tuple[dict[str, float], ...]]
     """Per side, what the trainer logged: loss and learning rate per epoch, `eval_loss` on validation rows."""
-    best_step: dict[Side, int]
-    """Per side, the optimiser step of the lowest validation loss; the head is of that step."""
 
 
 class LabelledStates(Dataset[tuple[RowStates, Row]]):
@@ -59,18 +57,18 @@ class LabelledStates(Dataset[tuple[RowStates, Row]]):
 
 
 def pad(items: Sequence[RowStates]) -> tuple[Tensor, Tensor]:
-    """Return the response states of some rows side by side, (sum of T, S), and which is whose, (B, T)."""
+    """Return what the response head reads of some rows, (sum of T, 2 * S), and which is whose, (B, T)."""
     longest = max(1, *(len(states.response) for states in items))
     mask = torch.zeros(len(items), longest, dtype=torch.bool)
     for index, states in enumerate(items):
         mask[index, : len(states.response)] = True
-    return torch.cat([states.response for states in items]), mask
+    return torch.cat([states.passage() for states in items]), mask
 
 
 def collate_requests(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor]:
     """Return a batch for `RequestObjective`."""
     return {
-        "states": torch.stack([states.request for states, _ in items]),
+        "features": torch.stack([states.request for states, _ in items]).float(),
         "labels": torch.tensor([float(row.request_label or 0) for _, row in items]),
         "weights": torch.tensor([row.request_weight for _, row in items]),
     }
@@ -78,9 +76,9 @@ def collate_requests(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor
 
 def collate_responses(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor]:
     """Return a batch for `ResponseObjective`."""
-    states, mask = pad([states for states, _ in items])
+    features, mask = pad([states for states, _ in items])
     return {
-        "states": states,
+        "features": features,
         "mask": mask,
         "labels": torch.tensor([float(row.response_label or 0) for _, row in items]),
         "weights": torch.tensor([row.response_weight for _, row in items]),
@@ -88,28 +86,27 @@ def collate_responses(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tenso
 
 
 class _Objective(nn.Module):
-    """A risk head with dropout on its standardised states."""
+    """A risk head with dropout on its standardised features."""
 
     def __init__(self, head: RiskHead, dropout: float) -> None:
         super().__init__()
         self.head = head
         self._dropout = dropout
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Return the logits (N,) of states (N, S); in training a share of the values is put back to its mean."""
-        states = states.float()
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits (N,) of features (N, 2 * S); in training a share of them is put back to its mean."""
         if self.training and self._dropout:
-            states = self.head.mean + nn.functional.dropout(states - self.head.mean, self._dropout)
-        found: Tensor = self.head(states)
+            features = self.head.mean + nn.functional.dropout(features - self.head.mean, self._dropout)
+        found: Tensor = self.head(features)
         return found
 
 
 class RequestObjective(_Objective):
     """The request head with its loss, in the shape that `Trainer` expects."""
 
-    def forward(self, states: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """Return the mean loss over the rows; `states` are those of each request's last token, (B, S)."""
-        return {"loss": request_loss(self.logits(states), labels, weights).mean()}
+    def forward(self, features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Return the mean loss over the rows; `features` are read at each request's last token, (B, 2 * S)."""
+        return {"loss": request_loss(self.logits(features), labels, weights).mean()}
 
 
 class ResponseObjective(_Objective):
@@ -120,9 +117,9 @@ class ResponseObjective(_Objective):
         self._loss = loss
         self._smoothing = smoothing
 
-    def forward(self, states: Tensor, mask: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """Return the mean loss over the rows; `states` (sum of T, S) and `mask` (B, T) are as `pad` gives them."""
-        logits = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logits(states))  # (B, T)
+    def forward(self, features: Tensor, mask: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Return the mean loss over the rows; `features` (sum of T, 2 * S) and `mask` (B, T) are those of `pad`."""
+        logits = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logits(features))  # (B, T)
         return {"loss": response_loss(logits, mask, labels, weights, self._loss, self._smoothing).mean()}
 
 
@@ -134,9 +131,10 @@ def train(
     run: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """Return the head, each side that of the epoch with its lowest validation loss.
+    """Return the head after the recipe's epochs.
 
-    The sides share no weight, so each is trained on its own: they overfit at different speeds.
+    The sides share no weight, so each is trained on its own: they overfit at different speeds. The validation
+    loss is logged and chooses nothing: it is noisy, and an early epoch of a falling learning rate is worse.
 
     Args:
         rows: labelled rows, those of the parts `train` and `validation` are used.
@@ -151,15 +149,12 @@ def train(
     """
     head = _fresh_head(rows, states, recipe, width)
     histories: dict[Side, tuple[dict[str, float], ...]] = {}
-    best: dict[Side, int] = {}
     for side in SIDES:
         parts = {part: LabelledStates(rows, states, part, side) for part in ("train", "validation")}
         if empty := [part for part, found in parts.items() if not len(found)]:
             raise DataError(f"no row teaches the {side} side in the {empty[0]} part")
         histories[side] = _train_side(side, head, parts, recipe, run / side, callbacks)
-        evaluated = [entry for entry in histories[side] if "eval_loss" in entry]
-        best[side] = int(min(evaluated, key=lambda entry: entry["eval_loss"])["step"])
-    return Trained(head.cpu().eval(), histories, best)
+    return Trained(head.cpu().eval(), histories)
 
 
 def _train_side(
@@ -190,14 +185,14 @@ def _train_side(
 
 
 def standardise(head: TokenHead, rows: Sequence[Row], states: States) -> None:
-    """Set each risk head's mean and standard deviation to those of the training states that it reads."""
+    """Set each risk head's mean and standard deviation to those of the training features that it reads."""
     trained = [states[index] for index, row in enumerate(rows) if row.part == "train"]
     _set_scale(head.request, (found.request[None] for found in trained))
-    _set_scale(head.response, (found.response for found in trained))
+    _set_scale(head.response, (found.passage() for found in trained))
 
 
 def _set_scale(head: RiskHead, batches: Iterable[Tensor]) -> None:
-    """Set mean and standard deviation from batches of states, (N, S) each; keep 0 and 1 if there are none."""
+    """Set mean and standard deviation from batches of features, (N, 2 * S) each; keep 0 and 1 if there are none."""
     count, total, squares = 0, torch.zeros_like(head.mean).double(), torch.zeros_like(head.mean).double()
     for batch in batches:
         values = batch.float()
@@ -244,9 +239,6 @@ def _arguments(recipe: HeadRecipe, settings: Optimiser, num_rows: int, run: Path
         "save_strategy": "epoch",
         "logging_strategy": "epoch",
         "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
         "prediction_loss_only": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],

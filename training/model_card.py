@@ -39,7 +39,8 @@ def _head(config: SafetyConfig, recipe: HeadRecipe, command: str) -> str:
     note = _LICENCE_NOTES.get(config.licence, f"The licence of these weights is {config.licence}.")
     return (
         f"# Safety head for {config.base.name}: {recipe.name}\n\n"
-        f"A Ballast token head ({shape}, layers {list(recipe.head.layers)}) that reads a request risk at the end of "
+        f"A Ballast token head ({shape}, layers {list(recipe.head.layers)}, each state beside the mean of its passage) "
+        "that reads a request risk at the end of "
         f"the request and a response risk at every response token. The base model is frozen: `{config.base.name}`, "
         f"weights fingerprint `{config.base.weights[:16]}`, calibrated in {config.base.dtype}.\n\n"
         f"Licence: {config.licence}. {note}\n\n"
@@ -52,7 +53,7 @@ def _data(counts: Sequence[SourceCount], checksums: dict[str, str]) -> str:
     files = [(f"`{path}`", f"`{checksum}`") for path, checksum in checksums.items()]
     return (
         "## Data\n\n"
-        "Rows by source. Validation rows chose the epoch and the `flag` thresholds; calibration rows served the "
+        "Rows by source. Validation rows chose the `flag` thresholds; calibration rows served the "
         "thresholds alone. No prompt stands in two parts.\n\n"
         f"{_table(('source', 'licence', 'train', 'validation', 'calibration'), rows)}\n\n"
         f"{_table(('file', 'SHA-256'), files)}"

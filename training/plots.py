@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
+from model.config import Side
 from training.calibrate import Calibration, Scored, SideReport
-from training.config import Side
 
 STYLE: dict[Any, Any] = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 COLOURS = {"benign": "tab:blue", "harmful": "tab:red"}

@@ -64,7 +64,6 @@ def metrics(
         "seed": recipe.seed,
         "data_sha256": checksums(recipe),
         "rows": [asdict(count) for count in count_sources(rows)],
-        "best_step": trained.best_step,
         "history": trained.history,
         "request": asdict(calibration.request),
         "response": asdict(calibration.response),

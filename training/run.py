@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from model import checkpoint
 from model.chat import ChatTemplate
-from model.config import BaseModel, SafetyConfig
+from model.config import VERSION, BaseModel, SafetyConfig
 from model.pretrained import Pretrained, load
 from training import recipe_file
 from training.answers import answer
@@ -138,7 +138,7 @@ def _identity(recipe: HeadRecipe, pretrained: Pretrained, rows: Sequence[Row]) -
     """Return a SHA-256 of all that decides the head's weights, so that no other run's state is continued."""
     optimisers = (recipe.request_optimiser, recipe.response_optimiser)
     choices = [asdict(group) for group in (recipe.head, recipe.loss, *optimisers, recipe.cut)]
-    model = [checkpoint.fingerprint_weights(pretrained.model), recipe.dtype]
+    model = [VERSION, checkpoint.fingerprint_weights(pretrained.model), recipe.dtype]
     return digest(model, choices, recipe.acting.smoothing, recipe.seed, [repr(row) for row in rows])
 
 

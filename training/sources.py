@@ -1,4 +1,4 @@
-"""Read labelled rows from JSON lines or the Hub. A row that does not fit is named by file and line."""
+"""Read labelled rows from JSON lines, templates or the Hub. A row that does not fit is named by file and line."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +9,7 @@ from model.chat import Message
 from training.config import Kind, Source
 from training.errors import DataError
 from training.rows import Row, split_source
+from training.templates import SHIPPED, expand
 
 Labelled = tuple[str | None, int | None, int | None]
 """Response, request label, response label."""
@@ -50,17 +51,17 @@ def read(group: str, source: Source, data: Path) -> list[Row]:
 
 
 def local_file(source: Source, data: Path) -> Path | None:
-    """Return the local file of a source, or None for a Hub id."""
-    path = data / source.path  # an absolute path stays itself
-    return path if path.is_file() else None
+    """Return the local file of a source, in `data` or among the shipped templates, or None for a Hub id."""
+    places = (data / source.path, SHIPPED / source.path)  # an absolute path stays itself
+    return next((path for path in places if path.is_file()), None)
 
 
 def _records(source: Source, data: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each record with the place that an error message names."""
     path = local_file(source, data)
     if path is not None:
-        yield from _lines(path)
-    elif source.path.endswith((".jsonl", ".json")):
+        yield from expand(path) if path.suffix == ".yaml" else _lines(path)
+    elif source.path.endswith((".jsonl", ".json", ".yaml")):
         raise DataError(f"{data / source.path} does not exist; set data=FOLDER to where the files are")
     else:
         yield from _hub(source)

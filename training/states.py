@@ -1,8 +1,8 @@
 """Hidden states of labelled rows, computed once with the frozen model and cached on disk.
 
-Of each row it keeps the state at the last request token, where the request risk is read, and the state at
-every response token, where the response risk is read. Files hold up to 512 rows of one source and are named
-by what they were computed from, so a rerun, another recipe or a higher limit reuses them.
+Of each row it keeps what the request head reads at the last request token, and the state at every response
+token, from which `RowStates.passage` makes what the response head reads. Files hold up to 512 rows of one
+source and are named by what they were computed from, so a rerun, another recipe or a higher limit reuses them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from torch import Tensor
 from model.chat import ChatTemplate, EncodedPrompt, Message
 from model.checkpoint import fingerprint_weights
 from model.pretrained import Pretrained
+from model.safety_head import Passage
 from training.config import Cut
 from training.errors import RecipeError
 from training.progress import tracked
@@ -34,14 +35,18 @@ LARGEST = float(torch.finfo(torch.float16).max)
 class RowStates(NamedTuple):
     """States of one row, in float16; S is layers * D."""
 
-    request: Tensor  # (S,)
+    request: Tensor  # (2 * S,): the state of the last request token, and the mean over the query
     response: Tensor  # (T, S); T is 0 without a response
+
+    def passage(self) -> Tensor:
+        """Return what the response head reads at each response token, (T, 2 * S) in float32."""
+        return Passage().extend(self.response) if len(self.response) else self.response.new_zeros(0, len(self.request))
 
 
 class Shard(NamedTuple):
     """States of some rows in a row."""
 
-    request: Tensor  # (N, S)
+    request: Tensor  # (N, 2 * S)
     response: Tensor  # (sum of T, S)
     ends: Tensor  # (N,): where each row's response ends in `response`
 
@@ -63,11 +68,6 @@ class States:
         start = int(shard.ends[row - 1]) if row else 0
         return RowStates(shard.request[row], shard.response[start : int(shard.ends[row])])
 
-    @property
-    def size(self) -> int:
-        """Values per position: layers * D."""
-        return int(self.shards[0].request.shape[1])
-
 
 def encode(row: Row, template: ChatTemplate, cut: Cut) -> EncodedPrompt:
     """Return a row's tokens: the newest of its request, and the first of its response as the prefill."""
@@ -76,7 +76,10 @@ def encode(row: Row, template: ChatTemplate, cut: Cut) -> EncodedPrompt:
         encoded = template.encode(messages)
     else:
         encoded = template.encode((*messages, Message("assistant", row.response)), continue_final=True)
-    return EncodedPrompt(encoded.request[-cut.request_tokens :], encoded.prefill[: cut.response_tokens])
+    num_cut = max(0, len(encoded.request) - cut.request_tokens)
+    return EncodedPrompt(
+        encoded.request[num_cut:], encoded.prefill[: cut.response_tokens], max(0, encoded.query_start - num_cut)
+    )
 
 
 def compute(
@@ -103,7 +106,11 @@ def compute(
     shards = []
     for chunk in tracked(chunks, "states", unit=len):
         prompts = [encoded[index] for index in chunk]
-        path = cache / "states" / f"{digest(identity, [[p.request, p.prefill] for p in prompts])[:32]}.safetensors"
+        path = (
+            cache
+            / "states"
+            / f"{digest(identity, [[p.request, p.prefill, p.query_start] for p in prompts])[:32]}.safetensors"
+        )
         if not path.is_file():
             shard = forward(pretrained, prompts, layers, batch_tokens)
             write_atomically(path, partial(save_file, shard._asdict()))
@@ -141,14 +148,19 @@ def _forward_batch(pretrained: Pretrained, prompts: Sequence[EncodedPrompt], lay
         mask[row, : len(tokens)] = 1
     output = base(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True)
     picked = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)  # (B, T, S)
-    picked = picked.clamp(-LARGEST, LARGEST).half().cpu()
-    return [
-        RowStates(
-            picked[row, len(prompt.request) - 1].clone(),
-            picked[row, len(prompt.request) : len(prompt.request) + len(prompt.prefill)].clone(),
-        )
-        for row, prompt in enumerate(prompts)
-    ]
+    return [_row_states(picked[row], prompt) for row, prompt in enumerate(prompts)]
+
+
+def _row_states(states: Tensor, prompt: EncodedPrompt) -> RowStates:
+    """Return what is kept of the states (T, S) of one row and its padding."""
+    num_request = len(prompt.request)
+    query = Passage().extend(states[prompt.query_start : num_request])
+    response = states[num_request : num_request + len(prompt.prefill)]
+    return RowStates(_half(query[-1]), _half(response))
+
+
+def _half(states: Tensor) -> Tensor:
+    return states.clamp(-LARGEST, LARGEST).half().cpu()
 
 
 def _batches(prompts: Sequence[EncodedPrompt], batch_tokens: int) -> Iterator[list[int]]:

@@ -99,7 +99,9 @@ def running(engine: SequentialEngine, configured: Settings, *, wait: bool = True
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         with httpx2.Client(base_url=url, timeout=20) as http:
+            deadline = time.monotonic() + 30
             while wait and http.get("/readyz").status_code != 200:
+                assert time.monotonic() < deadline, "the server is not ready after 30 s"
                 time.sleep(0.01)
             yield Server(url, engine, http)
     finally:
