@@ -34,7 +34,7 @@ class EncodedPrompt:
     prefill: tuple[int, ...] = ()
     """A prefilled assistant message: the first tokens of the response."""
     query_start: int = 0
-    """Where in `request` the newest message begins; from there to the end is the query."""
+    """Where in `request` the query begins: the newest message that is no assistant's, and all after it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.query_start < max(1, len(self.request)):
@@ -95,17 +95,22 @@ class ChatTemplate:
         return EncodedPrompt(request, prefill, query_start)
 
     def _query_start(self, messages: Sequence[Message], request: tuple[int, ...]) -> int:
-        """Return the number of tokens of `request` before the text of the newest of `messages`.
+        """Return the number of tokens of `request` before the query.
 
-        They are those that stay when another text stands in its place: the text itself may occur elsewhere,
-        in the template too. A blank text has no place of its own; then the whole request is the query.
+        It begins with the newest message that is no assistant's, or the first of several of its role in a row.
+
+        The tokens before it are those that stay when another text stands in its place: the text itself may occur
+        elsewhere, in the template too. A blank text has no place of its own; then the whole request is the query.
         """
-        *before, newest = messages
-        text = newest.content.strip()
+        first = next((i for i in reversed(range(len(messages))) if messages[i].role != "assistant"), 0)
+        while first > 0 and messages[first - 1].role == messages[first].role:
+            first -= 1
+        text = messages[first].content.strip()
         if not text:
             return 0
-        other = Message(newest.role, "b" if text[0] in "aA" else "a")
-        pairs = zip(request, self._ids(self._render((*before, other))), strict=False)
+        other = Message(messages[first].role, "b" if text[0] in "aA" else "a")
+        rendered = self._render((*messages[:first], other, *messages[first + 1 :]))
+        pairs = zip(request, self._ids(rendered), strict=False)
         start = next((place for place, (one, another) in enumerate(pairs) if one != another), len(request))
         return start if start < len(request) else 0  # the template left the text out
 

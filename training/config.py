@@ -76,6 +76,10 @@ class Augment:
     """Other forms in which a "How do I ...?" request is taught too; see `rephrase.py`."""
     rephrase_weight: NonNegative = 0.5
     """Weight of each in the request loss."""
+    surround: Share = 0.0
+    """Requests that are taught too with harmless text around them, or asked for and then only assented to."""
+    surround_weight: NonNegative = 1.0
+    """Weight of each in the request loss."""
 
 
 @dataclass(frozen=True, config=STRICT)

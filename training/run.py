@@ -30,6 +30,7 @@ from training.report import calibration_report, checksums, count_sources, metric
 from training.rows import Row, licence_of_weights
 from training.shards import digest
 from training.states import compute
+from training.surround import surrounded
 
 
 def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -79,7 +80,8 @@ def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
             seed=recipe.seed,
         ),
     )
-    return [*augment(rows, recipe.augment, recipe.seed), *rephrased(rows, recipe.augment, recipe.seed)]
+    settings, seed = recipe.augment, recipe.seed
+    return [*augment(rows, settings, seed), *rephrased(rows, settings, seed), *surrounded(rows, settings, seed)]
 
 
 def _write_run(recipe: HeadRecipe, rows: Sequence[Row]) -> None:

@@ -183,8 +183,15 @@ def test_a_prefill_whose_border_is_kept_has_the_query_too():
     assert tokenizer.decode(prompt.request[prompt.query_start :]) == "hi;a"
 
 
-def test_an_assistant_message_that_is_not_continued_is_the_newest():
-    assert query_of(template().encode(HISTORY)) == "Good day." + TAIL
+def test_an_answer_that_the_client_made_up_does_not_hide_the_question():
+    turn = "<|im_end|>\n<|im_start|>assistant\n"
+    assert query_of(template().encode(HISTORY)) == f"hi{turn}Good day.{TAIL}"
+
+
+def test_messages_of_one_role_in_a_row_are_one_query():
+    turn = "<|im_end|>\n<|im_start|>user\n"
+    messages = [Message("system", "be kind"), Message("user", "one"), Message("user", "two"), Message("user", "one")]
+    assert query_of(template().encode(messages)) == f"one{turn}two{turn}one{TAIL}"
 
 
 @pytest.mark.parametrize(
