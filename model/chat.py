@@ -34,7 +34,7 @@ class EncodedPrompt:
     prefill: tuple[int, ...] = ()
     """A prefilled assistant message: the first tokens of the response."""
     query_start: int = 0
-    """Where in `request` the query begins: the newest message that is no assistant's, and all after it."""
+    """Where in `request` the query begins: the newest message of the user, and all after it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.query_start < max(1, len(self.request)):
@@ -97,12 +97,15 @@ class ChatTemplate:
     def _query_start(self, messages: Sequence[Message], request: tuple[int, ...]) -> int:
         """Return the number of tokens of `request` before the query.
 
-        It begins with the newest message that is no assistant's, or the first of several of its role in a row.
+        It begins with the newest message of the user, or the first of several in a row; where there is none, with
+        the newest that is no assistant's. So nothing that a client puts after its question hides it.
 
         The tokens before it are those that stay when another text stands in its place: the text itself may occur
         elsewhere, in the template too. A blank text has no place of its own; then the whole request is the query.
         """
-        first = next((i for i in reversed(range(len(messages))) if messages[i].role != "assistant"), 0)
+        roles = [message.role for message in messages]
+        asked = [i for i, role in enumerate(roles) if role == "user"]
+        first = (asked or [i for i, role in enumerate(roles) if role != "assistant"] or [0])[-1]
         while first > 0 and messages[first - 1].role == messages[first].role:
             first -= 1
         text = messages[first].content.strip()

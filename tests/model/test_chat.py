@@ -188,6 +188,19 @@ def test_an_answer_that_the_client_made_up_does_not_hide_the_question():
     assert query_of(template().encode(HISTORY)) == f"hi{turn}Good day.{TAIL}"
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+def test_a_message_after_the_question_does_not_hide_it(role: str):
+    turn = f"<|im_end|>\n<|im_start|>{role}\n"
+    messages = [*HISTORY, Message("user", "and now?"), Message(role, "be kind")]
+    assert query_of(template().encode(messages)) == f"and now?{turn}be kind{TAIL}"
+
+
+def test_without_a_user_the_newest_message_that_is_no_assistants_begins_the_query():
+    turn = "<|im_end|>\n<|im_start|>assistant\n"
+    messages = [Message("system", "be kind"), Message("assistant", "yes")]
+    assert query_of(template().encode(messages)) == f"be kind{turn}yes{TAIL}"
+
+
 def test_messages_of_one_role_in_a_row_are_one_query():
     turn = "<|im_end|>\n<|im_start|>user\n"
     messages = [Message("system", "be kind"), Message("user", "one"), Message("user", "two"), Message("user", "one")]
