@@ -103,7 +103,10 @@ async def _start(service: Service, on_started: Started | None, stopping: asyncio
         return
     config = service.engine.lm.config
     service.metrics.describe(config)
-    logger.info("model loaded", model=service.settings.name, seconds=round(time.perf_counter() - began, 1))
+    seconds = round(time.perf_counter() - began, 1)
+    logger.info(
+        "model loaded", model=service.settings.name, checkpoint=checkpoint_name(service.settings), seconds=seconds
+    )
     for notice in _notices(service.settings, config):
         logger.warning(notice)
     if on_started is not None:

@@ -123,6 +123,8 @@ class Settings(BaseSettings):
         names = [entry.name for entry in self.api_keys]
         if len(set(names)) != len(names):
             raise ValueError(f"api_keys: names must differ, got {names}")
+        if len({entry.key.get_secret_value() for entry in self.api_keys}) != len(names):
+            raise ValueError(f"api_keys: keys must differ, two of {names} are the same")
         if self.checkpoint == NO_CHECKPOINT and (self.input_mode, self.output_mode) != (Mode.OFF, Mode.OFF):
             raise ValueError("checkpoint: without a signal, input_mode and output_mode must both be off")
         return self

@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, ModelError) as error:
         sys.stderr.write(f"ballast-train: {error}\n")
         return USER_ERROR
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"ballast-train: {error.name} is not installed; pip install 'ballast[train]'\n")
+        return USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("ballast-train: interrupted; the same command goes on from here\n")
         return INTERRUPTED

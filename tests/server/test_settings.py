@@ -73,6 +73,7 @@ def test_the_variable_for_the_cache_is_known(monkeypatch):
         ("port: many", "port: must be a valid integer"),
         ("api_keys: [{name: a, kee: b}]", "api_keys.0.kee"),
         ("api_keys: [{name: a, key: b}, {name: a, key: c}]", "names must differ"),
+        ("api_keys: [{name: a, key: b}, {name: c, key: b}]", "keys must differ"),
         ("checkpoint: none", "input_mode and output_mode must both be off"),
     ],
 )

@@ -1,0 +1,15 @@
+"""The script `ballast-train` itself."""
+
+import sys
+
+import pytest
+
+from training.__main__ import USER_ERROR, main
+
+
+def test_a_missing_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "training.run", None)  # importing it raises ModuleNotFoundError
+    assert main(["head"]) == USER_ERROR
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "pip install 'ballast[train]'" in said
