@@ -105,7 +105,10 @@ async def _start(service: Service, on_started: Started | None, stopping: asyncio
     service.metrics.describe(config)
     seconds = round(time.perf_counter() - began, 1)
     logger.info(
-        "model loaded", model=service.settings.name, checkpoint=checkpoint_name(service.settings), seconds=seconds
+        "model loaded",
+        model=service.settings.name,
+        checkpoint=service.settings.checkpoint or checkpoint.default_for(service.settings.model),
+        seconds=seconds,
     )
     for notice in _notices(service.settings, config):
         logger.warning(notice)
