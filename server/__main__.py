@@ -1,5 +1,6 @@
 """`ballast-serve`: read the settings, load the model, serve."""
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +10,9 @@ from server.settings import ConfigurationError, Settings
 
 WRONG_SETTINGS = 2
 FAILED = 1
+SPINS = "1000"
+"""How often a thread of GNU OpenMP that waits for others looks again before it sleeps. On an idle machine the
+default, hundreds of thousands, is no faster; where another process wants the cores, it is several times slower."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(chosen: Settings) -> int:
     """Serve with these settings until stopped; return the exit code."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch is imported
+
     from transformers.utils.logging import disable_progress_bar
 
     from server.engine.worker import SequentialEngine  # here, so that --help need not wait for torch
