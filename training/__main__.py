@@ -8,7 +8,9 @@ from typing import NamedTuple, NoReturn
 
 from model.errors import ModelError
 from training import recipe_file
+from training.config import HeadRecipe
 from training.errors import TrainingError
+from training.tune_config import AnchorRecipe, TuneRecipe
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -18,6 +20,8 @@ class Command(NamedTuple):
     """One entry of the table."""
 
     run: Callable[[argparse.Namespace, str], None]
+    recipe: str
+    """The shipped recipe that it reads where none is named."""
     summary: str
     example: str
 
@@ -32,16 +36,43 @@ class Parser(argparse.ArgumentParser):
 
 def run_head(arguments: argparse.Namespace, command: str) -> None:
     """Train and calibrate a token head."""
-    recipe = recipe_file.load(arguments.config, arguments.overrides)
+    recipe = recipe_file.load(HeadRecipe, arguments.config, arguments.overrides)
     from training.run import train_head  # here, because torch and transformers take seconds to import
 
     folder = train_head(recipe, command)
     sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
 
 
+def run_tune(arguments: argparse.Namespace, command: str) -> None:
+    """Fine-tune a language model."""
+    recipe = recipe_file.load(TuneRecipe, arguments.config, arguments.overrides)
+    from training.tune import tune
+
+    sys.stderr.write(f"wrote {tune(recipe, command)}\n")
+
+
+def run_anchors(arguments: argparse.Namespace, command: str) -> None:
+    """Let a model answer benign prompts."""
+    recipe = recipe_file.load(AnchorRecipe, arguments.config, arguments.overrides)
+    from training.anchors import write_anchors
+
+    sys.stderr.write(f"wrote {write_anchors(recipe)}\n")
+
+
 COMMANDS = {
+    "anchors": Command(
+        run_anchors,
+        "anchors",
+        "let the model answer benign prompts itself, for training to hold on to",
+        """examples:
+  ballast-train anchors data=../shared/data/train
+  ballast-train anchors --config my_recipe.yaml output=runs/mine.jsonl sources.alpaca.limit=200
+
+Interrupted? The same command goes on where it was. Every key of a recipe is explained in training/tune_config.py.""",
+    ),
     "head": Command(
         run_head,
+        "head_all_rows",
         "train and calibrate the token head on a frozen model, and write a checkpoint",
         """examples:
   ballast-train head --config head_all_rows data=../shared/data/train
@@ -49,6 +80,36 @@ COMMANDS = {
   ballast-train head data=/data sources.diasafety.limit=1000 head.layers=[20,-1]
 
 Interrupted? The same command goes on where it was. Every key of a recipe is explained in training/config.py.""",
+    ),
+    "sft": Command(
+        run_tune,
+        "aligned",
+        "fine-tune a model on requests with their responses",
+        """examples:
+  ballast-train sft --config aligned data=../shared/data/train
+  ballast-train sft --config my_recipe.yaml steps=100 lora.rank=8
+
+Every key of a recipe is explained in training/tune_config.py.""",
+    ),
+    "deepen": Command(
+        run_tune,
+        "deepened",
+        "teach refusals that hold after a harmful beginning",
+        """examples:
+  ballast-train deepen --config deepened data=../shared/data/train
+  ballast-train deepen parts.recovery.recovery.deepest=200
+
+Every key of a recipe is explained in training/tune_config.py.""",
+    ),
+    "constrain": Command(
+        run_tune,
+        "constrained_sql",
+        "fine-tune on any data, holding the first tokens of each response near the model's own",
+        """examples:
+  ballast-train constrain --config constrained_sql data=../shared/data
+  ballast-train constrain constraint.early=1.0
+
+Every key of a recipe is explained in training/tune_config.py.""",
     ),
 }
 
@@ -82,7 +143,7 @@ def _parser() -> Parser:
             epilog=command.example,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("--config", default="head_all_rows", help="recipe file or shipped recipe (%(default)s)")
+        sub.add_argument("--config", default=command.recipe, help="recipe file or shipped recipe (%(default)s)")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, dots lead into groups")
     return parser
 

@@ -180,7 +180,7 @@ def _train_side(
         eval_dataset=parts["validation"],
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(run, recipe.resume))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(run, recipe.resume))
     return tuple({k: float(v) for k, v in entry.items()} for entry in trainer.state.log_history)
 
 
@@ -204,7 +204,7 @@ def _set_scale(head: RiskHead, batches: Iterable[Tensor]) -> None:
         head.std = (squares / count - (total / count).square()).clamp(min=1e-8).sqrt().float()
 
 
-def _newest_checkpoint(run: Path, is_resumed: bool) -> str | None:
+def newest_checkpoint(run: Path, is_resumed: bool) -> str | None:
     """Return the checkpoint to go on from; without resuming, older training state is deleted."""
     if not run.is_dir():
         return None

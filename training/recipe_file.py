@@ -4,22 +4,24 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from training.config import HeadRecipe
 from training.errors import RecipeError
+
+R = TypeVar("R")
 
 SHIPPED = Path(__file__).resolve().parent / "recipes"
 """Recipes that come with this release."""
 
 
-def load(config: str, overrides: Sequence[str] = ()) -> HeadRecipe:
+def load(kind: type[R], config: str, overrides: Sequence[str] = ()) -> R:
     """Return the recipe in the file `config`, or the shipped recipe of that name, with overrides applied.
 
     Args:
+        kind: what recipe it is, such as `HeadRecipe`.
         config: a YAML file, or the name of a shipped recipe such as `head_all_rows`.
         overrides: `key=value` each; dots lead into a group, and the value is YAML.
 
@@ -30,14 +32,14 @@ def load(config: str, overrides: Sequence[str] = ()) -> HeadRecipe:
     for override in overrides:
         _apply(raw, override)
     try:
-        return TypeAdapter(HeadRecipe).validate_python(raw)
+        return TypeAdapter(kind).validate_python(raw)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(_explain(error, kind)) from error
 
 
-def dump(recipe: HeadRecipe, path: Path) -> None:
+def dump(recipe: object, path: Path) -> None:
     """Write the resolved recipe as YAML that `load` reads back."""
-    plain = TypeAdapter(HeadRecipe).dump_python(recipe, mode="json")
+    plain = TypeAdapter(type(recipe)).dump_python(recipe, mode="json")
     path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -66,9 +68,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"expected key=value, got {override!r}")
     target = raw
     for depth, group in enumerate(groups):
-        is_source = groups[:depth] == ["sources"]
-        if is_source and group not in target:
-            raise RecipeError(_unknown(f"sources.{group}", target))
+        if groups[:depth][-1:] in (["sources"], ["parts"]) and group not in target:
+            raise RecipeError(_unknown(".".join(groups[: depth + 1]), target))
         target = target.setdefault(group, {})
         if not isinstance(target, dict):
             raise RecipeError(f"{'.'.join(groups[: depth + 1])} is a value, so {key} cannot be set")
@@ -78,12 +79,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{key}: {value!r} is not valid YAML") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type) -> str:
     """Return the first fault of a recipe in one line."""
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "unexpected_keyword_argument":
-        return _unknown(where, _keys_at([str(part) for part in fault["loc"][:-1]]))
+        return _unknown(where, _keys_at(kind, [str(part) for part in fault["loc"][:-1]]))
     if fault["type"] == "missing":
         return f"recipe key {where} is missing"
     return f"recipe key {where}: {fault['msg']}, got {fault['input']!r}"
@@ -97,9 +98,11 @@ def _unknown(where: str, known: Iterable[Any]) -> str:
     return f"unknown recipe key {where!r}{hint}"
 
 
-def _keys_at(groups: Sequence[str]) -> list[str]:
-    """Return the keys of the group that `groups` leads to."""
-    kind: Any = HeadRecipe
+def _keys_at(kind: Any, groups: Sequence[str]) -> list[str]:
+    """Return the keys of the group of a `kind` that `groups` leads to."""
     for group in groups:
         kind = get_type_hints(kind)[group] if is_dataclass(kind) else get_args(kind)[1]
+        kind = (
+            next((one for one in get_args(kind) if is_dataclass(one)), kind) if type(None) in get_args(kind) else kind
+        )
     return [entry.name for entry in fields(kind)]

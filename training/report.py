@@ -1,6 +1,6 @@
 """What a run says about itself: counts, checksums and numbers, as plain values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from model.pretrained import sha256_of
 from training.calibrate import Calibration, SideReport
 from training.config import HeadRecipe
 from training.head import Trained
+from training.records import Origin, local_file
 from training.rows import Row
-from training.sources import local_file
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ def count_sources(rows: Sequence[Row]) -> list[SourceCount]:
     return [SourceCount(group, licence, **parts) for (group, licence), parts in counts.items()]
 
 
-def checksums(recipe: HeadRecipe) -> dict[str, str]:
+def checksums(sources: Iterable[Origin], data: str) -> dict[str, str]:
     """Return the SHA-256 of every local data file, and the split of every Hub data set, by path."""
     found: dict[str, str] = {}
-    for source in recipe.sources.values():
-        path = local_file(source, Path(recipe.data))
+    for source in sources:
+        path = local_file(source, Path(data))
         found[source.path] = sha256_of(path) if path else f"Hub data set, split {source.split}"
     return found
 
@@ -48,7 +48,7 @@ def calibration_report(rows: Sequence[Row], calibration: Calibration, recipe: He
         "recipe": recipe.name,
         "seed": recipe.seed,
         "rows": {f"{count.source} ({count.licence})": count.train for count in count_sources(rows)},
-        "data_sha256": checksums(recipe),
+        "data_sha256": checksums(recipe.sources.values(), recipe.data),
         "response_tokens": recipe.cut.response_tokens,
         "request": _side(calibration.request, recipe.acting.request_false_positives),
         "response": _side(calibration.response, recipe.acting.response_false_positives),
@@ -62,7 +62,7 @@ def metrics(
     return {
         "command": command,
         "seed": recipe.seed,
-        "data_sha256": checksums(recipe),
+        "data_sha256": checksums(recipe.sources.values(), recipe.data),
         "rows": [asdict(count) for count in count_sources(rows)],
         "history": trained.history,
         "request": asdict(calibration.request),

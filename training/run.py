@@ -94,7 +94,11 @@ def _write_run(recipe: HeadRecipe, rows: Sequence[Row]) -> None:
     for count in counts:
         table.add_row(*(str(value) for value in asdict(count).values()))
     Console(stderr=True).print(table)
-    summary = {"seed": recipe.seed, "data_sha256": checksums(recipe), "rows": [asdict(count) for count in counts]}
+    summary = {
+        "seed": recipe.seed,
+        "data_sha256": checksums(recipe.sources.values(), recipe.data),
+        "rows": [asdict(count) for count in counts],
+    }
     (run / "data.json").write_text(_json(summary), encoding="utf-8")
 
 
@@ -127,7 +131,9 @@ def _write_checkpoint(
         licence=licence,
         calibration=calibration_report(rows, calibration, recipe),
     )
-    card = model_card(config, recipe, count_sources(rows), checksums(recipe), calibration, command)
+    card = model_card(
+        config, recipe, count_sources(rows), checksums(recipe.sources.values(), recipe.data), calibration, command
+    )
     numbers = _json(metrics(rows, trained, calibration, recipe, command))
     (output / "README.md").write_text(card, encoding="utf-8")
     for folder in (output, Path(recipe.run)):

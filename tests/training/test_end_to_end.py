@@ -43,7 +43,7 @@ def test_the_command_writes_a_checkpoint_that_loads(config: Path, tmp_path: Path
     assert set(numbers["data_sha256"]) == {p.name for p in (tmp_path / "data").iterdir()}
     plots = {p.name for p in (tmp_path / "checkpoint" / "plots").iterdir()}
     assert plots == {"loss.png", "scores.png", "roc.png", "reliability.png"}
-    assert recipe_file.load(str(tmp_path / "run" / "recipe.yaml")).name == "trial"
+    assert recipe_file.load(HeadRecipe, str(tmp_path / "run" / "recipe.yaml")).name == "trial"
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -9,6 +9,7 @@ from training.__main__ import main
 from training.config import HeadRecipe
 from training.errors import RecipeError
 from training.recipe_file import SHIPPED
+from training.tune_config import AnchorRecipe, TuneRecipe
 
 
 @pytest.fixture
@@ -19,19 +20,36 @@ def config(recipe: HeadRecipe, tmp_path: Path) -> str:
 
 
 def test_a_dumped_recipe_reads_back_equal(config: str, recipe: HeadRecipe):
-    assert recipe_file.load(config) == recipe
+    assert recipe_file.load(HeadRecipe, config) == recipe
 
 
-@pytest.mark.parametrize("name", ["head_all_rows", "head_permissive"])
-def test_a_shipped_recipe_is_valid_and_opens_with_its_command(name: str):
-    assert recipe_file.load(name).sources
-    text = (SHIPPED / f"{name}.yaml").read_text()
-    assert text.startswith(f"# ballast-train head --config training/recipes/{name}.yaml")
+def test_every_shipped_recipe_opens_with_its_command_and_is_valid_there():
+    kinds = {
+        "head": HeadRecipe,
+        "anchors": AnchorRecipe,
+        "sft": TuneRecipe,
+        "deepen": TuneRecipe,
+        "constrain": TuneRecipe,
+    }
+    for path in SHIPPED.glob("*.yaml"):
+        opening = path.read_text().splitlines()[0]
+        _, program, command, option, name, _ = opening.split()
+        assert (program, option, name) == ("ballast-train", "--config", f"training/recipes/{path.name}"), opening
+        recipe_file.load(kinds[command], path.stem)
+
+
+def test_a_key_deep_in_a_part_is_explained():
+    with pytest.raises(RecipeError, match=r"did you mean 'parts\.recovery\.recovery\.deepest'\?"):
+        recipe_file.load(TuneRecipe, "deepened", ["parts.recovery.recovery.deepst=3"])
+    with pytest.raises(RecipeError, match=r"unknown recipe key 'parts\.recover'; did you mean 'parts\.recovery'\?"):
+        recipe_file.load(TuneRecipe, "deepened", ["parts.recover.share=0.1"])
 
 
 def test_overrides_reach_into_groups_and_lists(config: str):
     recipe = recipe_file.load(
-        config, ["head.layers=[20, -1]", "response_optimiser.learning_rate=3e-4", "sources.triplets.limit=7", "seed=4"]
+        HeadRecipe,
+        config,
+        ["head.layers=[20, -1]", "response_optimiser.learning_rate=3e-4", "sources.triplets.limit=7", "seed=4"],
     )
     assert recipe.head.layers == (20, -1)
     assert recipe.response_optimiser.learning_rate == 3e-4
@@ -40,7 +58,7 @@ def test_overrides_reach_into_groups_and_lists(config: str):
 
 
 def test_a_whole_source_can_be_added(config: str):
-    recipe = recipe_file.load(config, ["sources.mine={path: mine.jsonl, kind: prompts}"])
+    recipe = recipe_file.load(HeadRecipe, config, ["sources.mine={path: mine.jsonl, kind: prompts}"])
     assert recipe.sources["mine"].kind == "prompts"
 
 
@@ -65,7 +83,7 @@ def test_a_whole_source_can_be_added(config: str):
 )
 def test_a_wrong_override_is_explained(config: str, override: str, message: str):
     with pytest.raises(RecipeError) as caught:
-        recipe_file.load(config, [override])
+        recipe_file.load(HeadRecipe, config, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -75,7 +93,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=r"broken\.yaml"):
-        recipe_file.load(str(path))
+        recipe_file.load(HeadRecipe, str(path))
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(config: str, capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,181 @@
+"""Fine-tuning end to end on the tiny model: sums, resume, constraint and what a run leaves behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from model.pretrained import Pretrained, load
+from training.anchors import write_anchors
+from training.errors import RecipeError
+from training.tune import tune
+from training.tune_config import AnchorRecipe, TuneRecipe
+
+RECOVERY = {"sources": {"triplets": {"path": "triplets.jsonl", "kind": "triplets"}}, "share": 0.2, "per_step": 2}
+ANCHORS = {"sources": {"instructions": {"path": "instructions.jsonl"}}, "share": 0.8, "per_step": 6}
+
+
+@pytest.fixture
+def saved_model(tiny: Pretrained, tmp_path: Path) -> Path:
+    """Folder of the tiny model."""
+    return tmp_path / "model"
+
+
+def recipe(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneRecipe:
+    values: dict[str, Any] = {
+        "model": str(saved_model),
+        "dtype": "float32",
+        "device": "cpu",
+        "data": str(data),
+        "output": str(out / "adapter"),
+        "run": str(out / "run"),
+        "steps": 4,
+        "batch_size": 4,
+        "save_steps": 1,
+        "parts": {"recovery": {**RECOVERY, "recovery": {"deepest": 8}}, "anchors": ANCHORS},
+        "lora": {"rank": 4, "alpha": 8},
+        "optimiser": {"learning_rate": 1e-2},
+    }
+    return TypeAdapter(TuneRecipe).validate_python({**values, **changes})
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    log = json.loads((folder / "adapter" / "metrics.json").read_text())["log"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run after two steps, as a crash would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            control.should_save = True
+        if state.global_step > 2:
+            raise KeyboardInterrupt
+
+
+def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path, steps=12, lora=None), "ballast-train deepen")
+    found = losses(tmp_path)
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+    metrics = json.loads((tmp_path / "adapter" / "metrics.json").read_text())
+    assert metrics["licence"] == "Apache-2.0"
+    assert metrics["rows"]["recovery"] == {"Own sentences (MIT)": 24}
+    assert set(metrics["data_sha256"]) == {"triplets.jsonl", "instructions.jsonl"}
+
+
+def test_the_adapter_changes_the_model_when_it_is_loaded(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path), "")
+    plain = load(str(saved_model), dtype=torch.float32).model
+    ids = torch.tensor([[5, 6, 7]])
+    before = plain(ids).logits
+    after = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(ids).logits
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(saved_model: Path, data: Path, tmp_path: Path):
+    for is_used in (False, True):
+        tune(recipe(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "")
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_loss_does_not_depend_on_the_batch_size(saved_model: Path, data: Path, tmp_path: Path, batch_size: int):
+    for name, size in (("four", 4), ("other", batch_size)):
+        tune(recipe(saved_model, data, tmp_path / name, batch_size=size), "")
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "other"), rel=1e-3)
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path / "whole"), "")
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe(saved_model, data, tmp_path / "halted"), "", callbacks=[Interrupt()])
+    tune(recipe(saved_model, data, tmp_path / "halted"), "")
+    whole, halted = weights(tmp_path / "whole"), weights(tmp_path / "halted")
+    assert all(torch.equal(whole[name], halted[name]) for name in whole)
+
+
+def test_another_recipe_does_not_go_on_from_a_run_in_the_same_folder(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path, steps=2), "")
+    tune(recipe(saved_model, data, tmp_path, steps=2, seed=1), "")
+    assert len(losses(tmp_path)) == 2
+
+
+def test_a_run_goes_on_from_an_adapter(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path / "first", steps=12), "")
+    tune(recipe(saved_model, data, tmp_path / "second", adapter=str(tmp_path / "first" / "adapter")), "")
+    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0]
+
+
+def test_all_weights_can_be_trained(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path, lora=None), "")
+    before, after = (load(str(path), dtype=torch.float32).model for path in (saved_model, tmp_path / "adapter"))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_the_constraint_keeps_the_model_nearer_to_where_it_began(saved_model: Path, data: Path, tmp_path: Path):
+    parts = {"task": {**ANCHORS, "share": 1.0, "per_step": 8}}
+    for name, constraint in (("plain", None), ("constrained", {"first": 50.0, "early": 50.0, "rest": 50.0})):
+        tune(recipe(saved_model, data, tmp_path / name, parts=parts, steps=16, constraint=constraint), "")
+    ids = torch.randint(3, 259, (4, 20), generator=torch.Generator().manual_seed(0))
+
+    def distance(name: str) -> float:
+        start = load(str(saved_model), dtype=torch.float32).model.requires_grad_(False)
+        before = start(ids).logits.log_softmax(-1)
+        after = PeftModel.from_pretrained(start, str(tmp_path / name / "adapter"))(ids).logits.log_softmax(-1)
+        return float((before.exp() * (before - after)).sum(-1).mean())
+
+    assert distance("constrained") < 0.8 * distance("plain")
+
+
+def test_the_first_constrained_step_moves_as_plain_training_does(saved_model: Path, data: Path, tmp_path: Path):
+    parts = {"task": {**ANCHORS, "share": 1.0, "per_step": 8}}
+    for name, constraint in (("plain", None), ("constrained", {})):
+        tune(recipe(saved_model, data, tmp_path / name, parts=parts, steps=1, constraint=constraint), "")
+    plain, constrained = weights(tmp_path / "plain"), weights(tmp_path / "constrained")
+    assert all(torch.allclose(plain[name], constrained[name], atol=1e-5) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "a step has 8 examples, which batch_size 3 on 1 process"),
+        ({"parts": {"anchors": {**ANCHORS, "recovery": {}}}}, "parts.anchors.recovery needs triplets"),
+        ({"constraint": {}}, "no reference inside recoveries"),
+        ({"lora": None, "adapter": "somewhere"}, "set lora, or merge the adapter first"),
+    ],
+)
+def test_choices_that_do_not_fit_are_explained(
+    saved_model: Path, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(RecipeError) as caught:
+        tune(recipe(saved_model, data, tmp_path, **changes), "")
+    assert message in str(caught.value)
+
+
+def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data: Path, tmp_path: Path):
+    made = TypeAdapter(AnchorRecipe).validate_python(
+        {
+            "model": str(saved_model),
+            "dtype": "float32",
+            "data": str(data),
+            "output": str(tmp_path / "anchors.jsonl"),
+            "cache": str(tmp_path / "cache"),
+            "sources": {"instructions": {"path": "instructions.jsonl", "limit": 5}},
+            "answers": {"max_tokens": 6},
+        }
+    )
+    lines = [json.loads(line) for line in write_anchors(made).read_text().splitlines()]
+    assert 1 <= len(lines) <= 5
+    assert all(line["response"] and line["source"] == "Own sentences (MIT)" for line in lines)

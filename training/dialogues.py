@@ -1,0 +1,95 @@
+"""Rows for fine-tuning: a request with the response to learn, and perhaps with a harmful one."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from training.errors import DataError
+from training.records import credit, records, text_of
+from training.rows import is_permissive
+from training.shards import digest
+from training.tune_config import AnchorRecipe, DialogueSource, Part, TuneRecipe
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request that the model shall answer itself."""
+
+    source: str
+    licence: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One request and the response that the model shall give."""
+
+    source: str
+    licence: str
+    prompt: str
+    response: str
+    harmful: str | None = None
+    """A harmful answer to the same request; only of triplets."""
+
+
+L = TypeVar("L", Prompt, Dialogue)
+
+
+def read_part(name: str, part: Part, recipe: TuneRecipe) -> list[Dialogue]:
+    """Return the dialogues of one part, in the order of its sources.
+
+    Raises:
+        DataError: if a source cannot be read, a row misses a field, or no row is left.
+    """
+    found = [
+        dialogue
+        for source in part.sources.values()
+        for dialogue in _sampled(_dialogues(source, Path(recipe.data)), source, recipe)
+    ]
+    if not found:
+        raise DataError(f"no row is left in the part {name!r}; its sources are {sorted(part.sources)}")
+    return found
+
+
+def read_prompts(recipe: AnchorRecipe) -> list[Prompt]:
+    """Return the prompts of all sources.
+
+    Raises:
+        DataError: if a source cannot be read, a row misses its prompt, or no row is left.
+    """
+    found = [
+        prompt
+        for source in recipe.sources.values()
+        for prompt in _sampled(_prompts(source, Path(recipe.data)), source, recipe)
+    ]
+    if not found:
+        raise DataError(f"no prompt is left; the sources are {sorted(recipe.sources)}")
+    return found
+
+
+def _prompts(source: DialogueSource, data: Path) -> Iterator[Prompt]:
+    for where, record in records(source, data):
+        name, licence = credit(record, source, where)
+        if name.startswith(source.match):
+            yield Prompt(name, licence, text_of(record, "prompt", where))
+
+
+def _sampled(rows: Iterable[L], source: DialogueSource, recipe: TuneRecipe | AnchorRecipe) -> list[L]:
+    """Return the source's number of allowed rows, in an order that only their text and the seed decide, or all."""
+    allowed = [row for row in rows if not recipe.is_permissive_only or is_permissive(row.licence)]
+    if source.limit is None or source.limit >= len(allowed):
+        return allowed
+    return sorted(allowed, key=lambda row: digest(recipe.seed, repr(row)))[: source.limit]
+
+
+def _dialogues(source: DialogueSource, data: Path) -> Iterator[Dialogue]:
+    for where, record in records(source, data):
+        name, licence = credit(record, source, where)
+        if name.startswith(source.match):
+            prompt = text_of(record, "prompt", where)
+            if source.kind == "triplets":
+                refusal, harmful = text_of(record, "refusal", where), text_of(record, "harmful_response", where)
+                yield Dialogue(name, licence, prompt, refusal, harmful)
+            else:
+                yield Dialogue(name, licence, prompt, text_of(record, "response", where))

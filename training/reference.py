@@ -1,0 +1,60 @@
+"""Log-probabilities of the model that training starts from, computed once for the constrained objective."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.objectives import token_logprobs
+from training.progress import tracked
+from training.shards import digest, write_atomically
+from training.steps import Encoded, EncodedPart, Example, collate
+
+Reference = dict[tuple[str, int], Tensor]
+"""By part and row: log pi_aligned of every response token, (T,)."""
+
+
+@torch.inference_mode()
+def reference_logprobs(
+    model: nn.Module, parts: Sequence[EncodedPart], *, pad_id: int, batch_size: int, cache: Path, identity: str
+) -> Reference:
+    """Return the log-probabilities of all rows' responses, from `cache` if they are there.
+
+    Args:
+        model: the model before the first step; read in evaluation mode and left in it.
+        parts: the rows.
+        pad_id: token that fills the ends of short rows.
+        batch_size: rows of one forward pass.
+        cache: folder of the file.
+        identity: of the model with its precision; another one is computed anew.
+    """
+    rows = {(part.name, number): row for part in parts for number, row in enumerate(part.rows)}
+    path = cache / "reference" / f"{digest(identity, [[*key, *row] for key, row in rows.items()])[:32]}.safetensors"
+    if not path.is_file():
+        found = _compute(model.eval(), rows, pad_id, batch_size)
+        tensors = {f"{name}/{number}": values for (name, number), values in found.items()}
+        write_atomically(path, partial(save_file, tensors))
+    loaded = load_file(path)
+    return {(name, number): loaded[f"{name}/{number}"] for name, number in rows}
+
+
+def _compute(model: nn.Module, rows: dict[tuple[str, int], Encoded], pad_id: int, batch_size: int) -> Reference:
+    device = next(model.parameters()).device
+    keys = sorted(rows, key=lambda key: len(rows[key].request) + len(rows[key].response))
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    found = {}
+    for batch in tracked(batches, "reference", unit=len):
+        examples = [_example(key, rows[key]) for key in batch]
+        inputs = {name: values.to(device) for name, values in collate(examples, pad_id).items()}
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        logprobs = token_logprobs(logits, inputs["labels"]).cpu()  # (B, T - 1)
+        for key, values, example in zip(batch, logprobs, examples, strict=True):
+            found[key] = values[example.num_given - 1 : len(example.ids) - 1].clone()
+    return found
+
+
+def _example(key: tuple[str, int], row: Encoded) -> Example:
+    return Example((*row.request, *row.response), len(row.request), 1.0, key)

@@ -1,0 +1,169 @@
+"""What each optimiser step of a fine-tuning learns: which rows, how deep a prefix, and how much a token weighs.
+
+A step is a function of the seed and its number alone, so an interrupted run goes on exactly, and every process
+of a parallel one sees the same step.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from model.chat import ChatTemplate, Message
+from training.config import Cut
+from training.dialogues import Dialogue
+from training.errors import DataError
+from training.objectives import IGNORED, recovery_depth, share_weights
+from training.tune_config import Recovery
+
+
+class Encoded(NamedTuple):
+    """Token ids of one dialogue."""
+
+    request: tuple[int, ...]
+    response: tuple[int, ...]
+    """With the token that ends it, unless it was cut."""
+    harmful: tuple[int, ...] = ()
+
+
+class Example(NamedTuple):
+    """One sequence to learn from."""
+
+    ids: tuple[int, ...]
+    num_given: int
+    """Tokens that are read and not learned: the request, and a harmful prefix."""
+    weight: float
+    """Of each learned token in the loss of its step."""
+    row: tuple[str, int]
+    """The part and the number of its row."""
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """The rows of one part, and how a step draws from them."""
+
+    name: str
+    rows: Sequence[Encoded]
+    share: float
+    per_step: int
+    recovery: Recovery | None
+
+
+def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cut: Cut) -> list[Encoded]:
+    """Return the ids of each dialogue. Request, harmful prefix and response are joined as ids, never as text.
+
+    Args:
+        dialogues: what to encode.
+        tokenizer: with the chat template that serves.
+        cut: longer requests lose their beginning, longer responses their end and with it the end token.
+
+    Raises:
+        DataError: if the tokenizer has no token that ends a response.
+        TemplateError: if the chat template refuses a prompt.
+    """
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise DataError("the tokenizer has no token that ends a response")
+    template = ChatTemplate(tokenizer)
+
+    def ids(text: str, *end: int) -> tuple[int, ...]:
+        return (*tokenizer.encode(text, add_special_tokens=False), *end)[: cut.response_tokens]
+
+    return [
+        Encoded(
+            template.encode([Message("user", dialogue.prompt)]).request[-cut.request_tokens :],
+            ids(dialogue.response, tokenizer.eos_token_id),
+            ids(dialogue.harmful) if dialogue.harmful else (),
+        )
+        for dialogue in dialogues
+    ]
+
+
+class Steps(Dataset[Example]):
+    """The examples of all steps, one after another; those of one step stand together, shortest first.
+
+    Each part goes through its rows in an order of its own, newly shuffled every time round, and draws the depth of
+    each harmful prefix anew.
+
+    Args:
+        parts: what a step is made of.
+        num_steps: optimiser steps.
+        seed: decides orders and depths.
+    """
+
+    def __init__(self, parts: Sequence[EncodedPart], num_steps: int, seed: int) -> None:
+        self.per_step = sum(part.per_step for part in parts)
+        self._parts = parts
+        self._num_steps = num_steps
+        self._seed = seed
+        self._step = lru_cache(maxsize=4)(self._make)
+
+    def __len__(self) -> int:
+        return self._num_steps * self.per_step
+
+    def __getitem__(self, index: int) -> Example:
+        step, place = divmod(index, self.per_step)
+        return self._step(step)[place]
+
+    def _make(self, step: int) -> list[Example]:
+        """Return the examples of one step."""
+        drawn = [self._draw(part, step) for part in self._parts]
+        counts = [sum(len(example.ids) - example.num_given for example in examples) for examples in drawn]
+        shares = [part.share for part in self._parts]
+        weights = share_weights(torch.tensor(counts, dtype=torch.float64), torch.tensor(shares, dtype=torch.float64))
+        weighted = [
+            example._replace(weight=weight)
+            for examples, weight in zip(drawn, weights.tolist(), strict=True)
+            for example in examples
+        ]
+        return sorted(weighted, key=lambda example: len(example.ids))
+
+    def _draw(self, part: EncodedPart, step: int) -> list[Example]:
+        """Return the examples of one part, not yet weighted."""
+        examples = []
+        for place in range(step * part.per_step, (step + 1) * part.per_step):
+            times_round, turn = divmod(place, len(part.rows))
+            number = self._order(part.name, len(part.rows), times_round)[turn]
+            row = part.rows[number]
+            depth = 0
+            if part.recovery is not None:
+                depth = recovery_depth(
+                    len(row.harmful),
+                    _generator(self._seed, "depth", part.name, place),
+                    probability=part.recovery.probability,
+                    deepest=part.recovery.deepest,
+                )
+            given = (*row.request, *row.harmful[:depth])
+            examples.append(Example((*given, *row.response), len(given), 0.0, (part.name, number)))
+        return examples
+
+    @lru_cache(maxsize=8)  # noqa: B019 - a dataset lives as long as its run
+    def _order(self, name: str, num_rows: int, times_round: int) -> list[int]:
+        order: list[int] = torch.randperm(num_rows, generator=_generator(self._seed, name, times_round)).tolist()
+        return order
+
+
+def _generator(*key: object) -> torch.Generator:
+    """Return a generator that `key` alone decides."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Return one padded batch: `input_ids`, `attention_mask` and `labels`, (B, T), and `weights`, (B,)."""
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for place, example in enumerate(examples):
+        length, given = len(example.ids), example.num_given
+        ids[place, :length] = torch.tensor(example.ids)
+        mask[place, :length] = 1
+        labels[place, given:length] = torch.tensor(example.ids[given:])
+    weights = torch.tensor([example.weight for example in examples], dtype=torch.float32)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "weights": weights}

@@ -1,0 +1,271 @@
+"""The commands `sft`, `deepen` and `constrain`: fine-tune a language model with the recipe's objective.
+
+The loop is that of transformers' `Trainer`. The loss of a step is a sum over its tokens, each with the weight that
+`steps.py` gave it, so it does not depend on the batch size or the number of processes.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from model.checkpoint import fingerprint_weights
+from model.pretrained import Pretrained, load
+from training import recipe_file
+from training.dialogues import Dialogue, read_part
+from training.errors import RecipeError
+from training.head import newest_checkpoint
+from training.objectives import betas, constrained_loss, positions, token_logprobs
+from training.reference import Reference, reference_logprobs
+from training.report import checksums
+from training.rows import licence_of_weights
+from training.shards import digest
+from training.steps import EncodedPart, Example, Steps, collate, encode
+from training.tune_config import Constraint, TuneRecipe
+
+UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing")
+
+
+def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Fine-tune a model; return the folder of the adapter, or of the whole model.
+
+    Interrupted, the same recipe goes on where it was and ends with the same weights.
+
+    Args:
+        recipe: all choices.
+        command: the command line, kept with the numbers.
+        callbacks: further callbacks of the trainer.
+
+    Raises:
+        TrainingError: if recipe or data do not fit.
+        ModelError: if the model cannot be loaded.
+    """
+    pretrained = load(recipe.model, dtype=_storage(recipe), device=_device(recipe))
+    dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
+    licence = _licence(recipe, dialogues)
+    parts = _encoded(recipe, dialogues, pretrained)
+    identity = _identity(recipe, pretrained, parts)
+    run = Path(recipe.run)
+    run.mkdir(parents=True, exist_ok=True)
+    recipe_file.dump(recipe, run / "recipe.yaml")
+
+    model = _trainable(pretrained.model, recipe)
+    pad_id = _pad_id(pretrained)
+    reference = None
+    if recipe.constraint is not None:
+        reference = reference_logprobs(
+            model, parts, pad_id=pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
+        )
+    steps = Steps(parts, recipe.steps, recipe.seed)
+    folder = run / f"trainer-{identity[:12]}"
+    trainer = ObjectiveTrainer(
+        model=model,
+        args=_arguments(recipe, steps.per_step, folder),
+        data_collator=partial(_batch, pad_id=pad_id, reference=reference),
+        train_dataset=steps,
+        callbacks=list(callbacks),
+        constraint=recipe.constraint,
+    )
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))
+    if trainer.is_world_process_zero():
+        _write(recipe, model, pretrained, trainer.state.log_history, dialogues, licence, command)
+    return Path(recipe.output)
+
+
+class ObjectiveTrainer(Trainer):
+    """A trainer whose loss is the weighted sum over tokens.
+
+    Args:
+        constraint: hold each token near the reference that the batches bring; None is plain cross entropy.
+    """
+
+    def __init__(self, *args: Any, constraint: Constraint | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._constraint = constraint
+        self.model_accepts_loss_kwargs = (
+            True  # with labels in the batch: the loss is not divided by the passes of a step
+        )
+        self.loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the batch's share of the step's loss, and with `return_outputs` the model's output too."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        labels = inputs["labels"]
+        logprobs = token_logprobs(outputs.logits, labels)  # (B, T - 1)
+        per_token = -logprobs
+        if self._constraint is not None:
+            place = positions(labels)[:, 1:]  # (B, T - 1)
+            beta = betas(place, **asdict(self._constraint))
+            per_token = constrained_loss(logprobs, inputs["reference"][:, 1:], beta) * (place > 0)
+        loss = (inputs["weights"][:, None] * per_token).sum()
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the loss is a sum
+        return (loss, outputs) if return_outputs else loss
+
+
+def _batch(examples: Sequence[Example], *, pad_id: int, reference: Reference | None) -> dict[str, Tensor]:
+    """Return a padded batch, with the reference log-probabilities of its tokens where there are any, (B, T)."""
+    batch = collate(examples, pad_id)
+    if reference is not None:
+        found = torch.zeros(batch["labels"].shape)
+        for place, example in enumerate(examples):
+            found[place, example.num_given : len(example.ids)] = reference[example.row]
+        batch["reference"] = found
+    return batch
+
+
+def _encoded(
+    recipe: TuneRecipe, dialogues: Mapping[str, Sequence[Dialogue]], pretrained: Pretrained
+) -> list[EncodedPart]:
+    """Return the parts as token ids.
+
+    Raises:
+        RecipeError: if a recovery part holds rows without a harmful answer, or is to be constrained.
+    """
+    parts = []
+    for name, part in recipe.parts.items():
+        if part.recovery is not None and recipe.constraint is not None:
+            raise RecipeError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
+        if part.recovery is not None and any(row.harmful is None for row in dialogues[name]):
+            raise RecipeError(f"parts.{name}.recovery needs triplets; set recovery: null for pairs")
+        rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
+        parts.append(EncodedPart(name, rows, part.share, part.per_step, part.recovery))
+    return parts
+
+
+def _trainable(model: PreTrainedModel, recipe: TuneRecipe) -> PreTrainedModel | PeftModel:
+    """Return the model with what shall be trained: an adapter, or all of it.
+
+    Raises:
+        RecipeError: if an adapter is to go on, but all weights are to be trained.
+    """
+    if recipe.lora is None:
+        if recipe.adapter is not None:
+            raise RecipeError("adapter goes on with an adapter's weights; set lora, or merge the adapter first")
+        return model
+    if recipe.adapter is not None:
+        return PeftModel.from_pretrained(model, recipe.adapter, is_trainable=True)
+    settings = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        set_seed(recipe.seed)  # peft draws its first weights from the global generator
+        return get_peft_model(model, settings)
+
+
+def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArguments:
+    """Return the trainer's settings.
+
+    Raises:
+        RecipeError: if a step cannot be cut into full batches.
+    """
+    renamed = "activation_checkpointing"  # in transformers 5.2x; the old name warns there
+    checkpointing = renamed if renamed in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+    by_name: dict[str, Any] = {checkpointing: recipe.gradient_checkpointing}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.optimiser.learning_rate,
+        adam_beta1=recipe.optimiser.betas[0],
+        adam_beta2=recipe.optimiser.betas[1],
+        weight_decay=recipe.optimiser.weight_decay,
+        warmup_steps=recipe.optimiser.warmup_steps,
+        max_grad_norm=recipe.optimiser.max_grad_norm,
+        lr_scheduler_type="linear",
+        train_sampling_strategy="sequential",
+        bf16=recipe.dtype == "bfloat16",
+        use_cpu=_device(recipe) == "cpu",
+        **by_name,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to=[],
+        seed=recipe.seed,
+    )
+    at_once = recipe.batch_size * arguments.world_size
+    if per_step % at_once:
+        raise RecipeError(
+            f"a step has {per_step} examples, which batch_size {recipe.batch_size} on {arguments.world_size} "
+            "process(es) does not divide"
+        )
+    arguments.gradient_accumulation_steps = per_step // at_once
+    return arguments
+
+
+def _write(
+    recipe: TuneRecipe,
+    model: PreTrainedModel | PeftModel,
+    pretrained: Pretrained,
+    history: Sequence[dict[str, float]],
+    dialogues: Mapping[str, Sequence[Dialogue]],
+    licence: str,
+    command: str,
+) -> None:
+    """Save the weights in the precision that serves, and what they came from."""
+    output = Path(recipe.output)
+    model.to(getattr(torch, recipe.dtype)).save_pretrained(str(output))
+    if not isinstance(model, PeftModel):
+        pretrained.tokenizer.save_pretrained(str(output))
+    recipe_file.dump(recipe, output / "recipe.yaml")
+    rows = {name: dict(Counter(f"{row.source} ({row.licence})" for row in found)) for name, found in dialogues.items()}
+    sources = [source for part in recipe.parts.values() for source in part.sources.values()]
+    summary = {
+        "command": command,
+        "licence": licence,
+        "rows": rows,
+        "data_sha256": checksums(sources, recipe.data),
+        "log": list(history),
+    }
+    (output / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _identity(recipe: TuneRecipe, pretrained: Pretrained, parts: Sequence[EncodedPart]) -> str:
+    """Return a SHA-256 of all that decides the weights, so that no other run's state is continued."""
+    choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
+    return digest(fingerprint_weights(pretrained.model), choices, [[part.name, part.rows] for part in parts])
+
+
+def _licence(recipe: TuneRecipe, dialogues: Mapping[str, Sequence[Dialogue]]) -> str:
+    licences = {row.licence for rows in dialogues.values() for row in rows}
+    licence = recipe.licence or licence_of_weights(licences)
+    if licence is None:
+        raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
+    return licence
+
+
+def _storage(recipe: TuneRecipe) -> torch.dtype:
+    """Return the precision of the frozen weights; trained ones are kept in float32."""
+    return getattr(torch, recipe.dtype) if recipe.lora is not None else torch.float32
+
+
+def _device(recipe: TuneRecipe) -> str:
+    if recipe.device != "auto":
+        return recipe.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _pad_id(pretrained: Pretrained) -> int:
+    for token in (pretrained.tokenizer.pad_token_id, pretrained.tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
