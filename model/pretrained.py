@@ -87,18 +87,32 @@ def _resolve(name: str) -> str:
     """Return a folder or Hub id that `from_pretrained` reads."""
     if name in NAMED:
         return str(_converted(_packaged_file(name), NAMED[name].sha256))
+    path = local(name)
+    if path is None:
+        return name
+    return str(_converted(path, sha256_of(path)) if path.is_file() else path)
+
+
+def local(name: str) -> Path | None:
+    """Return the folder or the GGUF file that `name` leads to, or None if it is a short name or a Hub id.
+
+    Raises:
+        WeightsNotFound: if `name` can only be a path, and leads to no weights.
+    """
+    if name in NAMED:
+        return None
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise WeightsNotFound(f"{path} holds no config.json; expected a folder written by save_pretrained")
-        return str(path)
+        return path
     if path.is_file():
         if path.suffix != ".gguf":
             raise WeightsNotFound(f"{path} is a file, but not a .gguf one; give the folder of safetensors weights")
-        return str(_converted(path, sha256_of(path)))
+        return path
     if path.is_absolute() or name.startswith((".", "~")):
-        raise WeightsNotFound(f"{path} does not exist")
-    return name
+        raise WeightsNotFound(f"the model {path} does not exist")
+    return None
 
 
 def _packaged_file(name: str) -> Path:
@@ -119,17 +133,22 @@ def _converted(gguf: Path, sha256: str) -> Path:
     """Return the cached safetensors folder of a GGUF file, converting it on first use.
 
     Raises:
-        WeightsNotFound: if the file's SHA-256 is not `sha256`, or it cannot be converted.
+        WeightsNotFound: if the file's SHA-256 is not `sha256`, it cannot be converted, or the cache cannot be made.
     """
     target = cache_folder() / f"{gguf.stem}-{sha256[:12]}"
-    if (target / "config.json").is_file():
+    if os.path.isfile(target / "config.json"):  # also tells no where the cache may not be read
         return target
     if not gguf.is_file():
         raise WeightsNotFound(f"{gguf} does not exist")
     if (found := sha256_of(gguf)) != sha256:
         raise WeightsNotFound(f"{gguf} has SHA-256 {found}, expected {sha256}; reinstall it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise WeightsNotFound(
+            f"the cache folder {target.parent} cannot be made or written to: {error.strerror}; BALLAST_CACHE sets it"
+        ) from error
     try:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16

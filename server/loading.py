@@ -5,7 +5,7 @@ import torch
 from model import checkpoint as checkpoints
 from model.errors import CheckpointError
 from model.guarded_lm import GuardedLM
-from model.pretrained import load
+from model.pretrained import load, local
 from server.settings import NO_CHECKPOINT, Settings
 
 DEFAULT_DTYPE = torch.bfloat16
@@ -19,6 +19,7 @@ def load_model(settings: Settings) -> GuardedLM:
     """
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
+    local(settings.model)  # a model that is not there is said first: no checkpoint would help it
     name = checkpoint_name(settings)
     folder = checkpoints.find(name) if name is not None else None
     dtype = DEFAULT_DTYPE

@@ -125,6 +125,15 @@ def test_a_broken_config_is_refused(folder, content: str):
         load(str(folder), dtype=torch.float32)
 
 
+@pytest.mark.parametrize("folder", ["/proc/no-such-folder", "file"])
+def test_a_cache_folder_that_cannot_be_made_is_an_error_that_names_its_variable(monkeypatch, tmp_path, folder):
+    (tmp_path / "file").touch()
+    (tmp_path / "weights.gguf").touch()
+    monkeypatch.setenv("BALLAST_CACHE", str(tmp_path / folder))
+    with pytest.raises(WeightsNotFound, match=f"cache folder .*{folder} cannot be made.*; BALLAST_CACHE sets it"):
+        load(str(tmp_path / "weights.gguf"), dtype=torch.float32)
+
+
 def test_the_cache_is_where_the_setting_says(monkeypatch, tmp_path):
     monkeypatch.setenv("BALLAST_CACHE", str(tmp_path / "elsewhere"))
     assert cache_folder() == tmp_path / "elsewhere"

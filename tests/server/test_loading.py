@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.errors import CheckpointError
+from model.errors import CheckpointError, WeightsNotFound
 from model.testing import write_tiny
 from server.loading import load_model
 from server.settings import Settings
@@ -31,3 +31,9 @@ def test_a_model_is_served_without_a_signal_only_if_asked_for(tiny):
     assert load_model(Settings(model=model, checkpoint="none", device="cpu", **off)).config is None
     with pytest.raises(CheckpointError, match="no safety checkpoint ships for"):
         load_model(Settings(model=model, **off))
+
+
+@pytest.mark.parametrize("checkpoint", [None, "/no/such/checkpoint"])
+def test_a_model_that_does_not_exist_is_said_before_its_checkpoint_is_looked_for(checkpoint):
+    with pytest.raises(WeightsNotFound, match="the model /no/such/model does not exist"):
+        load_model(Settings(model="/no/such/model", checkpoint=checkpoint, device="cpu"))
