@@ -66,7 +66,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not allowed.low <= value <= allowed.high:  # also catches NaN
                 raise InvalidRequest(
-                    f"{name} must be between {allowed.low:g} and {allowed.high:g}, got {value}", param=name
+                    f"{name} must be between {allowed.low:.9g} and {allowed.high:.9g}, got {value}", param=name
                 )
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:

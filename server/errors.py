@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from model.errors import ContextLengthError, InvalidRequest, TemplateError
+from server.complaint import complaint, shortened
 from server.engine.engine import EngineError, Overloaded
 from server.protocol.shared import ErrorBody, ErrorDetail, printable
 
@@ -36,8 +37,14 @@ NOT_READY_RETRY_S = 5
 ENGINE_RETRY_S = 1
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_FIELD_CODES = {
+    "missing": "missing_required_parameter",
+    "unknown_parameter": "unknown_parameter",
+    "unsupported_parameter": "unsupported_parameter",
+    "invalid_unicode": "invalid_unicode",
+}
+"""What is wrong with a field, by pydantic's name of the error."""
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-_MAX_ECHO = 60
 
 
 class ApiError(Exception):
@@ -96,7 +103,7 @@ class NotJson(ApiError):
     """The body is not declared as JSON."""
 
     def __init__(self, media_type: str) -> None:
-        sent = f", got {media_type[:_MAX_ECHO]!r}" if media_type else ""
+        sent = f", got {shortened(repr(media_type))}" if media_type else ""
         message = f"the body must be JSON{sent}; send the header `content-type: application/json`"
         super().__init__(415, message, code="unsupported_media_type")
 
@@ -138,6 +145,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(429, f"the server is busy: {error}", code="overloaded", headers=headers)
         case EngineError():
             return ApiError(503, str(error), code="engine_error", headers={"retry-after": str(ENGINE_RETRY_S)})
+        case HTTPException(status_code=400, __cause__=ValueError() | RecursionError() as cause):
+            return _unreadable(cause)
         case HTTPException():
             code = _CODES.get(error.status_code, "invalid_request")
             return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
@@ -175,10 +184,18 @@ def _from_validation(found: Mapping[str, Any]) -> ApiError:
     field = field_path([*found["loc"][1:], *([context["field"]] if "field" in context else [])])
     if not field:
         return ApiError(400, "the body must be a JSON object", code="invalid_body")
-    if kind == "missing":
-        return invalid(field, f"{field} is required", code="missing_required_parameter")
-    code = kind if kind in ("unknown_parameter", "unsupported_parameter", "invalid_unicode") else "invalid_value"
-    return invalid(field, f"{field} {_complaint(found)}", code=code)
+    return invalid(field, f"{field} {complaint(found)}", code=_FIELD_CODES.get(kind, "invalid_value"))
+
+
+def _unreadable(cause: ValueError | RecursionError) -> ApiError:
+    """Return the 400 for a body on which the JSON parser itself gave up."""
+    match cause:
+        case UnicodeDecodeError():
+            why = f"byte {cause.start} is not {cause.encoding.upper()} ({cause.reason})"
+            return ApiError(400, f"the body is not valid text: {why}", code="invalid_unicode")
+        case RecursionError():
+            return ApiError(400, "the body is nested too deeply to be read", code="invalid_json")
+    return ApiError(400, "the body holds a number of too many digits to be read", code="invalid_json")
 
 
 def field_path(location: Sequence[int | str]) -> str:
@@ -190,15 +207,3 @@ def field_path(location: Sequence[int | str]) -> str:
         elif not part.startswith("("):  # the tag of a union
             path += f".{part}" if path else part
     return path
-
-
-def _complaint(found: Mapping[str, Any]) -> str:
-    """Return what is wrong with a value, with the value itself if it is short and no text of the user's."""
-    message = str(found["msg"]).removeprefix("Value error, ")
-    for opening in ("Input should ", "List should ", "Dictionary should "):
-        if message.startswith(opening):
-            message = "must " + message.removeprefix(opening)
-    value = found.get("input")
-    if isinstance(value, bool | int | float) or (isinstance(value, str) and found["type"] == "literal_error"):
-        message += f", got {value!r}"[:_MAX_ECHO]
-    return message

@@ -8,13 +8,14 @@ from pydantic.fields import FieldInfo
 
 from model import __version__
 from model.policy import Mode
-from server.settings import ConfigurationError, Settings, nearest
+from server.settings import KEYS_VARIABLE, ConfigurationError, Settings, nearest
 
 _DESCRIPTION = "Serve a language model behind the OpenAI API, and score every token for safety before it leaves."
 
 _EPILOG = """\
 Every setting is also a variable (BALLAST_PORT=9000) and a key of the settings file (port: 9000).
-Flags win over variables, variables over the file. BALLAST_CACHE says where converted weights are kept.
+Flags win over variables, variables over the file. Keys are never flags; as a variable they are a JSON list:
+BALLAST_API_KEYS='[{"name": "app", "key": "change-me"}]'. BALLAST_CACHE says where converted weights are kept.
 
 examples:
   ballast-serve
@@ -51,6 +52,9 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         name = rest[0].split("=")[0]
+        if name.removeprefix("--").replace("-", "_") in _WITHOUT_FLAG:
+            places = f"put keys into the settings file (--config), or {KEYS_VARIABLE}"
+            raise ConfigurationError(f"{name} is no flag, as every process could read it; {places}")
         raise ConfigurationError(f"unknown argument {name}{nearest(name, flags)}")
     given = vars(known)
     config = given.pop("config", None)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from model.policy import Mode
+from server.complaint import complaint
 
 DEFAULT_MODEL = "smollm2-135m"
 """As `model.pretrained.DEFAULT_MODEL`; importing that would load torch before `--help` can answer."""
@@ -19,6 +20,9 @@ DEFAULT_MODEL = "smollm2-135m"
 PREFIX = "BALLAST_"
 OTHER_VARIABLES = ("BALLAST_CONFIG", "BALLAST_CACHE")
 """Variables that are no settings: the settings file, and where `model.pretrained` keeps converted weights."""
+
+KEYS_VARIABLE = """BALLAST_API_KEYS='[{"name": "app", "key": "..."}]'"""
+"""How keys are written as a variable."""
 
 NO_CHECKPOINT = "none"
 
@@ -187,8 +191,8 @@ def load(flags: Mapping[str, Any], file: str | None = None) -> Settings:
         return Settings(**{**values, **flags})
     except ValidationError as error:
         raise ConfigurationError(_one_line(error)) from None
-    except SettingsError as error:
-        raise ConfigurationError(f"{error}; lists of objects are written as JSON") from None
+    except SettingsError:  # of what a variable may hold, only the keys are not plain text
+        raise ConfigurationError(f"a variable is not valid JSON; write {KEYS_VARIABLE}") from None
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
@@ -233,5 +237,8 @@ def _one_line(error: ValidationError) -> str:
     found = error.errors(include_input=False, include_url=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     name = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if first["type"] == "extra_forbidden":
+        known = ApiKey.model_fields if first["loc"][0] == "api_keys" else Settings.model_fields
+        return f"{name}: unknown{nearest(str(first['loc'][-1]), list(known))}"
+    message = complaint(first)
     return f"{name}: {message}" if name else message

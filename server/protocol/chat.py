@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from model.sampling import RANGES
 from server.protocol.moderation import Moderation
 from server.protocol.shared import RequestModel, Text, TextPart
 
@@ -22,6 +23,8 @@ Content = Annotated[
 
 MOST_BIASED_TOKENS = 1024
 """Entries of `logit_bias`: each costs time at every token, in the one thread that serves everybody."""
+MOST_STOPS = 4
+"""Stop strings of one request, as in the OpenAI API."""
 LONGEST_STOP = 256
 """Characters of a stop string."""
 LONGEST_TOKEN_ID = 9
@@ -42,7 +45,9 @@ class ChatMessage(RequestModel):
     }
 
     role: Literal["system", "developer", "user", "assistant"]
+    """Who speaks; `developer` is another name for `system`."""
     content: Content | None = None
+    """The text, or text in parts; required but for an assistant's message with a `refusal`."""
     refusal: Text | None = None
     """An assistant's refusal, as an earlier response gave it."""
 
@@ -102,12 +107,23 @@ def _not_empty(stop: str) -> str:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise PydanticCustomError("invalid_value", "must be a string or a list of strings")
+    return value
 
 
+def _within(name: str) -> Any:
+    """Say in the API's description what `SamplingParams` will hold a field to."""
+    low, high = RANGES[name]
+    return Field(json_schema_extra={"minimum": low, "maximum": high})
+
+
+LogitBias = Annotated[float, Field(json_schema_extra={"minimum": -100, "maximum": 100})]
 Stop = Annotated[
     list[Annotated[Text, AfterValidator(_not_empty)]],
-    Field(max_length=4),
+    Field(max_length=MOST_STOPS),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 
@@ -133,35 +149,65 @@ class ChatRequest(RequestModel):
     }
 
     model: str
+    """Name of the served model, as `/v1/models` gives it."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    """The conversation so far."""
     stream: bool | None = None
+    """Send the answer as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Only with `stream: true`."""
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Choices to generate, 1 unless given; at most the server's `max_n`, and what it can run and queue."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Old name of `max_completion_tokens`."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], AfterValidator(_token_ids)] | None = None
+    """Most tokens of the answer; unless given, what the model's context has left."""
+    min_tokens: Annotated[int, _within("min_tokens")] | None = None
+    """Tokens before which the answer cannot end; 0 unless given."""
+    temperature: Annotated[float, _within("temperature")] | None = None
+    """1 unless given; 0 takes the most likely token each time."""
+    top_p: Annotated[float, _within("top_p")] | None = None
+    """Draw from the most likely tokens that together have this probability; 1, which is all, unless given."""
+    top_k: Annotated[int, _within("top_k")] | None = None
+    """Draw from this many of the most likely tokens; 0 or -1, which is all, unless given."""
+    min_p: Annotated[float, _within("min_p")] | None = None
+    """Draw from tokens of at least this share of the most likely one's probability; 0 unless given."""
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
+    """Taken from the logit of every token that the answer holds already; 0 unless given."""
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
+    """Taken from a token's logit as many times as the answer holds it; 0 unless given."""
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
+    """Over 1, tokens of the messages and the answer so far become less likely; 1 unless given."""
+    logit_bias: Annotated[dict[str, LogitBias], AfterValidator(_token_ids)] | None = None
+    """Added to the logits of the tokens with these ids."""
     seed: int | None = None
+    """Equal seeds draw equal answers to equal requests."""
     stop: Stop | None = None
+    """A string before which the answer ends, or up to 4 of them, of up to 256 characters each."""
     ignore_eos: bool | None = None
+    """Go on after the model's end of text."""
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    """Report the log-probability of every token of the answer."""
+    top_logprobs: Annotated[int, _within("top_logprobs")] | None = None
+    """Report this many likely tokens at every position too; only with `logprobs: true`."""
     add_generation_prompt: bool | None = None
+    """False only with `continue_final_message`."""
     continue_final_message: bool | None = None
     """Continue the last message, an assistant's; needs `add_generation_prompt: false`."""
     moderation: Moderation | None = None
+    """Report judgements of the request and of each choice, and say what is done about them."""
     safety: SafetyOptions | None = None
+    """What the `safety` object of each choice reports."""
 
     user: str | None = None
+    """Without effect."""
     metadata: dict[str, str] | None = None
+    """Without effect."""
     safety_identifier: str | None = None
+    """Without effect."""
     prompt_cache_key: str | None = None
+    """Without effect."""
     prompt_cache_options: dict[str, Any] | None = None
+    """Without effect."""
     prompt_cache_retention: str | None = None
+    """Without effect."""

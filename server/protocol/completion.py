@@ -5,13 +5,12 @@ Fields that are not set are left out when these are written, so a value of null 
 
 from typing import Literal
 
-from pydantic import BaseModel
-
 from model.events import Action, FinishReason
 from server.protocol.moderation import InBandModeration
+from server.protocol.shared import ResponseModel
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(ResponseModel):
     """A likely token at one position."""
 
     token: str
@@ -26,14 +25,14 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class Logprobs(BaseModel):
+class Logprobs(ResponseModel):
     """Log-probabilities of the tokens of an answer, apart from those of a refusal."""
 
     content: list[TokenLogprob] | None
     refusal: list[TokenLogprob] | None
 
 
-class TokenRisk(BaseModel):
+class TokenRisk(ResponseModel):
     """A released token and its raw response risk; null where it was not assessed."""
 
     token_id: int
@@ -41,7 +40,7 @@ class TokenRisk(BaseModel):
     risk: float | None
 
 
-class Safety(BaseModel):
+class Safety(ResponseModel):
     """What the policy saw and did. Risks are null where the key may not see them."""
 
     action: Action
@@ -53,7 +52,7 @@ class Safety(BaseModel):
     trace: list[TokenRisk] | None = None
 
 
-class Usage(BaseModel):
+class Usage(ResponseModel):
     """Tokens; a withdrawn token does not count."""
 
     prompt_tokens: int
@@ -61,7 +60,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(ResponseModel):
     """The answer. `content` is null, never an empty string, where there is no text."""
 
     role: Literal["assistant"]
@@ -69,7 +68,7 @@ class AnswerMessage(BaseModel):
     refusal: str | None
 
 
-class Choice(BaseModel):
+class Choice(ResponseModel):
     """One answer."""
 
     index: int
@@ -79,7 +78,7 @@ class Choice(BaseModel):
     safety: Safety
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(ResponseModel):
     """A whole answer."""
 
     id: str
@@ -92,7 +91,7 @@ class ChatCompletion(BaseModel):
     moderation: InBandModeration | None = None
 
 
-class Delta(BaseModel):
+class Delta(ResponseModel):
     """What a chunk adds to an answer."""
 
     role: Literal["assistant"] | None = None
@@ -100,7 +99,7 @@ class Delta(BaseModel):
     refusal: str | None = None
 
 
-class ChunkChoice(BaseModel):
+class ChunkChoice(ResponseModel):
     """One answer's part of a chunk; `safety` comes with the finish reason."""
 
     index: int
@@ -110,7 +109,7 @@ class ChunkChoice(BaseModel):
     safety: Safety | None = None
 
 
-class ChatCompletionChunk(BaseModel):
+class ChatCompletionChunk(ResponseModel):
     """A part of a streamed answer."""
 
     id: str

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from server.protocol.shared import ResponseModel
 
 
-class Model(BaseModel):
+class Model(ResponseModel):
     """A served model."""
 
     id: str
@@ -15,20 +15,20 @@ class Model(BaseModel):
     owned_by: str = "ballast"
 
 
-class ModelList(BaseModel):
+class ModelList(ResponseModel):
     """The served models; there is one."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
-class Status(BaseModel):
+class Status(ResponseModel):
     """Answer of a health probe."""
 
     status: str
 
 
-class Version(BaseModel):
+class Version(ResponseModel):
     """Release of this server and what it serves."""
 
     version: str

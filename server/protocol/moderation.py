@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from server.protocol.shared import RequestModel, Text, TextPart
+from server.protocol.shared import RequestModel, ResponseModel, Text, TextPart
 
 UNSAFE = "unsafe"
 """Our category: the one that the safety signal judges."""
@@ -33,13 +33,16 @@ class SidePolicy(RequestModel):
     """What is done on one side: `score` observes, `block` acts."""
 
     mode: Literal["score", "block"]
+    """`score` reports the risk and changes nothing; `block` refuses or rolls back."""
 
 
 class PolicyRequest(RequestModel):
     """Modes of both sides. A side left out keeps the server's mode."""
 
     input: SidePolicy | None = None
+    """The request side."""
     output: SidePolicy | None = None
+    """The response side."""
 
 
 class Moderation(RequestModel):
@@ -48,9 +51,10 @@ class Moderation(RequestModel):
     model: str
     """The served model, or an alias for it such as `omni-moderation-latest`."""
     policy: PolicyRequest | None = None
+    """What is done on each side; the server's policy unless given."""
 
 
-class InBandResult(BaseModel):
+class InBandResult(ResponseModel):
     """Judgement of one text; the categories are free, ours is `unsafe`."""
 
     type: Literal["moderation_result"] = "moderation_result"
@@ -61,7 +65,7 @@ class InBandResult(BaseModel):
     category_applied_input_types: dict[str, list[Literal["text", "image"]]]
 
 
-class InBandSide(BaseModel):
+class InBandSide(ResponseModel):
     """Judgements of one side: one of the input, or one per choice of the output.
 
     `results` is empty where the side is not scored, or where the key may not see judgements.
@@ -72,7 +76,7 @@ class InBandSide(BaseModel):
     results: list[InBandResult]
 
 
-class InBandError(BaseModel):
+class InBandError(ResponseModel):
     """In place of the judgements of a side on which the safety head failed; the policy counts that as unsafe."""
 
     type: Literal["error"] = "error"
@@ -80,7 +84,7 @@ class InBandError(BaseModel):
     message: str
 
 
-class InBandModeration(BaseModel):
+class InBandModeration(ResponseModel):
     """The in-band response object; present only if the request had the field."""
 
     input: InBandSide | InBandError
@@ -106,6 +110,7 @@ class ModerationRequest(RequestModel):
     """Body of `/v1/moderations`."""
 
     input: Input
+    """A text, a list of texts, or one text in parts."""
     model: str | None = None
     """The served model or an alias for it; it may be left out."""
 
@@ -118,7 +123,7 @@ class ModerationRequest(RequestModel):
         return ["\n".join(parts)] if parts else [item for item in self.input if isinstance(item, str)]
 
 
-class ModerationResult(BaseModel):
+class ModerationResult(ResponseModel):
     """Judgement of one text.
 
     The safety signal has one score, the request risk, and it stands under `unsafe`. In the other 13
@@ -131,7 +136,7 @@ class ModerationResult(BaseModel):
     category_applied_input_types: dict[str, list[Literal["text", "image"]]]
 
 
-class ModerationResponse(BaseModel):
+class ModerationResponse(ResponseModel):
     """Answer of `/v1/moderations`: one result per text, in order."""
 
     id: str

@@ -1,11 +1,14 @@
 """What every request body shares: strict types, and no field that is silently ignored."""
 
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+
+from server.complaint import shortened
 
 
 def printable(text: str) -> str:
@@ -36,7 +39,9 @@ class RequestModel(BaseModel):
     values that change nothing; those are accepted, as is null.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
@@ -64,28 +69,36 @@ def _unknown(name: str, known: list[str]) -> PydanticCustomError:
 
 
 def _unsupported(name: str, neutral: tuple[object, ...]) -> PydanticCustomError:
-    allowed = f"; leave it out or send {' or '.join(map(repr, neutral))}" if neutral else ""
+    allowed = f"; leave it out or send {' or '.join(map(json.dumps, neutral))}" if neutral else ""
     return PydanticCustomError(
         "unsupported_parameter", "is not supported{allowed}", {"field": name, "allowed": allowed}
     )
+
+
+class ResponseModel(BaseModel):
+    """An object of a response."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class TextPart(RequestModel):
     """A content part. Only text is supported."""
 
     type: Literal["text"]
+    """The kind of part."""
     text: Text
+    """Its text."""
 
     @model_validator(mode="before")
     @classmethod
     def _name_other_kinds(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(kind := data.get("type"), str) and kind != "text":
-            context = {"field": "type", "kind": printable(kind)}
+            context = {"field": "type", "kind": printable(shortened(kind))}
             raise PydanticCustomError("unsupported_parameter", "'{kind}' is not supported, only text is", context)
         return data
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(ResponseModel):
     """What went wrong. All four keys are always there."""
 
     message: str
@@ -95,7 +108,7 @@ class ErrorDetail(BaseModel):
     code: str | None
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(ResponseModel):
     """Every error's body."""
 
     error: ErrorDetail

@@ -45,12 +45,29 @@ def test_the_file_can_be_named_by_a_variable(write, monkeypatch):
         (["--prot", "1"], "--port"),
         (["--prot=1"], "--port"),
         (["--input_mode", "off"], "--input-mode"),
-        (["--api-keys", "x"], ""),
     ],
 )
 def test_an_unknown_flag_is_an_error_that_names_the_nearest_one(arguments, hint):
     with pytest.raises(ConfigurationError, match=f"unknown argument {arguments[0].split('=')[0]}.*{hint}"):
         loaded(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--api-keys", "x"], ["--api-keys=x"], ["--api_keys", "x"]])
+def test_keys_as_a_flag_are_an_error_that_says_where_they_go(arguments):
+    with pytest.raises(ConfigurationError, match=r"settings file \(--config\), or BALLAST_API_KEYS='\[\{"):
+        loaded(*arguments)
+
+
+def test_keys_can_be_a_variable_as_the_errors_spell_it(monkeypatch):
+    monkeypatch.setenv("BALLAST_API_KEYS", settings.KEYS_VARIABLE.partition("=")[2].strip("'"))
+    assert [key.name for key in loaded().api_keys] == ["app"]
+
+
+def test_keys_that_are_no_json_are_an_error_that_shows_how_they_are_written(monkeypatch):
+    monkeypatch.setenv("BALLAST_API_KEYS", "very-secret")
+    with pytest.raises(ConfigurationError, match="not valid JSON; write BALLAST_API_KEYS='") as raised:
+        loaded()
+    assert "very-secret" not in str(raised.value)
 
 
 def test_an_unknown_variable_is_an_error_that_names_the_nearest_one(monkeypatch):
@@ -70,8 +87,19 @@ def test_the_variable_for_the_cache_is_known(monkeypatch):
         ("prot: 1", "unknown setting 'prot'.*did you mean port"),
         ("port: [", "not valid YAML"),
         ("- port", "must hold settings"),
-        ("port: many", "port: must be a valid integer"),
-        ("api_keys: [{name: a, kee: b}]", "api_keys.0.kee"),
+        ("port: many", "^port: must be an integer$"),
+        ("port: 70000", "^port: must be at most 65535$"),
+        ("metrics_open: perhaps", "^metrics_open: must be true or false$"),
+        ("input_mode: on", "^input_mode: must be 'off', 'score' or 'block'$"),
+        ("api_keys: app", "^api_keys: must be a list$"),
+        ("api_keys: [app]", r"^api_keys\.0: must be an object$"),
+        ("api_keys: [{name: a}]", r"^api_keys\.0\.key: is required$"),
+        ("api_keys: [{name: a, key: ''}]", r"^api_keys\.0\.key: must have at least 1 character, got 0$"),
+        ("api_keys: [{name: a, kee: b}]", r"^api_keys\.0\.kee: unknown; did you mean key\?$"),
+        (
+            "api_keys: [{name: a, key: b, may_losen: true}]",
+            r"^api_keys\.0\.may_losen: unknown; did you mean may_loosen\?$",
+        ),
         ("api_keys: [{name: a, key: b}, {name: a, key: c}]", "names must differ"),
         ("api_keys: [{name: a, key: b}, {name: c, key: b}]", "keys must differ"),
         ("checkpoint: none", "input_mode and output_mode must both be off"),

@@ -58,6 +58,53 @@ def test_a_value_that_cannot_be_honoured_is_a_400_that_names_its_field(polite, f
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "messages must have at least 1 item, got 0"),
+        ({"messages": "hello"}, "messages must be a list, got a string"),
+        ({"messages": ["hello"]}, "messages[0] must be an object, got a string"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be a string or a list, got 5"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0] must be an object, got a string"),
+        (
+            {"messages": [{"role": "usr", "content": "x"}]},
+            "messages[0].role must be 'system', 'developer', 'user' or 'assistant', got 'usr'",
+        ),
+        ({"model": None}, "model must be a string, got null"),
+        ({"stream": 1}, "stream must be true or false, got 1"),
+        ({"stream_options": []}, "stream_options must be an object, got a list"),
+        ({"temperature": "0.5"}, "temperature must be a number, got a string"),
+        ({"temperature": True}, "temperature must be a number, got true"),
+        ({"temperature": 2.5}, "temperature must be between 0 and 2, got 2.5"),
+        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"n": 1_000_000}, "n must be at most 16, got 1000000"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"max_tokens": {}}, "max_tokens must be an integer, got an object"),
+        ({"top_k": int("1" * 200)}, f"top_k must be between -1 and 1000000, got {'1' * 200}"),
+        ({"n": -int("1" * 200)}, f"n must be at least 1, got -{'1' * 59}..."),
+        ({"stop": 5}, "stop must be a string or a list of strings"),
+        ({"stop": list("abcde")}, "stop must have at most 4 items, got 5"),
+        ({"logit_bias": [5]}, "logit_bias must be an object, got a list"),
+        ({"store": True}, "store is not supported; leave it out or send false"),
+        (
+            {"response_format": {"type": "json"}},
+            'response_format is not supported; leave it out or send {"type": "text"}',
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_with_a_value_is_said_in_plain_words(polite, fields, message):
+    assert error_of(polite.post(**fields))["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("max_running", "max_waiting", "most"), [(1, 2, 3), (8, 64, 16)], ids=["by the queue", "by the setting"]
+)
+def test_more_choices_than_can_be_served_are_refused_with_the_bound_that_holds(serve, max_running, max_waiting, most):
+    error = error_of(serve(max_running=max_running, max_waiting=max_waiting).post(n=1000))
+    assert error["message"] == f"n must be at most {most}, got 1000"
+
+
+@pytest.mark.parametrize(
     ("messages", "param"),
     [
         ([{"role": "user"}], "messages[0].content"),
@@ -186,6 +233,25 @@ def test_a_lone_surrogate_in_the_models_name_is_a_404(polite):
 )
 def test_a_body_that_is_no_json_object_is_a_400(polite, body):
     error_of(polite.http.post("/v1/chat/completions", content=body, headers=JSON))
+    assert polite.post().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        (b'{"model": "\xff"}', "invalid_unicode", "the body is not valid text: byte 11 is not UTF-8"),
+        (b'{"model": "' + "\u00e9".encode()[:1], "invalid_unicode", "byte 11 is not UTF-8 (unexpected end of data)"),
+        (b"\xff\xfe{", "invalid_unicode", "byte 2 is not UTF-16"),
+        (b'{"a":' * 100_000, "invalid_json", "nested too deeply"),
+        (b'{"metadata": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json", "nested too deeply"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "invalid_json", "too many digits"),
+    ],
+    ids=["bytes", "cut", "utf-16", "open", "closed", "digits"],
+)
+def test_a_body_that_the_parser_cannot_read_is_a_400_that_says_why(polite, body, code, message):
+    error = error_of(polite.http.post("/v1/chat/completions", content=body, headers=JSON))
+    assert (error["code"], error["param"]) == (code, None)
+    assert message in error["message"]
     assert polite.post().status_code == 200
 
 
