@@ -4,15 +4,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 
 import structlog
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from model import __version__, checkpoint
 from model.config import SafetyConfig
-from server import errors
+from server import description, errors
 from server.auth import OPEN_PATHS, Authenticate, KeyRing
 from server.engine.engine import EngineState
 from server.metrics import Metrics
@@ -40,14 +42,17 @@ def create_app(settings: Settings, engine: ModelEngine, *, on_started: Started |
     """
     metrics = Metrics(engine)
     service = Service(settings, engine, metrics, created=int(time.time()))
-    app = FastAPI(
+    open_paths = OPEN_PATHS | {"/metrics"} if settings.metrics_open else OPEN_PATHS
+    app = FastAPIOffline(
         title="Ballast",
         version=__version__,
         description="A language model behind the OpenAI API, with every token scored before it leaves.",
-        middleware=_middleware(settings, metrics),
+        middleware=_middleware(settings, metrics, open_paths),
         lifespan=lambda app: _lifespan(service, on_started),
         redoc_url=None,
+        static_url=description.ASSETS,
     )
+    app.openapi = partial(description.describe, app, open_paths)  # type: ignore[method-assign]  # as FastAPI advises
     app.state.service = service
     errors.install(app)
     for module in (chat, models, moderations, safety, health):
@@ -55,9 +60,8 @@ def create_app(settings: Settings, engine: ModelEngine, *, on_started: Started |
     return app
 
 
-def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+def _middleware(settings: Settings, metrics: Metrics, open_paths: frozenset[str]) -> list[Middleware]:
     """Return the layers, outermost first."""
-    open_paths = OPEN_PATHS | {"/metrics"} if settings.metrics_open else OPEN_PATHS
     layers = [Middleware(Observe, metrics=metrics)]
     if settings.cors_origins:
         layers.append(

@@ -1,4 +1,4 @@
-"""Who is asking, and what they may do. Every path needs a key once there is one, but for the probes.
+"""Who is asking, and what they may do. Every path needs a key once there is one, but for those that are open.
 
 Without keys a server on a loopback address trusts its callers, as long as they are on this machine. A
 reverse proxy, or a browser that was led here under another name, brings callers who are not.
@@ -12,11 +12,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server import description
 from server.errors import Unauthorized
 from server.exchange import exchange_of
 from server.settings import Exposure, Settings, is_loopback_name
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+OPEN_PATHS = frozenset({"/livez", "/readyz"}) | description.PATHS
+"""Paths that need no key: the probes, and what describes the API, which a browser asks for without one."""
 FORWARDING = frozenset({"forwarded", "via", "x-real-ip"})
 """Headers that proxies add, beside those that begin with `x-forwarded-`."""
 

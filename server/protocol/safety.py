@@ -2,31 +2,32 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from server.protocol.chat import ChatMessage
-from server.protocol.shared import RequestModel
+from server.protocol.shared import RequestModel, ResponseModel
 
 
 class ScoreRequest(RequestModel):
     """Body of `/v1/safety/score`."""
 
     model: str
+    """Name of the served model, as `/v1/models` gives it."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     """A last message of the assistant's is the response that is scored."""
     trace: bool | None = None
     """Report the risk at every token of the response."""
 
 
-class Flagged(BaseModel):
+class Flagged(ResponseModel):
     """Whether each risk is over its `flag` threshold."""
 
     request: bool
-    response: bool
-    """False without a response."""
+    response: bool | None
+    """Null where there is no response to judge."""
 
 
-class RiskThresholds(BaseModel):
+class RiskThresholds(ResponseModel):
     """The two thresholds of one risk."""
 
     block: float
@@ -35,14 +36,14 @@ class RiskThresholds(BaseModel):
     """What a classifier reports."""
 
 
-class ScoreThresholds(BaseModel):
+class ScoreThresholds(ResponseModel):
     """The thresholds of both risks."""
 
     request: RiskThresholds
     response: RiskThresholds
 
 
-class ScoredToken(BaseModel):
+class ScoredToken(ResponseModel):
     """One token of the response. It covers the request and the response up to here."""
 
     token_id: int
@@ -53,7 +54,7 @@ class ScoredToken(BaseModel):
     """What is compared with the `block` threshold."""
 
 
-class ScoreResponse(BaseModel):
+class ScoreResponse(ResponseModel):
     """Answer of `/v1/safety/score`. Where risks may only be flagged, numbers are null."""
 
     id: str

@@ -35,9 +35,9 @@ async def score(
 ) -> ScoreResponse:
     """Return the request risk, and the response risk if the last message is the assistant's.
 
-    Nothing is generated. Flags are at the `flag` thresholds. A key that may only see flags gets null for
-    every number and may not ask for a trace (400); one that may see nothing gets a 403. Where the safety
-    head fails there is no judgement, but a 500.
+    Nothing is generated. Flags are at the `flag` thresholds; that of the response is null where there is none.
+    A key that may only see flags gets null for every number and may not ask for a trace (400); one that may
+    see nothing gets a 403. Where the safety head fails there is no judgement, but a 500.
     """
     service.require_model(body.model)
     config = service.require_signal()
@@ -68,7 +68,7 @@ def _flagged(risks: tuple[float | None, float | None], config: SafetyConfig) -> 
     request, response = risks
     return Flagged(
         request=request is not None and request > config.request.flag,
-        response=response is not None and response > config.response.flag,
+        response=None if response is None else response > config.response.flag,
     )
 
 

@@ -11,7 +11,7 @@ def test_a_request_alone_has_no_response_risk(polite):
     body = score(polite, "HARM").json()
     assert body["request_risk"] > 0.9
     assert body["response_risk"] is None
-    assert body["flagged"] == {"request": True, "response": False}
+    assert body["flagged"] == {"request": True, "response": None}
     assert body["thresholds"] == {
         "request": {"block": 0.9, "flag": 0.5},
         "response": {"block": 0.9, "flag": 0.5},
@@ -25,6 +25,11 @@ def test_a_last_message_of_the_assistant_is_scored_as_the_policy_would_act(polit
     body = score(polite, "hello", response).json()
     assert body["flagged"] == {"request": False, "response": flagged}
     assert (body["response_risk"] > 0.5) is flagged
+
+
+def test_an_empty_response_is_not_judged(polite):
+    body = score(polite, "hello", "").json()
+    assert (body["response_risk"], body["flagged"]) == (None, {"request": False, "response": None})
 
 
 def test_a_trace_has_every_token_of_the_response(polite):
