@@ -1,5 +1,6 @@
 """The scripted model: an upper-case letter in the request or in the answer is harm."""
 
+import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
@@ -112,3 +113,16 @@ def test_score_mode_reports_and_changes_nothing(serve):
 def test_one_choice_of_several_that_is_refused_does_not_touch_the_others(turning):
     choices = turning.chat("hello", n=2).choices
     assert [choice.message.content for choice in choices] == [f"{SAFE}\n\n{REFUSAL}"] * 2
+
+
+def test_a_refusal_is_an_error_only_where_the_client_parses_the_answer(polite):
+    completions = polite.client().chat.completions
+    harm = {"model": "tiny", "messages": [{"role": "user", "content": "HARM"}]}
+    assert [chunk.choices[0].finish_reason for chunk in completions.create(stream=True, **harm)][-1] == "content_filter"
+    with completions.stream(**harm) as stream:
+        assert "refusal.done" in [event.type for event in stream]
+        with pytest.raises(openai.ContentFilterFinishReasonError) as raised:
+            stream.get_final_completion()
+    assert raised.value.completion.choices[0].message.refusal == REFUSAL
+    with pytest.raises(openai.ContentFilterFinishReasonError):
+        completions.parse(**harm)
