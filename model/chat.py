@@ -1,5 +1,6 @@
 """Messages to token ids: the request, and apart from it a prefilled assistant message."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,11 +51,7 @@ class ChatTemplate:
         if isinstance(template, dict):  # several named ones
             template = template.get("default")
         self.source: str = template if isinstance(template, str) and template else FALLBACK_TEMPLATE
-
-        added = tokenizer.added_tokens_decoder.values()
-        self._control_tokens = sorted(
-            {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
-        )
+        self._control_tokens = self._find_control_tokens()
 
     @property
     def fingerprint(self) -> str:
@@ -116,6 +113,18 @@ class ChatTemplate:
         pairs = zip(request, self._ids(rendered), strict=False)
         start = next((place for place, (one, another) in enumerate(pairs) if one != another), len(request))
         return start if start < len(request) else 0  # the template left the text out
+
+    def _find_control_tokens(self) -> list[str]:
+        """Return the special tokens that shape a conversation: the tokenizer's named ones and the template's.
+
+        Others, such as the `<filename>` of a model for code, are ordinary words to a client.
+        """
+        shown = self.source
+        for roles in (("user", "assistant", "user"), ("system", "user")):
+            with contextlib.suppress(TemplateError):  # a template may know no system message
+                shown += self._render([Message(role, "a") for role in roles])
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        return sorted({*self._tokenizer.all_special_tokens, *(token for token in added if token in shown)} - {""})
 
     def _refuse_control_tokens(self, content: str) -> None:
         """Refuse text that would become a control token, such as the end of a turn.

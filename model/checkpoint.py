@@ -29,8 +29,8 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 def fingerprint_weights(model: PreTrainedModel) -> str:
     """Return a SHA-256 over names, shapes and 16 evenly spaced values of every parameter.
 
-    Values are rounded to bfloat16 first, so the fingerprint is the same in every precision; a
-    fine-tuned or merged model has another one.
+    Values are rounded to bfloat16 first, so the fingerprint is the same in every precision. It is there against
+    mistakes: a fine-tuned or merged model almost surely has another one, a forger can keep it.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -137,6 +137,10 @@ class SafetyConfig:
             raise CheckpointError(f"smoothing must be in (0, 1], got {self.smoothing!r}")
         if not self.token_head.layers:
             raise CheckpointError("token_head.layers must name at least one layer, got none")
+        if not self.refusal.prefix:
+            raise CheckpointError("refusal.prefix must not be empty: a refusal begins with it")
+        if self.refusal.max_tokens < 0:
+            raise CheckpointError(f"refusal.max_tokens must be at least 0, got {self.refusal.max_tokens}")
         try:
             self.policy(Mode.BLOCK, Mode.BLOCK)
         except ValueError as error:

@@ -78,14 +78,15 @@ class Trace:
         """
         if position <= self.position:
             raise ValueError(f"assessments move forward: {position} is not after {self.position}")
-        before = self.assessments[-1].smoothed_logit if self.assessments else math.nan
+        last = next((found for found in reversed(self.assessments) if not found.is_failed), None)
         if not math.isfinite(logit):
+            before = last.smoothed_logit if last is not None else math.nan
             assessment = Assessment(position, 1.0, before, is_failed=True)
         else:
             smoothed = max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
-            if not math.isnan(before):
-                kept = (1.0 - self.smoothing) ** (position - self.position)
-                smoothed = kept * before + (1.0 - kept) * smoothed
+            if last is not None:
+                kept = (1.0 - self.smoothing) ** (position - last.position)
+                smoothed = kept * last.smoothed_logit + (1.0 - kept) * smoothed
             assessment = Assessment(position, probability(logit), smoothed)
         self.assessments.append(assessment)
         return assessment

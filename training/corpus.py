@@ -28,12 +28,15 @@ def assemble(recipe: HeadRecipe, answer: Answer) -> list[Row]:
         answer: called once, with the sampled rows of the `own_answers` sources.
 
     Raises:
-        DataError: if a source cannot be read, or leaves no row to train on.
+        DataError: if a source cannot be read or leaves no row, or there is none to train on.
     """
     chosen: list[Row] = []
     known: set[tuple[str, int | None]] = set()
     for group, source in recipe.sources.items():
-        rows = [row for row in read(group, source, Path(recipe.data)) if _is_allowed(row, recipe)]
+        rows = read(group, source, Path(recipe.data))
+        if not rows:
+            raise DataError(f"sources.{group}: no row of {source.path} has a source that begins with {source.match!r}")
+        rows = [row for row in rows if _is_allowed(row, recipe)]
         rows = [row for row in rows if _is_answered(row, source) or (row.key, row.request_label) not in known]
         rows = sample(rows, source.limit, recipe.seed)
         known.update((row.key, row.request_label) for row in rows)

@@ -137,3 +137,9 @@ def test_the_policy_acts_on_the_block_thresholds(config):
     assert policy == Policy(
         Mode.SCORE, Mode.BLOCK, request_block=0.9, response_block=0.9, onset=0.5, patience=4, lookback=6
     )
+
+
+@pytest.mark.parametrize(("key", "value"), [("refusal.prefix", ""), ("refusal.max_tokens", -1)])
+def test_a_refusal_that_cannot_be_written_is_refused(config, key: str, value):
+    with pytest.raises(CheckpointError, match=key):
+        SafetyConfig.from_json(changed(config, key, value))

@@ -89,9 +89,9 @@ def test_a_failed_head_is_certain_harm_whatever_came_before(logit: float):
 
 
 def test_a_failure_stays_out_of_the_average():
-    # -8, then 0.5 * 4 + 0.5 * -8 = -2, as if the failure between had not been.
+    # -8, then 4 for two tokens: 0.25 * -8 + 0.75 * 4 = 1, as if nobody had assessed between.
     trace = trace_of([-8.0, math.nan, 4.0], smoothing=0.5)
-    assert trace.assessments[-1].smoothed_logit == pytest.approx(-2.0)
+    assert trace.assessments[-1].smoothed_logit == pytest.approx(1.0)
 
 
 def test_nan_does_not_spoil_what_follows():
@@ -119,3 +119,11 @@ def test_assessments_only_move_forward():
 def test_a_smoothing_outside_its_range_is_refused(smoothing: float):
     with pytest.raises(ValueError, match="smoothing must be in"):
         Trace(smoothing)
+
+
+def test_a_failed_assessment_takes_no_weight_from_the_next_one():
+    failed, skipped = Trace(smoothing=0.15), Trace(smoothing=0.15)
+    for trace in (failed, skipped):
+        trace.add(20, -8.0)
+    failed.add(30, math.nan)
+    assert failed.add(31, 8.0).smoothed_logit == pytest.approx(skipped.add(31, 8.0).smoothed_logit)

@@ -98,3 +98,8 @@ def test_history_comes_from_benign_rows_of_the_same_part(recipe: HeadRecipe):
 
 def test_there_are_eight_different_system_messages():
     assert len(set(SYSTEM_MESSAGES)) == 8
+
+
+def test_a_source_without_a_row_is_an_error(recipe: HeadRecipe):
+    with pytest.raises(DataError, match=r"sources\.prompts: no row of prompts\.jsonl has a source that begins with"):
+        assemble(limited(recipe, "prompts", match="Misspelt"), echo)
