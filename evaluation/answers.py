@@ -1,6 +1,6 @@
 """Answers of the served model to benign prompts: harmless text in the very style that is judged.
 
-    python -m evaluation.answers --data ../shared/data/eval/benign_prompts.jsonl --out answers.jsonl
+    python -m evaluation.answers --data data/eval/benign_prompts.jsonl --out answers.jsonl
 
 Asks a running server, its policy only observing, at temperature 0.7. Each prompt has a seed of its own, so
 no answer depends on another. An interrupted run goes on where it stopped: give each model a file of its own.

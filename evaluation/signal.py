@@ -1,6 +1,6 @@
 """Measure the signal of a running server through `POST /v1/safety/score`.
 
-    python -m evaluation.signal --server http://127.0.0.1:8000 --data ../shared/data/eval --out runs/signal
+    python -m evaluation.signal --server http://127.0.0.1:8000 --data data/eval --out runs/signal
 
 Scores are kept row by row (hashes, never texts), so an interrupted run goes on where it stopped. The
 result is `summary.json` and `summary.md`: AUROC and F1 at `flag` per source, and how much is refused

@@ -65,7 +65,7 @@ COMMANDS = {
         "anchors",
         "let the model answer benign prompts itself, for training to hold on to",
         """examples:
-  ballast-train anchors data=../shared/data/train
+  ballast-train anchors data=data/train
   ballast-train anchors --config my_recipe.yaml output=runs/mine.jsonl sources.alpaca.limit=200
 
 Interrupted? The same command goes on where it was. Every key of a recipe is explained in training/tune_config.py.""",
@@ -75,7 +75,7 @@ Interrupted? The same command goes on where it was. Every key of a recipe is exp
         "head_all_rows",
         "train and calibrate the token head on a frozen model, and write a checkpoint",
         """examples:
-  ballast-train head --config head_all_rows data=../shared/data/train
+  ballast-train head --config head_all_rows data=data/train
   ballast-train head --config my_recipe.yaml output=checkpoints/mine seed=1 response_optimiser.epochs=20
   ballast-train head data=/data sources.diasafety.limit=1000 head.layers=[20,-1]
 
@@ -86,7 +86,7 @@ Interrupted? The same command goes on where it was. Every key of a recipe is exp
         "aligned",
         "fine-tune a model on requests with their responses",
         """examples:
-  ballast-train sft --config aligned data=../shared/data/train
+  ballast-train sft --config aligned data=data/train
   ballast-train sft --config my_recipe.yaml steps=100 lora.rank=8
 
 Every key of a recipe is explained in training/tune_config.py.""",
@@ -96,7 +96,7 @@ Every key of a recipe is explained in training/tune_config.py.""",
         "deepened",
         "teach refusals that hold after a harmful beginning",
         """examples:
-  ballast-train deepen --config deepened data=../shared/data/train
+  ballast-train deepen --config deepened data=data/train
   ballast-train deepen parts.recovery.recovery.deepest=200
 
 Every key of a recipe is explained in training/tune_config.py.""",
@@ -106,7 +106,7 @@ Every key of a recipe is explained in training/tune_config.py.""",
         "constrained_sql",
         "fine-tune on any data, holding the first tokens of each response near the model's own",
         """examples:
-  ballast-train constrain --config constrained_sql data=../shared/data
+  ballast-train constrain --config constrained_sql data=data
   ballast-train constrain constraint.early=1.0
 
 Every key of a recipe is explained in training/tune_config.py.""",
