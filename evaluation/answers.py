@@ -20,7 +20,6 @@ from evaluation.rows import Row, read
 
 SOURCE = "own answers"
 TEMPERATURE = 0.7
-MAX_TOKENS = 128
 PARALLEL = 4
 
 
@@ -36,21 +35,21 @@ def choose(rows: Sequence[Row], n: int) -> list[Row]:
     return [different[key] for key in sorted(different)[:n]]
 
 
-def ask(client: OpenAI, model: str, row: Row) -> str:
-    """Return the model's answer, the same at every call; both sides of the policy only observe."""
+def ask(client: OpenAI, model: str, row: Row, max_tokens: int) -> str:
+    """Return the answer of at most `max_tokens`, the same at every call; both sides of the policy only observe."""
     sides = {side: {"mode": "score"} for side in ("input", "output")}
     answer = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": row.prompt}],
         temperature=TEMPERATURE,
-        max_tokens=MAX_TOKENS,
+        max_tokens=max_tokens,
         seed=int(row.key[:8], 16),
         extra_body={"moderation": {"model": model, "policy": sides}},
     )
     return answer.choices[0].message.content or ""
 
 
-def answer_all(client: OpenAI, model: str, rows: Sequence[Row], out: Path) -> int:
+def answer_all(client: OpenAI, model: str, rows: Sequence[Row], out: Path, *, max_tokens: int) -> int:
     """Append an answer to `out` for each row that it does not hold yet; return how many rows it holds.
 
     Empty answers are left out: there is nothing in them to judge.
@@ -62,7 +61,7 @@ def answer_all(client: OpenAI, model: str, rows: Sequence[Row], out: Path) -> in
     done = {row.prompt for row in read(out, label=0)} if out.exists() and out.stat().st_size else set()
     missing = [row for row in rows if row.prompt not in done]
     with ThreadPoolExecutor(PARALLEL) as pool, out.open("a", encoding="utf-8", buffering=1) as file:
-        answers: Iterator[str] = pool.map(lambda row: ask(client, model, row), missing)
+        answers: Iterator[str] = pool.map(lambda row: ask(client, model, row, max_tokens), missing)
         for row, text in zip(missing, track(answers, SOURCE, total=len(missing)), strict=True):
             if text.strip():
                 file.write(json.dumps({"prompt": row.prompt, "response": text, "source": SOURCE}) + "\n")
@@ -77,12 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--api-key", default="none", help="key that may loosen, where the server asks for one")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of benign prompts: prompt")
     parser.add_argument("--n", type=int, default=1000, help="how many answers (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer, in tokens (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="file of the answers, for evaluation.signal --answers")
     args = parser.parse_args(argv)
     client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
         rows = choose(read(args.data, label=0), args.n)
-        found = answer_all(client, client.models.list().data[0].id, rows, args.out)
+        found = answer_all(client, client.models.list().data[0].id, rows, args.out, max_tokens=args.max_tokens)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.answers: {error}\n")
         return 1
