@@ -14,7 +14,7 @@ from server.settings import Settings
 logger = structlog.get_logger(__name__)
 
 AFTER_DRAIN_S = 5
-"""Seconds after the drain in which the last bytes leave."""
+"""Seconds after the drain in which the last bytes leave; more than `server.sse.LAST_BYTES_S`."""
 
 
 class Process(uvicorn.Server):
@@ -36,7 +36,7 @@ class Process(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(settings.drain_s) + AFTER_DRAIN_S,
+            timeout_graceful_shutdown=AFTER_DRAIN_S,
         )
         super().__init__(config)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 
-import anyio
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
@@ -12,6 +11,8 @@ from server.choices import Choices
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE_S = 15
 """Seconds between the comments that keep proxies from closing a quiet stream."""
+LAST_BYTES_S = 3
+"""Seconds after the drain until a client that does not read is cut off."""
 
 
 def event(body: BaseModel) -> bytes:
@@ -22,7 +23,8 @@ def event(body: BaseModel) -> bytes:
 class ChoiceStream(EventSourceResponse):
     """A stream of a chat completion. However it ends, its choices are closed.
 
-    A shutdown gives it `drain_s` seconds to end by itself.
+    After a stop it has `drain_s` seconds to end by itself. Then the engine ends it with an error, which it still sends;
+    it is cut off only if the client does not read that either.
     """
 
     def __init__(self, body: AsyncIterator[bytes], choices: Choices, *, drain_s: float) -> None:
@@ -31,8 +33,7 @@ class ChoiceStream(EventSourceResponse):
             ping=KEEP_ALIVE_S,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             sep="\n",
-            shutdown_event=anyio.Event(),
-            shutdown_grace_period=drain_s,
+            shutdown_grace_period=drain_s + LAST_BYTES_S,
         )
         self._choices = choices
 

@@ -1,3 +1,4 @@
+import httpx2
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
@@ -109,6 +110,22 @@ def test_text_arrives_while_the_rest_is_generated(serve):
     next(chunk for chunk in stream if chunk.choices[0].delta.content)
     assert server.engine.stats().num_running == 1
     stream.close()
+
+
+def test_the_end_of_the_drain_leaves_a_stream_the_time_for_its_last_event(serve, monkeypatch):
+    """The library that writes the stream notices a stop by itself, and may do so before the engine."""
+    monkeypatch.setattr("sse_starlette.sse.AppStatus.should_exit", True)
+    assert "".join(filter(None, contents(serve("good day.", slow=True, drain_s=0).stream()))) == "good day."
+
+
+def test_a_stream_that_does_not_end_soon_after_the_drain_is_cut_off(serve, monkeypatch):
+    """As that of a client that does not read: the engine's last event cannot leave."""
+    monkeypatch.setattr("sse_starlette.sse.AppStatus.should_exit", True)
+    monkeypatch.setattr("server.sse.LAST_BYTES_S", 0.2)
+    server = serve("good day to you. " * 12, slow=True, drain_s=0)
+    with pytest.raises(httpx2.RemoteProtocolError):
+        server.stream()
+    assert server.metric('ballast_requests_total{endpoint="/v1/chat/completions",finish_reason="aborted",status="499"}')
 
 
 def test_a_quiet_stream_is_kept_alive_with_comments(serve, monkeypatch):
