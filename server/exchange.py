@@ -27,7 +27,9 @@ class Exchange:
     finish_reason: str = ""
     """Of a chat completion: stop, length, content_filter, error or aborted."""
     prompt_tokens: int = 0
+    """Of a chat completion, once its generation has begun."""
     completion_tokens: int = 0
+    """Released so far, by all choices together."""
 
     @property
     def elapsed_s(self) -> float:

@@ -1,7 +1,7 @@
 """What an operator sees at `/metrics`. Units are in the names; every label has few values.
 
-Label values: `endpoint` is a route's template, `side` input or output, `action` none, refused or
-rolled_back, `risk` request or response, `name` block or flag.
+Label values: `endpoint` is a route's template, or unmatched for a path of no route, `side` input or output,
+`action` none, refused or rolled_back, `risk` request or response, `name` block or flag.
 """
 
 import time
@@ -16,6 +16,7 @@ from model.events import Event, Finish, Release
 from model.policy import Mode
 from model.request import GenerationRequest
 from server.engine.engine import Engine
+from server.exchange import Exchange
 
 METRIC_NAMES = (
     "ballast_requests_total",
@@ -63,8 +64,14 @@ class Metrics:
         running.set_function(lambda: engine.stats().num_running)
         waiting = Gauge("ballast_requests_waiting", "Sequences in the queue", registry=at)
         waiting.set_function(lambda: engine.stats().num_waiting)
-        self.prompt_tokens = Counter("ballast_prompt_tokens", "Prompt tokens of finished requests", registry=at)
-        self.completion_tokens = Counter("ballast_completion_tokens", "Released tokens", registry=at)
+        self.prompt_tokens = Counter(
+            "ballast_prompt_tokens", "Prompt tokens of requests whose generation began", registry=at
+        )
+        self.completion_tokens = Counter(
+            "ballast_completion_tokens",
+            "Released tokens; of an aborted request those released until then, without those held back",
+            registry=at,
+        )
         self.first_token_s = Histogram(
             "ballast_time_to_first_token_seconds",
             "From arrival to the first text that leaves, holdback included",
@@ -80,7 +87,9 @@ class Metrics:
 
     def _build_safety(self) -> None:
         at = self.registry
-        self.request_risk = Histogram("ballast_request_risk", "Risk of each request", buckets=_RISKS, registry=at)
+        self.request_risk = Histogram(
+            "ballast_request_risk", "Risk of each request, once for all its choices", buckets=_RISKS, registry=at
+        )
         self.response_risk = Histogram("ballast_response_risk", "Risk of each response", buckets=_RISKS, registry=at)
         self.decisions = Counter(
             "ballast_safety_decisions", "What the policy did on a side that is on", ("side", "action"), registry=at
@@ -135,26 +144,36 @@ class ChoiceMeter:
     Args:
         metrics: where to.
         request: what is generated; sides that are off are not counted as decisions.
-        arrived: `time.perf_counter()` when the HTTP request arrived.
+        exchange: the HTTP request that asks for it, and perhaps for other choices too; its tokens are noted there.
     """
 
-    def __init__(self, metrics: Metrics, request: GenerationRequest, arrived: float) -> None:
+    def __init__(self, metrics: Metrics, request: GenerationRequest, exchange: Exchange) -> None:
         self._metrics = metrics
         self._request = request
-        self._last = arrived
+        self._exchange = exchange
+        self._last = exchange.started
         self._has_text = False
 
     def see(self, event: Event) -> None:
         """Take note of an event."""
+        if not self._exchange.prompt_tokens:
+            self._see_beginning()
         if isinstance(event, Finish):
             self._see_finish(event)
         else:
             self._see_release(event)
 
+    def _see_beginning(self) -> None:
+        prompt = self._request.prompt
+        self._exchange.prompt_tokens = len(prompt.request) + len(prompt.prefill)
+        self._metrics.prompt_tokens.inc(self._exchange.prompt_tokens)
+
     def _see_release(self, release: Release) -> None:
         if release.head.num_assessments:
             self._metrics.head_s.observe(release.head.seconds)
         now, num_tokens = time.perf_counter(), len(release.tokens)
+        self._exchange.completion_tokens += num_tokens
+        self._metrics.completion_tokens.inc(num_tokens)
         if self._has_text and num_tokens:
             for _ in range(num_tokens):
                 self._metrics.inter_token_s.observe((now - self._last) / num_tokens)
@@ -165,11 +184,8 @@ class ChoiceMeter:
 
     def _see_finish(self, finish: Finish) -> None:
         metrics = self._metrics
-        if self._request.choice == 0:
-            metrics.prompt_tokens.inc(finish.prompt_tokens)
-        metrics.completion_tokens.inc(finish.completion_tokens)
         metrics.withdrawn_tokens.inc(finish.num_withdrawn_tokens)
-        if finish.request_risk is not None:
+        if finish.request_risk is not None and self._request.choice == 0:  # the same for every choice
             metrics.request_risk.observe(finish.request_risk)
         if finish.response_risk is not None:
             metrics.response_risk.observe(finish.response_risk)

@@ -1,8 +1,10 @@
 """The outer layers, in pure ASGI: they see every chunk of a stream and every disconnect."""
 
 import structlog
+from fastapi.routing import iter_route_contexts
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.errors import origin
@@ -13,7 +15,12 @@ from server.metrics import Metrics
 logger = structlog.get_logger(__name__)
 
 QUIET_ENDPOINTS = ("/livez", "/readyz", "/metrics")
-"""Asked every few seconds by machines; logged at debug level only."""
+"""Asked every few seconds by machines; logged at debug level only, unless they are refused."""
+REFUSED = (401, 403)
+
+UNMATCHED = "unmatched"
+METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
+"""Methods that the log names. A client can send any word as one."""
 
 
 class Observe:
@@ -54,14 +61,15 @@ class Observe:
             self._record(scope, exchange, status if is_complete else CLIENT_CLOSED_REQUEST)
 
     def _record(self, scope: Scope, exchange: Exchange, status: int) -> None:
-        endpoint = getattr(scope.get("route"), "path", "unmatched")
+        endpoint = _endpoint(scope)
         self._metrics.observe_request(endpoint, status, exchange.finish_reason, exchange.elapsed_s)
-        log = logger.debug if endpoint in QUIET_ENDPOINTS else logger.info
+        is_quiet = endpoint in QUIET_ENDPOINTS and status not in REFUSED
+        log = logger.debug if is_quiet else logger.info
         log(
             "request",
             request_id=exchange.request_id,
             key=exchange.access.name if exchange.access else "",
-            method=scope["method"] if endpoint != "unmatched" else "",
+            method=scope["method"] if scope["method"] in METHODS else "",
             endpoint=endpoint,
             status=status,
             finish_reason=exchange.finish_reason or None,
@@ -69,6 +77,21 @@ class Observe:
             completion_tokens=exchange.completion_tokens,
             seconds=round(exchange.elapsed_s, 4),
         )
+
+
+def _endpoint(scope: Scope) -> str:
+    """Return the template of the route for a path, by another method if not by this one; never the path itself.
+
+    Finds it for a request too that a layer has answered before the router saw it.
+    """
+    found = UNMATCHED
+    for route in iter_route_contexts(scope["app"].routes):
+        match, _ = route.matches(scope)
+        if match is Match.FULL:
+            return str(route.path)
+        if match is Match.PARTIAL and found == UNMATCHED:
+            found = str(route.path)
+    return found
 
 
 class LimitBody:

@@ -57,7 +57,7 @@ async def create(
         refusal_in_content=service.settings.refusal_in_content,
         num_choices=len(requests),
     )
-    meters = [ChoiceMeter(service.metrics, one, exchange.started) for one in requests]
+    meters = [ChoiceMeter(service.metrics, one, exchange) for one in requests]
     choices = Choices(service.engine, completion_id, requests, meters)
     if body.stream:
         return ChoiceStream(_stream(choices, answer, exchange), choices, drain_s=service.settings.drain_s)
@@ -68,7 +68,7 @@ async def create(
         raise
     finally:
         choices.close()
-    note(exchange, answer)
+    exchange.finish_reason = answer.finish_reason
     return Response(answer.whole().model_dump_json(exclude_unset=True), media_type="application/json")
 
 
@@ -87,17 +87,10 @@ async def _stream(choices: Choices, answer: ChatAnswer, exchange: Exchange) -> A
             made = answer.add(index, item)
             if made is not None:
                 yield event(made)
-        note(exchange, answer)
+        exchange.finish_reason = answer.finish_reason
         for chunk in answer.closing():
             yield event(chunk)
     except Exception as error:
         exchange.finish_reason = "error"
         yield event(as_api_error(error).body())
     yield DONE
-
-
-def note(exchange: Exchange, answer: ChatAnswer) -> None:
-    """Leave in the exchange what the log and the metrics say about an answer."""
-    exchange.finish_reason = answer.finish_reason
-    exchange.prompt_tokens = answer.usage.prompt_tokens
-    exchange.completion_tokens = answer.usage.completion_tokens

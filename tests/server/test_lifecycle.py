@@ -1,5 +1,7 @@
 """From a start that takes its time to a stop that lets requests finish."""
 
+import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import time
 import httpx2
 import openai
 import pytest
+import structlog
 
 from model.errors import WeightsNotFound
 from model.testing import write_tiny
@@ -63,13 +66,9 @@ def test_a_model_that_does_not_load_leaves_the_server_alive_and_not_ready(serve)
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "json"])
 def test_a_client_that_disconnects_frees_the_engine_at_once(serve, stream):
-    """Twelve times 17 tokens of 10 ms each would take two seconds."""
+    """Two choices of 12 times 17 tokens, 10 ms each, would take four seconds."""
     server = serve(LONG, slow=True)
-    body = {"model": "tiny", "stream": stream, "messages": [{"role": "user", "content": "hello"}], "n": 2}
-    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
-        request = httpx2.Request("POST", server.url + "/v1/chat/completions", json=body)
-        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+    with leaving(server.url, stream=stream, n=2):
         wait_until(lambda: server.engine.stats().num_running == 2)
         time.sleep(0.1)
     left = time.monotonic()
@@ -78,6 +77,30 @@ def test_a_client_that_disconnects_frees_the_engine_at_once(serve, stream):
     endpoint = 'endpoint="/v1/chat/completions",finish_reason="aborted"'
     wait_until(lambda: server.metric(f'ballast_requests_total{{{endpoint},status="499"}}') == 1)
     assert server.post(max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "json"])
+def test_the_tokens_of_a_client_that_disconnects_are_counted_and_logged(serve, stream):
+    server = serve(LONG, slow=True)
+    with structlog.testing.capture_logs() as lines:
+        with leaving(server.url, stream=stream, n=2):
+            wait_until(lambda: server.metric("ballast_completion_tokens_total") >= 4)
+        wait_until(lambda: any(line.get("finish_reason") == "aborted" for line in lines))
+    (line,) = (line for line in lines if line.get("finish_reason") == "aborted")
+    assert line["completion_tokens"] == server.metric("ballast_completion_tokens_total") < 2 * len(LONG)
+    assert line["prompt_tokens"] == server.metric("ballast_prompt_tokens_total")
+    assert line["prompt_tokens"] == server.post(max_tokens=1).json()["usage"]["prompt_tokens"]
+
+
+@contextlib.contextmanager
+def leaving(url, **fields):
+    """Ask for a chat completion, and leave without an answer when the block ends."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
+        request = httpx2.Request("POST", url + "/v1/chat/completions", json=body)
+        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        yield
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
@@ -118,20 +141,28 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def process(tiny):
-    """`ballast-serve` as a process on a free port, ready: the process and its address."""
+def start_process(tiny):
+    """Start `ballast-serve` as a process on a free port: the process, ready, and its address."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *flags: stack.enter_context(process(tiny, *flags))
+
+
+@contextlib.contextmanager
+def process(tiny, *more_flags):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     model, checkpoint = map(str, tiny)
     flags = ["--model", model, "--checkpoint", checkpoint, "--port", str(port), "--served-model-name", "tiny"]
-    flags += ["--num-threads", "1", "--input-mode", "off", "--output-mode", "off"]
+    flags += ["--num-threads", "1", "--input-mode", "off", "--output-mode", "off", *more_flags]
     started = subprocess.Popen([sys.executable, "-m", "server", *flags], stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: started.poll() is not None or answer(url + "/readyz") == 200, 60)
-    yield started, url
-    started.kill()
-    started.wait()
-    started.stderr.close()
+    try:
+        yield started, url
+    finally:
+        started.kill()
+        started.wait()
+        started.stderr.close()
 
 
 def answer(url):
@@ -141,8 +172,8 @@ def answer(url):
         return None
 
 
-def test_sigterm_lets_a_stream_finish_while_probes_and_new_requests_get_503(process):
-    started, url = process
+def test_sigterm_lets_a_stream_finish_while_probes_and_new_requests_get_503(start_process):
+    started, url = start_process()
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
     long = {**body, "n": 4, "max_tokens": 450, "ignore_eos": True, "stream": True}
     with (
@@ -160,6 +191,29 @@ def test_sigterm_lets_a_stream_finish_while_probes_and_new_requests_get_503(proc
     assert sum('"finish_reason":"length"' in line for line in received) == 4
     started.wait(15)
     assert "Traceback" not in started.stderr.read()
+
+
+def test_a_stream_that_outlives_the_drain_ends_with_an_error_event(start_process):
+    started, url = start_process("--drain-s", "0.2", "--log-format", "json")
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    long = {**body, "n": 8, "max_tokens": 450, "ignore_eos": True, "stream": True}
+    with httpx2.stream("POST", url + "/v1/chat/completions", json=long, timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        started.send_signal(signal.SIGTERM)
+        *_, error, done = (line for line in lines if line)
+    assert done == "data: [DONE]"
+    assert json.loads(error.removeprefix("data: "))["error"] == {
+        "message": "the server is shutting down",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_error",
+    }
+    started.wait(15)
+    logged = [json.loads(line) for line in started.stderr]
+    (request,) = (line for line in logged if line.get("endpoint") == "/v1/chat/completions")
+    assert (request["status"], request["finish_reason"], request["completion_tokens"] > 0) == (200, "error", True)
+    assert [line["event"] for line in logged if line["level"] == "error"] == []
 
 
 def test_a_port_in_use_is_one_clear_line(logging_as_before, capsys):

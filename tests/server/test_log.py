@@ -18,6 +18,18 @@ def arrived(lines, event, **fields):
         time.sleep(0.005)
 
 
+KEYS = [{"name": "app", "key": "app-key"}]
+KEY = {"authorization": "Bearer app-key"}
+PREFLIGHT = {"origin": "https://app.example", "access-control-request-method": "POST"}
+
+
+@pytest.fixture(scope="module")
+def locked(serve_all):
+    """A server that needs a key, takes short bodies, and may be called from one web page."""
+    origins = (PREFLIGHT["origin"],)
+    return serve_all(api_keys=KEYS, metrics_open=True, max_body_bytes=1024, cors_origins=origins)
+
+
 @pytest.fixture
 def configured(logging_as_before):
     """Configure logging for a test."""
@@ -68,6 +80,45 @@ def test_probes_are_quiet(polite):
     with structlog.testing.capture_logs() as lines:
         polite.http.get("/livez", headers={"x-request-id": "probe"})
         arrived(lines, "request", request_id="probe", log_level="debug")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "endpoint"),
+    [
+        ("GET", "/v1/models/a/b", {}, 401, "/v1/models/{model_id:path}"),
+        ("POST", "/v1/chat/completions", {}, 401, "/v1/chat/completions"),
+        ("DELETE", "/v1/chat/completions", {}, 401, "/v1/chat/completions"),
+        ("DELETE", "/v1/chat/completions", {"headers": KEY}, 405, "/v1/chat/completions"),
+        ("POST", "/v1/moderations", {"headers": KEY, "content": b" " * 2000}, 413, "/v1/moderations"),
+        ("OPTIONS", "/v1/safety/score", {"headers": PREFLIGHT}, 200, "/v1/safety/score"),
+        ("GET", "/docs", {"headers": KEY}, 200, "/docs"),
+        ("GET", "/my/darkest/thought", {}, 401, "unmatched"),
+        ("GET", "/my/darkest/thought", {"headers": KEY}, 404, "unmatched"),
+    ],
+)
+def test_a_request_is_logged_and_counted_under_its_route_whoever_answers_it(
+    locked, method, path, sent, status, endpoint
+):
+    sample = f'ballast_requests_total{{endpoint="{endpoint}",finish_reason="",status="{status}"}}'
+    before = locked.metric(sample)
+    with structlog.testing.capture_logs() as lines:
+        assert locked.http.request(method, path, **sent).status_code == status
+        arrived(lines, "request", method=method, endpoint=endpoint, status=status)
+    assert "darkest" not in str(lines)
+    assert locked.metric(sample) == before + 1
+
+
+def test_a_word_that_is_no_method_is_not_logged(locked):
+    with structlog.testing.capture_logs() as lines:
+        locked.http.request("DARKEST", "/v1/models", headers=KEY)
+        arrived(lines, "request", method="", endpoint="/v1/models", status=405)
+
+
+def test_whoever_asks_for_the_metrics_without_a_key_is_not_quiet(serve):
+    server = serve(api_keys=KEYS)
+    with structlog.testing.capture_logs() as lines:
+        assert server.http.get("/metrics").status_code == 401
+        arrived(lines, "request", endpoint="/metrics", status=401, log_level="info")
 
 
 def test_json_lines_hold_the_events_of_the_server_and_of_libraries(configured, capsys):

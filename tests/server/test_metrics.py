@@ -9,6 +9,7 @@ from model.events import HeadWork, Release
 from model.holdback import ResponseToken
 from model.request import GenerationRequest
 from server.engine.engine import EngineStats
+from server.exchange import Exchange
 from server.metrics import METRIC_NAMES, ChoiceMeter, Metrics
 
 
@@ -54,7 +55,8 @@ class IdleEngine:
 def test_tokens_that_leave_together_share_their_wait_evenly(monkeypatch):
     """First text after 1 s, then three tokens 0.6 s later, text without a token, and a token 0.3 s after the three."""
     metrics = Metrics(IdleEngine())
-    meter = ChoiceMeter(metrics, GenerationRequest(EncodedPrompt((1,)), max_tokens=9), arrived=10.0)
+    exchange = Exchange("id", started=10.0)
+    meter = ChoiceMeter(metrics, GenerationRequest(EncodedPrompt((1,)), max_tokens=9), exchange)
     releases = {11.0: ("a", 2), 11.6: ("bcd", 3), 11.7: ("e", 0), 11.8: ("", 0), 11.9: ("f", 1)}
     for now, (text, num_tokens) in releases.items():
         monkeypatch.setattr("server.metrics.time", SimpleNamespace(perf_counter=lambda now=now: now))
@@ -66,6 +68,7 @@ def test_tokens_that_leave_together_share_their_wait_evenly(monkeypatch):
     assert found["ballast_inter_token_seconds_sum"] == pytest.approx(0.6 + 0.3)
     assert found['ballast_inter_token_seconds_bucket{le="0.25"}'] == 3
     assert found['ballast_inter_token_seconds_bucket{le="0.5"}'] == 4
+    assert (exchange.prompt_tokens, exchange.completion_tokens) == (1, 6)
 
 
 def test_the_time_to_the_first_token_includes_the_holdback(serve):
@@ -77,16 +80,23 @@ def test_the_time_to_the_first_token_includes_the_holdback(serve):
 
 def test_decisions_risks_and_withdrawn_tokens_are_counted_by_side(serve):
     server = serve("all is well here, friends. NOW SOME HARM")
-    server.chat("hello")
-    server.chat("HARM")
+    usages = [server.chat("hello").usage, server.chat("HARM").usage]
     decisions = "ballast_safety_decisions_total"
     assert server.metric(f'{decisions}{{action="refused",side="input"}}') == 1
     assert server.metric(f'{decisions}{{action="none",side="input"}}') == 1
     assert server.metric(f'{decisions}{{action="rolled_back",side="output"}}') == 1
     assert server.metric("ballast_withdrawn_tokens_total") == 3
+    assert server.metric("ballast_completion_tokens_total") == sum(usage.completion_tokens for usage in usages)
     assert server.metric("ballast_request_risk_count") == 2
     assert server.metric('ballast_request_risk_bucket{le="0.9"}') == 1
     assert server.metric("ballast_response_risk_count") == 2
+
+
+def test_the_risk_of_a_request_is_counted_once_and_that_of_every_choice(serve):
+    server = serve()
+    server.chat("hello", n=4)
+    assert server.metric("ballast_request_risk_count") == 1
+    assert server.metric("ballast_response_risk_count") == 4
 
 
 def test_the_thresholds_in_force_are_shown(serve, scripted):
