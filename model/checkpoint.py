@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from model import adapter
 from model.chat import ChatTemplate
 from model.config import SafetyConfig
 from model.errors import BaseMismatch, CheckpointError
@@ -90,7 +91,7 @@ def load_head(folder: Path) -> tuple[TokenHead, SafetyConfig]:
 
 
 def attach(pretrained: Pretrained, folder: Path) -> GuardedLM:
-    """Return the model with the signal of the checkpoint `folder`.
+    """Return the model with the signal of the checkpoint `folder`, and with its adapter if it brings one.
 
     Raises:
         BaseMismatch: if the checkpoint was trained on other weights or another chat template.
@@ -111,4 +112,11 @@ def attach(pretrained: Pretrained, folder: Path) -> GuardedLM:
             f"checkpoint {folder} was calibrated with chat template {config.base.chat_template[:12]}, "
             f"but {pretrained.name} has {template[:12]}"
         )
+    if (tuned := adapter.fingerprint(folder / adapter.FOLDER)) != config.base.adapter:
+        raise BaseMismatch(
+            f"checkpoint {folder} was trained with the adapter {config.base.adapter[:12] or 'none'}, "
+            f"but {adapter.FOLDER}/ beside it is {tuned[:12] or 'missing'}"
+        )
+    if tuned:
+        pretrained = adapter.merge(pretrained, folder / adapter.FOLDER)
     return GuardedLM(pretrained.model, pretrained.tokenizer, head, config)

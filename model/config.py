@@ -47,6 +47,8 @@ class BaseModel:
     """SHA-256 of the chat template."""
     dtype: str
     """Precision in which the thresholds were calibrated, such as `bfloat16`."""
+    adapter: str = ""
+    """SHA-256 of the weights of the adapter that lies beside the signal; empty without one."""
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ class HeadRecipe:
     sources: Annotated[dict[str, Source], Field(min_length=1)]
     name: str = "head"
     model: str = "smollm2-135m"
+    adapter: str | None = None
+    """Folder of an adapter that is added to the model, and goes into the checkpoint; null takes the model as it is."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: str = "auto"
     """A torch device; `auto` takes the GPU where there is one."""

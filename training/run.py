@@ -1,6 +1,7 @@
 """The command `ballast-train head`, top to bottom: rows, states, head, thresholds, checkpoint."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from model import checkpoint
+from model import adapter, checkpoint
 from model.chat import ChatTemplate
 from model.config import VERSION, BaseModel, SafetyConfig
 from model.pretrained import Pretrained, load
@@ -48,6 +49,15 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
         ModelError: if the model cannot be loaded.
     """
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=_device(recipe))
+    base = BaseModel(
+        name=pretrained.name,
+        weights=checkpoint.fingerprint_weights(pretrained.model),
+        chat_template=ChatTemplate(pretrained.tokenizer).fingerprint,
+        dtype=recipe.dtype,
+        adapter=adapter.fingerprint(Path(recipe.adapter)) if recipe.adapter else "",
+    )
+    if recipe.adapter:
+        pretrained = adapter.merge(pretrained, Path(recipe.adapter))
     rows = _rows(recipe, pretrained)
     licence = _licence(recipe, rows)
     _write_run(recipe, rows)
@@ -63,7 +73,7 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
     width = int(pretrained.model.config.get_text_config().hidden_size)
     trained = train(rows, states, recipe, width, folder, (*_loggers(recipe), *callbacks))
     calibration = calibrate(trained.head, rows, states, recipe)
-    _write_checkpoint(recipe, pretrained, rows, trained, calibration, licence, command)
+    _write_checkpoint(recipe, base, rows, trained, calibration, licence, command)
     return Path(recipe.output)
 
 
@@ -104,7 +114,7 @@ def _write_run(recipe: HeadRecipe, rows: Sequence[Row]) -> None:
 
 def _write_checkpoint(
     recipe: HeadRecipe,
-    pretrained: Pretrained,
+    base: BaseModel,
     rows: Sequence[Row],
     trained: Trained,
     calibration: Calibration,
@@ -115,12 +125,7 @@ def _write_checkpoint(
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
     config = SafetyConfig(
-        base=BaseModel(
-            name=pretrained.name,
-            weights=checkpoint.fingerprint_weights(pretrained.model),
-            chat_template=ChatTemplate(pretrained.tokenizer).fingerprint,
-            dtype=recipe.dtype,
-        ),
+        base=base,
         token_head=trained.head.config,
         request=calibration.request.thresholds,
         response=calibration.response.thresholds,
@@ -139,6 +144,9 @@ def _write_checkpoint(
     for folder in (output, Path(recipe.run)):
         (folder / "metrics.json").write_text(numbers, encoding="utf-8")
     draw(output / "plots", trained.history, calibration)
+    shutil.rmtree(output / adapter.FOLDER, ignore_errors=True)
+    if recipe.adapter:
+        adapter.copy(Path(recipe.adapter), output / adapter.FOLDER)
     checkpoint.save(output, trained.head, config)
 
 

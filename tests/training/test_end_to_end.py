@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from model import checkpoint
 from model.chat import Message
 from model.pretrained import Pretrained, load
 from model.scoring import score
+from model.testing import tiny_lm
 from training import recipe_file
 from training.__main__ import main
 from training.config import Head, HeadRecipe
@@ -126,3 +128,13 @@ def test_a_side_without_benign_rows_is_named(recipe: HeadRecipe, tiny: Pretraine
     sources = {name: replace(source, sets_block=()) for name, source in recipe.sources.items()}
     with pytest.raises(DataError, match="cannot calibrate the request side"):
         train_head(replace(recipe, sources=sources), "plain")
+
+
+def test_a_head_is_trained_on_the_tuned_model_and_brings_its_adapter(recipe: HeadRecipe, tiny: Pretrained, tmp_path):
+    tuned = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    folder = train_head(replace(recipe, adapter=str(tmp_path / "adapter")), "")
+    lm = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), folder)
+    assert lm.config is not None
+    assert lm.config.base.weights == checkpoint.fingerprint_weights(tiny.model)
+    assert checkpoint.fingerprint_weights(lm.model) != lm.config.base.weights
