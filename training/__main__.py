@@ -10,7 +10,7 @@ from model.errors import ModelError
 from training import recipe_file
 from training.config import HeadRecipe
 from training.errors import TrainingError
-from training.tune_config import AnchorRecipe, TuneRecipe
+from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -57,6 +57,14 @@ def run_anchors(arguments: argparse.Namespace, command: str) -> None:
     from training.anchors import write_anchors
 
     sys.stderr.write(f"wrote {write_anchors(recipe)}\n")
+
+
+def run_merge(arguments: argparse.Namespace, command: str) -> None:
+    """Add an adapter to its model."""
+    recipe = recipe_file.load(MergeRecipe, arguments.config, arguments.overrides)
+    from training.merge import merge
+
+    sys.stderr.write(f"wrote {merge(recipe)}\n")
 
 
 COMMANDS = {
@@ -108,6 +116,15 @@ Every key of a recipe is explained in training/tune_config.py.""",
         """examples:
   ballast-train constrain --config constrained_sql data=data
   ballast-train constrain constraint.early=1.0
+
+Every key of a recipe is explained in training/tune_config.py.""",
+    ),
+    "merge": Command(
+        run_merge,
+        "merge",
+        "add an adapter to the weights of its model, and write the whole model",
+        """examples:
+  ballast-train merge adapter=runs/deepened/adapter output=runs/deepened/model
 
 Every key of a recipe is explained in training/tune_config.py.""",
     ),

@@ -151,3 +151,17 @@ class AnchorRecipe:
     request_tokens: AtLeastOne = 256
     """Longer requests lose their beginning."""
     answers: Answers = Answers()
+
+
+@dataclass(frozen=True, config=STRICT)
+class MergeRecipe:
+    """Everything that decides what `ballast-train merge` writes."""
+
+    adapter: str
+    """Folder of the adapter."""
+    name: str = "merged"
+    model: str = "smollm2-135m"
+    """The model that the adapter was trained on."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    output: str = "runs/merged"
+    """Folder of the whole model, which any program that reads Hugging Face models loads."""

@@ -9,7 +9,7 @@ from training.__main__ import main
 from training.config import HeadRecipe
 from training.errors import RecipeError
 from training.recipe_file import SHIPPED
-from training.tune_config import AnchorRecipe, TuneRecipe
+from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def test_every_shipped_recipe_opens_with_its_command_and_is_valid_there():
         "sft": TuneRecipe,
         "deepen": TuneRecipe,
         "constrain": TuneRecipe,
+        "merge": MergeRecipe,
     }
     for path in SHIPPED.glob("*.yaml"):
         opening = path.read_text().splitlines()[0]

@@ -1,6 +1,9 @@
 """Fine-tuning end to end on the tiny model: sums, resume, constraint and what a run leaves behind."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from model.pretrained import Pretrained, load
+from training import recipe_file
 from training.anchors import write_anchors
 from training.errors import RecipeError
+from training.merge import merge
 from training.tune import tune
-from training.tune_config import AnchorRecipe, TuneRecipe
+from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
 
 RECOVERY = {"sources": {"triplets": {"path": "triplets.jsonl", "kind": "triplets"}}, "share": 0.2, "per_step": 2}
 ANCHORS = {"sources": {"instructions": {"path": "instructions.jsonl"}}, "share": 0.8, "per_step": 6}
@@ -179,3 +184,25 @@ def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data:
     lines = [json.loads(line) for line in write_anchors(made).read_text().splitlines()]
     assert 1 <= len(lines) <= 5
     assert all(line["response"] and line["source"] == "Own sentences (MIT)" for line in lines)
+
+
+def test_a_merged_model_says_what_the_tuned_one_says(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path), "")
+    made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
+    folder = merge(MergeRecipe(**made, dtype="float32"))
+    ids = torch.tensor([[5, 6, 7]])
+    tuned = PeftModel.from_pretrained(load(str(saved_model), dtype=torch.float32).model, str(tmp_path / "adapter"))
+    assert torch.allclose(load(str(folder), dtype=torch.float32).model(ids).logits, tuned(ids).logits, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_and_the_weights_of_one(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path / "one", batch_size=2), "")
+    shared = recipe(saved_model, data, tmp_path / "two", batch_size=2)
+    recipe_file.dump(shared, tmp_path / "recipe.yaml")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631"]
+    command = [sys.executable, *launch, "-m", "training", "deepen", "--config", str(tmp_path / "recipe.yaml")]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
