@@ -109,6 +109,38 @@ def test_a_token_leaves_when_the_lookback_has_passed_it(ask):
     assert len(end.tokens) == 8
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_choices_differ_and_come_again(seed: int, ask):
+    params = SamplingParams(seed=seed)
+    first, again = (
+        [
+            tuple(t.token_id for t in ask(tiny_guarded_lm(), sampling=params, choice=n, **BOTH_OFF).tokens)
+            for n in range(3)
+        ]
+        for _ in range(2)
+    )
+    assert first == again
+    assert len(set(first)) == 3
+
+
+def test_logprobs_of_withdrawn_tokens_never_leave(ask):
+    lm = ScriptedLM("clear HARM")
+    answer = ask(lm, sampling=SamplingParams(temperature=0, top_logprobs=2))
+    assert [t.token_id for t in answer.tokens] == ids_of(lm, "clear ")
+    assert all(t.logprob == pytest.approx(0.0) and len(t.top_logprobs) == 2 for t in answer.tokens)
+    assert [t.token_id for t in answer.refusal_tokens] == ids_of(lm, REFUSAL)
+
+
+def test_a_refusal_has_logprobs_where_the_model_chose(ask):
+    answer = ask(ScriptedLM(""), "Bad", sampling=SamplingParams(top_logprobs=1))
+    assert [t.logprob is None for t in answer.refusal_tokens] == [True] * 9 + [False] * 6
+
+
+def test_released_tokens_carry_their_raw_risk(ask):
+    answer = ask(ScriptedLM("an EU"), output=Mode.SCORE)
+    assert [t.risk > 0.5 for t in answer.tokens] == [False, False, False, True, True]
+
+
 # Score and off
 
 
@@ -153,170 +185,6 @@ def test_score_reports_the_risk_that_it_did_not_act_on(ask):
     finish = ask(ScriptedLM("then HARM"), "Bad", **BOTH_SCORE).finish
     assert finish.request_risk > 0.9
     assert finish.response_risk > 0.9
-
-
-# The last assessment
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(
-    ("script", "changes"),
-    [
-        ("hello worlD", {}),  # ends by itself
-        ("hello worlD again", {"stop": ("D",)}),
-        ("hello worlD again", {"max_tokens": 11}),
-    ],
-)
-def test_every_end_is_assessed_with_patience_one(schedule, script: str, changes, ask):
-    answer = ask(ScriptedLM(script), schedule=schedule, **changes)
-    assert answer.finish.action == "rolled_back"
-    assert "D" not in answer.text
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("changes", [{}, {"stop": ("wor",)}, {"max_tokens": 9}])
-def test_an_end_without_harm_stays_as_it_is(schedule, changes, ask):
-    answer = ask(ScriptedLM("hello world"), schedule=schedule, **changes)
-    assert answer.finish.action == "none"
-    assert answer.finish.num_assessments >= 2  # the request and the end at least
-
-
-def test_the_sparsest_schedule_assesses_request_and_end_alone(ask):
-    answer = ask(ScriptedLM("hello world"), schedule=First())
-    assert answer.finish.num_assessments == 2
-    assert [token.risk is None for token in answer.tokens] == [True] * 10 + [False]
-
-
-def test_an_answer_of_nothing_needs_no_assessment(ask):
-    answer = ask(ScriptedLM(""))
-    assert (answer.text, answer.finish.reason, answer.finish.response_risk) == ("", "stop", None)
-
-
-def test_the_last_assessment_feeds_no_token_again(ask):
-    # "c" was fed without an assessment; what the head reads at it was kept.
-    lm = ScriptedLM("abc")
-    ask(lm, schedule=First())
-    a, b, c = ids_of(lm, "abc")
-    assert lm.fed[1:] == [(a,), (b,), (c,)]
-
-
-# Ends and counts
-
-
-@pytest.mark.parametrize(
-    ("stop", "expected"),
-    [
-        (("stop",), "one two "),
-        (("s", "stop"), "one two "),
-        (("two stop", "wo"), "one t"),
-        (("never",), "one two stop three"),
-        (("three!",), "one two stop three"),
-    ],
-)
-def test_stop_strings_over_token_borders_end_the_answer_and_do_not_leave(stop, expected: str, ask):
-    answer = ask(ScriptedLM("one two stop three"), stop=stop)
-    assert answer.text == expected
-    assert answer.finish.reason == "stop"
-    assert answer.finish.completion_tokens == len(expected)
-
-
-def test_a_stop_string_across_the_border_to_a_prefill_is_not_one(ask):
-    assert ask(ScriptedLM("one two"), prefill="one t", stop=("tw",)).text == "wo"
-
-
-@pytest.mark.parametrize(("max_tokens", "reason"), [(1, "length"), (4, "length"), (5, "length"), (6, "stop")])
-def test_max_tokens_end_the_answer(max_tokens: int, reason: str, ask):
-    answer = ask(ScriptedLM("hello"), max_tokens=max_tokens)
-    assert answer.text == "hello"[:max_tokens]
-    assert answer.finish.reason == reason
-
-
-def test_min_tokens_put_the_end_off(ask):
-    # After its script the model would end; what it says then does not matter.
-    assert len(ask(ScriptedLM("ab"), sampling=SamplingParams(temperature=0, min_tokens=5)).tokens) >= 5
-
-
-@pytest.mark.parametrize(
-    ("min_tokens", "expected"),
-    [
-        (0, "one "),
-        (6, "one "),  # the stop string ends with the seventh token
-        (7, "one two stop "),
-        (12, "one two stop "),
-        (15, "one two stop "),  # the second one ends with the sixteenth
-        (16, "one two stop two three"),
-    ],
-)
-def test_a_stop_string_within_min_tokens_is_ordinary_text(min_tokens: int, expected: str, ask):
-    sampling = SamplingParams(temperature=0, min_tokens=min_tokens)
-    answer = ask(ScriptedLM("one two stop two three"), stop=("two",), sampling=sampling)
-    assert (answer.text, answer.finish.reason) == (expected, "stop")
-
-
-def test_a_stop_string_within_min_tokens_is_released_as_it_comes(ask):
-    sampling = SamplingParams(temperature=0, min_tokens=7)
-    answer = ask(ScriptedLM("one two and more"), stop=("two",), sampling=sampling, **BOTH_OFF)
-    assert answer.text == "one two and more"
-    assert "two" in "".join(release.text for release in answer.releases[:12])
-
-
-def test_a_rollback_looks_for_stop_strings_as_before_within_min_tokens(ask):
-    # The text that is kept is pushed again; its stop string is still ordinary text.
-    sampling = SamplingParams(temperature=0, min_tokens=7)
-    answer = ask(ScriptedLM("one two and more HARM"), stop=("two",), sampling=sampling)
-    assert (answer.text, answer.finish.action) == ("one two and more ", "rolled_back")
-
-
-def test_ignore_eos_goes_on_to_max_tokens(ask):
-    answer = ask(ScriptedLM("ab"), sampling=SamplingParams(temperature=0, ignore_eos=True), max_tokens=6)
-    assert (len(answer.tokens), answer.text, answer.finish.reason) == (6, "ab", "length")
-
-
-def test_usage_counts_prompt_with_prefill_and_what_was_released(ask):
-    # "<|im_start|>user\n" 6, "hi" 2, "<|im_end|>\n" 2, "<|im_start|>assistant\n" 11; prefill 4; answer 7.
-    finish = ask(ScriptedLM("one two end"), prefill="one ").finish
-    assert (finish.prompt_tokens, finish.completion_tokens) == (6 + 2 + 2 + 11 + 4, 7)
-
-
-def test_usage_of_a_rollback_counts_what_was_kept_and_the_refusal(ask):
-    finish = ask(ScriptedLM("clear HARM")).finish
-    assert finish.completion_tokens == len("clear ") + len(REFUSAL)
-
-
-def test_usage_of_a_refusal_counts_prefix_and_continuation(ask):
-    assert ask(ScriptedLM(""), "Bad").finish.completion_tokens == len(REFUSAL)
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_choices_differ_and_come_again(seed: int, ask):
-    params = SamplingParams(seed=seed)
-    first, again = (
-        [
-            tuple(t.token_id for t in ask(tiny_guarded_lm(), sampling=params, choice=n, **BOTH_OFF).tokens)
-            for n in range(3)
-        ]
-        for _ in range(2)
-    )
-    assert first == again
-    assert len(set(first)) == 3
-
-
-def test_logprobs_of_withdrawn_tokens_never_leave(ask):
-    lm = ScriptedLM("clear HARM")
-    answer = ask(lm, sampling=SamplingParams(temperature=0, top_logprobs=2))
-    assert [t.token_id for t in answer.tokens] == ids_of(lm, "clear ")
-    assert all(t.logprob == pytest.approx(0.0) and len(t.top_logprobs) == 2 for t in answer.tokens)
-    assert [t.token_id for t in answer.refusal_tokens] == ids_of(lm, REFUSAL)
-
-
-def test_a_refusal_has_logprobs_where_the_model_chose(ask):
-    answer = ask(ScriptedLM(""), "Bad", sampling=SamplingParams(top_logprobs=1))
-    assert [t.logprob is None for t in answer.refusal_tokens] == [True] * 9 + [False] * 6
-
-
-def test_released_tokens_carry_their_raw_risk(ask):
-    answer = ask(ScriptedLM("an EU"), output=Mode.SCORE)
-    assert [t.risk > 0.5 for t in answer.tokens] == [False, False, False, True, True]
 
 
 # Faults

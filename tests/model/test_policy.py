@@ -131,12 +131,6 @@ def test_score_and_off_always_continue_with_everything_releasable(policy, schedu
         assert done.decisions == [(length, Continue(length)) for length in (*range(1, len(logits) + 1), len(logits))]
 
 
-@given(policy=policies, schedule=schedules, logits=responses, smoothing=smoothings)
-def test_every_end_has_an_assessment_of_the_whole_response(policy, schedule, logits, smoothing):
-    done = walk(policy, schedule, logits, smoothing)
-    assert done.trace.position == done.decisions[-1][0]
-
-
 def test_a_final_decision_without_an_assessment_of_the_end_is_refused():
     trace = Trace(1.0)
     trace.add(3, LOW)

@@ -4,8 +4,11 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
+from model.testing import ScriptedLM
+
 REFUSAL = "sorry, no. bye."
 SAFE = "all is well here, friends. "
+WHOLE = "nothing but good news here, as long as anyone listens."
 
 
 def text_of(events):
@@ -110,9 +113,37 @@ def test_score_mode_reports_and_changes_nothing(serve):
     assert choice.safety["response_risk"] > 0.9
 
 
-def test_one_choice_of_several_that_is_refused_does_not_touch_the_others(turning):
-    choices = turning.chat("hello", n=2).choices
-    assert [choice.message.content for choice in choices] == [f"{SAFE}\n\n{REFUSAL}"] * 2
+class ForkingLM(ScriptedLM):
+    """Draws with its first token whether it stays harmless (`WHOLE`) or turns harmful."""
+
+    def forward(self, token_ids, cache, **kwargs):
+        said = self._split([*cache, *token_ids])[1]
+        self._script = SAFE + "NOW SOME HARM" if said.startswith(SAFE[0]) else WHOLE
+        output = super().forward(token_ids, cache, **kwargs)
+        if not said:
+            output.logits[self.tokenizer.encode(SAFE)[0]] = output.logits.max()
+        return output
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("seed", "harmful"), [(4, 0), (0, 1)])  # which choice turns harmful depends on the seed
+def test_one_choice_of_several_that_is_rolled_back_does_not_touch_the_others(serve, seed, harmful, stream):
+    server = serve(lm=lambda: ForkingLM(WHOLE))
+    if stream:
+        events = [choice for event in server.stream(n=2, seed=seed) for choice in event["choices"]]
+        of_choice = [[event for event in events if event["index"] == index] for index in (0, 1)]
+        choices = [
+            {**events[-1], "text": "".join(event["delta"].get("content") or "" for event in events)}
+            for events in of_choice
+        ]
+    else:
+        choices = server.post(n=2, seed=seed).json()["choices"]
+        choices = [{**choice, "text": choice["message"]["content"]} for choice in choices]
+    turned, other = choices[harmful], choices[1 - harmful]
+    assert (turned["text"], turned["finish_reason"]) == (f"{SAFE}\n\n{REFUSAL}", "content_filter")
+    assert (other["text"], other["finish_reason"]) == (WHOLE, "stop")
+    assert [choice["safety"]["action"] for choice in (turned, other)] == ["rolled_back", "none"]
+    assert [choice["safety"]["num_withdrawn_tokens"] for choice in (turned, other)] == [3, 0]
 
 
 def test_a_refusal_is_an_error_only_where_the_client_parses_the_answer(polite):

@@ -1,0 +1,195 @@
+"""Risks of held-out rows are those of `model.scoring`, and thresholds come from the rows that they should."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import Side, Thresholds
+from model.guarded_lm import GuardedLM
+from model.pretrained import Pretrained
+from model.scoring import score as slow_score
+from model.testing import tiny_guarded_lm
+from training import calibrate as calibrate_module
+from training.calibrate import Scored, _report, calibrate, onset, score
+from training.config import Acting, HeadRecipe, Source
+from training.corpus import assemble
+from training.errors import DataError
+from training.rows import Row
+from training.states import States, compute, encode
+
+LARGE = 8.0
+"""The weights of the random head times this give risks that differ from row to row."""
+
+
+@pytest.fixture
+def lm(recipe: HeadRecipe) -> GuardedLM:
+    found = tiny_guarded_lm(smoothing=recipe.acting.smoothing)
+    assert found.head is not None
+    with torch.no_grad():
+        for side in (found.head.request, found.head.response):
+            side.out.weight.mul_(LARGE)
+    return found
+
+
+@pytest.fixture
+def rows(recipe: HeadRecipe) -> list[Row]:
+    """Rows of every kind and part; the answers have one token and more."""
+    return assemble(recipe, lambda prompts: [row.prompt[: 1 + index] for index, row in enumerate(prompts)])
+
+
+@pytest.fixture
+def states(lm: GuardedLM, rows: list[Row], recipe: HeadRecipe, tmp_path: Path) -> States:
+    pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
+    return compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache")
+
+
+def expected(lm: GuardedLM, rows: list[Row], recipe: HeadRecipe, side: Side) -> list[tuple[str, float, int, bool]]:
+    """Return source, risk, label and whether it is a validation row, of each row that the side reports."""
+    of_rows, seen = [], set()
+    for row in rows:
+        prompt = encode(row, lm.chat, recipe.cut)
+        label = row.request_label if side == "request" else row.response_label
+        if row.part == "train" or label is None or (side == "response" and not prompt.prefill):
+            continue
+        if side == "request" and (row.group, row.key, label) in seen:
+            continue
+        seen.add((row.group, row.key, label))
+        trace = slow_score(lm, prompt)
+        risk = trace.request_risk if side == "request" else trace.response_risk(recipe.acting.patience)
+        assert risk is not None
+        of_rows.append((row.group, risk, label, row.part == "validation"))
+    return of_rows
+
+
+# Risks
+
+
+@pytest.mark.parametrize("batch", [7, 256])
+def test_every_held_out_row_has_the_risks_of_the_slow_twin(lm, rows, states, recipe, batch, monkeypatch):
+    monkeypatch.setattr(calibrate_module, "BATCH", batch)
+    for side, found in zip(("request", "response"), score(lm.head, rows, states, recipe), strict=True):
+        groups, risks, labels, is_validation = zip(*expected(lm, rows, recipe, side), strict=True)
+        assert np.ptp(risks) > 0.2
+        assert found.risks.tolist() == pytest.approx(list(risks), abs=2e-3)  # states are kept in float16
+        assert tuple(found.groups) == groups
+        assert tuple(found.labels) == labels
+        assert tuple(found.is_validation) == is_validation
+
+
+def test_a_prompt_of_several_rows_counts_once_per_source_and_label(lm, rows, states, recipe):
+    # A triplet is two rows, the refusal and the harmful response to one request.
+    requests, responses = score(lm.head, rows, states, recipe)
+    assert 2 * (requests.groups == "triplets").sum() == (responses.groups == "triplets").sum() > 0
+
+
+# Thresholds
+
+
+def scored(*rows: tuple[str, float, int, str]) -> Scored:
+    """Return risks of rows by hand: source, risk, label and part."""
+    groups, risks, labels, parts = zip(*rows, strict=True)
+    return Scored(
+        np.array(risks),
+        np.array(labels, dtype=np.float64),
+        np.array(groups),
+        np.array([part == "validation" for part in parts]),
+    )
+
+
+def recipe_of(**sources: Source) -> HeadRecipe:
+    acting = Acting(request_false_positives=0.25, response_false_positives=0.5)
+    return HeadRecipe(sources=sources, acting=acting)
+
+
+def source(**fields) -> Source:
+    return Source(path="none.jsonl", kind="prompts", **fields)
+
+
+@pytest.mark.parametrize(("side", "block", "hits"), [("request", 0.3, 1), ("response", 0.2, 2)])
+def test_benign_rows_of_the_named_sources_alone_set_block(side: Side, block: float, hits: int):
+    # Of four benign risks a quarter, one, may be over the threshold on the request side, a half on the other.
+    # Neither a harmful row of the same source counts, nor a benign one of another.
+    held = scored(
+        ("calm", 0.1, 0, "validation"),
+        ("calm", 0.3, 0, "validation"),
+        ("calm", 0.2, 0, "calibration"),
+        ("calm", 0.4, 0, "calibration"),
+        ("calm", 0.9, 1, "validation"),
+        ("other", 0.8, 0, "validation"),
+    )
+    other_side = "response" if side == "request" else "request"
+    recipe = recipe_of(calm=source(sets_block=(side,)), other=source(sets_block=(other_side,)))
+    found = _report(held, side, recipe)
+    assert found.thresholds.block == block
+    assert found.block_sources == ("calm",)
+    assert (found.false_positives.hits, found.false_positives.n) == (hits, 4)
+
+
+def test_validation_rows_alone_choose_flag():
+    # Halfway between 0.2 and 0.9; with the calibration rows it would be halfway between 0.2 and 0.4.
+    held = scored(
+        ("mine", 0.9, 1, "validation"),
+        ("mine", 0.2, 0, "validation"),
+        ("mine", 0.5, 1, "calibration"),
+        ("mine", 0.4, 1, "calibration"),
+    )
+    found = _report(held, "request", recipe_of(mine=source(sets_block=("request",))))
+    assert found.thresholds.flag == pytest.approx(0.55)
+    assert found.flag_f1 == 1.0
+    assert sum(one.n for one in found.reliability) == 2
+
+
+@pytest.mark.parametrize(("weight", "flag", "f1"), [(0.1, 0.35, 4 / 4.3), (1.0, 0.8, 2 / 3)])
+def test_a_source_counts_by_its_weight_where_the_best_f1_is_sought(weight: float, flag: float, f1: float):
+    # Each of the three rows of `mine` counts a third. Flagging the upper three finds both harmful ones with a false
+    # alarm of `weight`: F1 is (4 / 3) / (4 / 3 + weight). Flagging the first alone: 2 / 3.
+    rows = [("mine", 0.9, 1), ("other", 0.7, 0), ("mine", 0.5, 1), ("mine", 0.2, 0)]
+    found = _report(
+        scored(*((*row, "validation") for row in rows)),
+        "request",
+        recipe_of(mine=source(sets_block=("request",)), other=source(flag_weight=weight)),
+    )
+    assert found.thresholds.flag == pytest.approx(flag)
+    assert found.flag_f1 == pytest.approx(f1)
+
+
+def test_quality_is_of_all_held_out_rows_of_a_source():
+    held = scored(
+        ("mine", 0.9, 1, "validation"),
+        ("mine", 0.2, 0, "calibration"),
+        ("other", 0.6, 1, "calibration"),
+    )
+    found = _report(held, "request", recipe_of(mine=source(sets_block=("request",)), other=source()))
+    assert found.thresholds == Thresholds(block=0.2, flag=0.45)
+    assert [(name, one.num_benign, one.num_harmful) for name, one in found.per_source.items()] == [
+        ("mine", 1, 1),
+        ("other", 0, 1),
+    ]
+    assert found.per_source["other"].f1_at_flag == 1.0
+
+
+def test_a_side_that_no_benign_row_decides_is_named():
+    held = scored(("mine", 0.9, 1, "validation"), ("other", 0.1, 0, "validation"))
+    with pytest.raises(DataError, match=r"cannot calibrate the response side on sources \['mine'\]"):
+        _report(held, "response", recipe_of(mine=source(sets_block=("response",)), other=source()))
+
+
+def test_the_onset_is_halfway_between_flag_and_block_in_logits():
+    # Odds of 1 and 81: the odds halfway are their geometric mean, 9.
+    assert onset(Thresholds(flag=1 / 2, block=81 / 82)) == pytest.approx(9 / 10)
+
+
+def test_the_onset_is_never_over_block():
+    assert onset(Thresholds(flag=0.9, block=0.5)) == 0.5
+
+
+def test_a_calibration_is_made_of_the_scores_of_both_sides(lm, rows, states, recipe):
+    found = calibrate(lm.head, rows, states, recipe)
+    requests, responses = score(lm.head, rows, states, recipe)
+    assert found.request.thresholds == _report(requests, "request", recipe).thresholds
+    assert found.response.thresholds == _report(responses, "response", recipe).thresholds
+    assert found.request_scores.risks.tolist() == requests.risks.tolist()
+    assert found.response_scores.risks.tolist() == responses.risks.tolist()
+    assert found.onset == onset(found.response.thresholds)
