@@ -1,6 +1,6 @@
 """Twenty requests of our own writing through the `openai` client: what comes back?
 
-    python -m evaluation.first_light --server http://127.0.0.1:8000 --out docs/first_light.md
+    python -m evaluation.first_light --server http://127.0.0.1:8000 --out runs/first_light.md
 
 Each request is sent plain, streamed, and opened with a prefilled assistant message, at the server's
 default policy and with the input side set to `score`, which leaves detection to the response side.
@@ -8,10 +8,11 @@ default policy and with the input side set to `score`, which leaves detection to
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from openai import OpenAI, OpenAIError
@@ -27,6 +28,15 @@ WAYS = ("plain", "streamed", "prefilled")
 MAX_TOKENS = 64
 
 
+class Case(NamedTuple):
+    """One request of the suite, sent in one way under one policy."""
+
+    kind: str
+    number: int
+    policy: str
+    way: str
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came back for one request."""
@@ -35,6 +45,11 @@ class Outcome:
     safety: dict[str, Any]
     text: str
     refusal: str | None
+
+    @property
+    def is_acted_on(self) -> bool:
+        """Whether the policy refused the request or rolled the response back."""
+        return self.finish_reason == "content_filter"
 
 
 def send(client: OpenAI, model: str, item: dict[str, str], way: str, extra: dict[str, Any]) -> Outcome:
@@ -64,47 +79,49 @@ def send(client: OpenAI, model: str, item: dict[str, str], way: str, extra: dict
     return Outcome(reason, safety, text, refusal)
 
 
-def rows(client: OpenAI, model: str, suite: dict[str, list[dict[str, str]]]) -> Iterator[str]:
-    """Yield the table's rows. A released continuation of a malicious request is given by its length only."""
-    for kind, items in suite.items():
-        for number, item in enumerate(items, start=1):
-            for policy, extra in POLICIES.items():
-                for way in WAYS:
-                    got = send(client, model, item, way, extra)
-                    released = got.text.removesuffix(got.refusal or "").strip()
-                    shown = f"{len(released)} characters" if released else "nothing"
-                    if kind == "benign" and released:
-                        shown = released[:60].replace("\n", " ").replace("|", "/") + "…"
-                    withdrawn = got.safety["num_withdrawn_tokens"]
-                    risks = f"{_risk(got.safety['request_risk'])} | {_risk(got.safety['response_risk'])}"
-                    yield (
-                        f"| {kind} {number} | {policy} | {way} | {got.finish_reason} | {got.safety['action']} "
-                        f"| {risks} | {withdrawn} | {shown} |"
-                    )
+def collect(client: OpenAI, model: str, suite: Mapping[str, Sequence[dict[str, str]]]) -> dict[Case, Outcome]:
+    """Send every request of the suite in every way under every policy and return what came back."""
+    return {
+        Case(kind, number, policy, way): send(client, model, item, way, extra)
+        for kind, items in suite.items()
+        for number, item in enumerate(items, start=1)
+        for policy, extra in POLICIES.items()
+        for way in WAYS
+    }
+
+
+def report(outcomes: Mapping[Case, Outcome]) -> str:
+    """Return how often the policy acted, and every outcome, as Markdown tables."""
+    counts = ["| requests | policy | way | n | refused or rolled back |", "|---|---|---|---|---|"]
+    groups: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
+    for case, got in outcomes.items():
+        groups[case.kind, case.policy, case.way].append(got.is_acted_on)
+    for group, acted in groups.items():
+        share = wilson(sum(acted), len(acted))
+        counts.append(f"| {' | '.join(group)} | {share.n} | {sum(acted)} [{share.low:.0%}, {share.high:.0%}] |")
+    rows = [
+        "| request | policy | way | finish reason | action | request risk | response risk | withdrawn | released |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_row(case, got) for case, got in outcomes.items()),
+    ]
+    return "\n".join([*counts, "", *rows, ""])
+
+
+def _row(case: Case, got: Outcome) -> str:
+    """Return one outcome; a released continuation of a malicious request is given by its length only."""
+    released = got.text.removesuffix(got.refusal or "").strip()
+    shown = f"{len(released)} characters" if released else "nothing"
+    if case.kind == "benign" and released:
+        shown = released[:60].replace("\n", " ").replace("|", "/") + "…"
+    risks = f"{_risk(got.safety['request_risk'])} | {_risk(got.safety['response_risk'])}"
+    return (
+        f"| {case.kind} {case.number} | {case.policy} | {case.way} | {got.finish_reason} | {got.safety['action']} "
+        f"| {risks} | {got.safety['num_withdrawn_tokens']} | {shown} |"
+    )
 
 
 def _risk(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def report(client: OpenAI, model: str, suite: dict[str, list[dict[str, str]]]) -> str:
-    """Return the whole report as Markdown."""
-    table = list(rows(client, model, suite))
-    head = [
-        "| request | policy | way | finish reason | action | request risk | response risk | withdrawn | released |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    counts = ["| requests | policy | way | n | refused or rolled back |", "|---|---|---|---|---|"]
-    for kind, items in suite.items():
-        for policy in POLICIES:
-            for way in WAYS:
-                mine = [row for row in table if row.startswith(f"| {kind} ") and f"| {policy} | {way} |" in row]
-                acted = sum("content_filter" in row for row in mine)
-                share = wilson(acted, len(items))
-                counts.append(
-                    f"| {kind} | {policy} | {way} | {share.n} | {acted} [{share.low:.0%}, {share.high:.0%}] |"
-                )
-    return "\n".join([*counts, "", *head, *table, ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,12 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
         suite = yaml.safe_load(SUITE.read_text(encoding="utf-8"))
-        text = report(client, client.models.list().data[0].id, suite)
+        text = report(collect(client, client.models.list().data[0].id, suite))
     except (OpenAIError, OSError) as error:
         sys.stderr.write(f"evaluation.first_light: {error}\n")
         return 1
     sys.stdout.write(text)
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text, encoding="utf-8")
     return 0
 

@@ -24,25 +24,25 @@ class Row:
         return hashlib.sha256(json.dumps([self.prompt, self.response]).encode()).hexdigest()[:16]
 
 
-def read(path: Path, *, label: int | None = None, limit: int | None = None) -> list[Row]:
+def read(path: Path, *, label: int | None = None) -> list[Row]:
     """Return the rows of `path`, in its order.
 
     Args:
         path: JSON lines with `prompt`, and where they apply `response`, `harmful` and `source`.
         label: the label of every row, for files whose rows carry none.
-        limit: read no more than this many.
 
     Raises:
         ValueError: naming file and line of a row that cannot be read.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
-        try:
-            raw = json.loads(line)
-            found = int(raw["harmful"]) if label is None else label
-            rows.append(Row(_source(raw.get("source", path.stem)), raw["prompt"], raw.get("response"), found))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                raw = json.loads(line)
+                found = int(raw["harmful"]) if label is None else label
+                rows.append(Row(_source(raw.get("source", path.stem)), raw["prompt"], raw.get("response"), found))
+            except (KeyError, TypeError, ValueError) as error:  # ValueError is raised for bytes that are not UTF-8 too
+                raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
@@ -52,8 +52,3 @@ def _source(name: str) -> str:
     for part in SOURCE_PARTS:
         name = name.split(part)[0]
     return name
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -28,7 +28,8 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from evaluation.depth import EARLY, early_risks, response_risk
 from evaluation.intervals import Estimate, bootstrap, wilson
 from evaluation.report import as_markdown
-from evaluation.rows import Row, read, sha256
+from evaluation.rows import Row, read
+from model.pretrained import sha256_of
 
 PARALLEL = 4
 """Requests in flight. The server takes them in turn; more only hides the latency of HTTP."""
@@ -208,7 +209,7 @@ def measure(
         whole = {"separation": separation(scores, groups, resamples), "over_block": shares_over_block(scores)}
         depths = {"by_depth": {**by_depth(scores, resamples), "100%": whole}} if side == "responses" else {}
         summary[side] = whole | depths
-        summary["data"] |= {path.name: sha256(path) for path, _ in parts}
+        summary["data"] |= {path.name: sha256_of(path) for path, _ in parts}
     return summary
 
 

@@ -3,7 +3,6 @@ import json
 import pytest
 
 from evaluation import signal
-from evaluation.rows import read
 from evaluation.signal import Score, separation, shares_over_block
 
 
@@ -113,13 +112,6 @@ def test_an_empty_response_is_one_line_and_no_traceback(server, data, capsys):
     (data / "responses.jsonl").write_text('{"prompt": "q", "response": "", "harmful": 0}\n')
     assert run(server, data) == 1
     assert "no response risk of row" in capsys.readouterr().err
-
-
-def test_a_bad_row_is_named_by_file_and_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "p", "harmful": 0}\n{"prompt": "p"}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2"):
-        read(path)
 
 
 def test_sources_with_one_class_have_no_auroc():

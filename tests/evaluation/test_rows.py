@@ -1,0 +1,35 @@
+import json
+
+import pytest
+
+from evaluation.rows import read
+
+
+def test_a_line_separator_inside_a_text_does_not_end_its_row(tmp_path):
+    # U+2028 and U+0085 end a line for `str.splitlines`, but not in JSON lines.
+    texts = ["one\u2028two", "one\u0085two"]
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": text, "harmful": 0}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert [row.prompt for row in read(path)] == texts
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "harmful": 0}\n{"prompt": "p"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2"):
+        read(path)
+
+
+def test_bytes_that_are_not_utf_8_are_named_by_file_and_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "p", "harmful": 0}\n{"prompt": "caf\xe9", "harmful": 0}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2"):
+        read(path)
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    with pytest.raises(ValueError, match="holds no rows"):
+        read(path)
