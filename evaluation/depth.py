@@ -3,23 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from model.trace import response_risk
+
 EARLY = (0.25, 0.5, 0.75)
 """Shares of a response's tokens after which it is judged, besides the whole."""
-
-
-def response_risk(smoothed: Sequence[float], patience: int) -> float:
-    """Return the response risk of a text from its smoothed risks, one per token.
-
-    It is the highest value, over the text, of the lowest of `patience` consecutive smoothed risks, and
-    the last one if that is higher: what a policy of this patience would have acted on.
-
-    Raises:
-        ValueError: if there are no tokens, or `patience` is under 1.
-    """
-    if not smoothed or patience < 1:
-        raise ValueError(f"tokens and a patience of at least 1 are needed, got {len(smoothed)} and {patience}")
-    windows = (min(smoothed[end - patience : end]) for end in range(patience, len(smoothed) + 1))
-    return max([smoothed[-1], *windows])
 
 
 def early_risks(smoothed: Sequence[float], patience: int) -> tuple[float, ...]:

@@ -25,11 +25,12 @@ from openai import OpenAI, OpenAIError
 from rich.progress import track
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from evaluation.depth import EARLY, early_risks, response_risk
+from evaluation.depth import EARLY, early_risks
 from evaluation.intervals import Estimate, bootstrap, wilson
 from evaluation.report import as_markdown
 from evaluation.rows import Row, read
 from model.pretrained import sha256_of
+from model.trace import response_risk
 
 PARALLEL = 4
 """Requests in flight. The server takes them in turn; more only hides the latency of HTTP."""

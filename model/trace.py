@@ -6,6 +6,7 @@ smoothed risk means the same under every schedule.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LOGIT_LIMIT = 20.0
@@ -18,6 +19,21 @@ def probability(logit: float) -> float:
         return 1.0
     clamped = max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
     return 1.0 / (1.0 + math.exp(-clamped))
+
+
+def response_risk(smoothed: Sequence[float], patience: int) -> float:
+    """Return what a policy of this patience would have acted on, from the smoothed risks of one sequence.
+
+    It is the highest value, over the sequence, of the lowest of `patience` consecutive smoothed
+    risks, and the last one if that is higher.
+
+    Raises:
+        ValueError: if there are no risks, or `patience` is under 1.
+    """
+    if not smoothed or patience < 1:
+        raise ValueError(f"risks and a patience of at least 1 are needed, got {len(smoothed)} and {patience}")
+    windows = (min(smoothed[end - patience : end]) for end in range(patience, len(smoothed) + 1))
+    return max([smoothed[-1], *windows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +108,6 @@ class Trace:
         return assessment
 
     def response_risk(self, patience: int) -> float | None:
-        """Return what a policy of this patience would have acted on, or None without assessments.
-
-        It is the highest value, over the sequence, of the lowest of `patience` consecutive smoothed
-        risks, and the last one if that is higher.
-        """
-        if not self.assessments:
-            return None
+        """Return what a policy of this patience would have acted on, or None without assessments."""
         smoothed = [assessment.smoothed for assessment in self.assessments]
-        windows = (min(smoothed[end - patience : end]) for end in range(patience, len(smoothed) + 1))
-        return max([smoothed[-1], *windows])
+        return response_risk(smoothed, patience) if smoothed else None

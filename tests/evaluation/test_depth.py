@@ -2,8 +2,8 @@
 
 import pytest
 
-from evaluation.depth import early_risks, response_risk
-from model.trace import Trace
+from evaluation.depth import early_risks
+from model.trace import Trace, response_risk
 
 
 def test_a_lone_peak_counts_only_at_the_end():
