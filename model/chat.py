@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,42 @@ class ChatTemplate:
             return EncodedPrompt(request, whole[len(request) :], query_start)
         prefill = self._ids(messages[-1].content)  # the border would merge: keep it
         return EncodedPrompt(request, prefill, query_start)
+
+    def content(self, messages: Sequence[Message]) -> tuple[bool, ...]:
+        """Return, for every token of the request that `encode` makes of `messages`, whether it is the client's text.
+
+        Rule R4 of Li & Kim 2025 (arXiv 2505.17072) leaves out all others: markers, and what the template adds by
+        itself. A token that holds characters of both counts as text. Where the template changes a text so that its
+        place cannot be told, every token counts as text.
+
+        Raises:
+            TemplateError: if the template refuses the messages.
+        """
+        rendered = self._render(messages)
+        encoded = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=self._tokenizer.is_fast)
+        spans = self._text_spans(messages, rendered) if self._tokenizer.is_fast else None
+        if spans is None:
+            return (True,) * len(encoded["input_ids"])
+        return tuple(
+            any(start < end_of_text and start_of_text < end for start_of_text, end_of_text in spans)
+            for start, end in encoded["offset_mapping"]
+        )
+
+    def _text_spans(self, messages: Sequence[Message], rendered: str) -> list[tuple[int, int]] | None:
+        """Return where each message's text stands in `rendered`, in characters; None if that cannot be told."""
+        marks = [f"\x02{number}\x03" for number in range(len(messages))]
+        marked = self._render([Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)])
+        pieces = re.split("\x02[0-9]+\x03", marked)
+        if re.findall("\x02[0-9]+\x03", marked) != marks:
+            return None
+        for texts in ([message.content for message in messages], [message.content.strip() for message in messages]):
+            if rendered == pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True)):
+                place, spans = len(pieces[0]), []
+                for text, piece in zip(texts, pieces[1:], strict=True):
+                    spans.append((place, place + len(text)))
+                    place += len(text) + len(piece)
+                return spans
+        return None
 
     def _query_start(self, messages: Sequence[Message], request: tuple[int, ...]) -> int:
         """Return the number of tokens of `request` before the query.

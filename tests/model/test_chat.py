@@ -279,3 +279,42 @@ def test_a_query_of_nothing_is_refused(start: int):
     # It would leave the request unread.
     with pytest.raises(ValueError, match=f"3 tokens cannot begin at {start}"):
         EncodedPrompt((5, 6, 7), (8,), start)
+
+
+# The content: which tokens are the client's own text
+
+
+def content_of(made: ChatTemplate, messages: list[Message]) -> str:
+    request = made.encode(messages).request
+    content = made.content(messages)
+    assert len(content) == len(request)
+    return byte_tokenizer().decode([token for token, is_text in zip(request, content, strict=True) if is_text])
+
+
+def test_the_content_is_the_text_of_every_message_and_nothing_of_the_template():
+    messages = [Message("system", "be kind"), Message("user", "user"), Message("assistant", "yes"), USER]
+    assert content_of(template(), messages) == "be kinduseryeshi"
+
+
+def test_what_the_template_adds_by_itself_is_no_content():
+    adding = "{{ 'system: hi\\n' }}" + CHAT_TEMPLATE
+    assert content_of(template(adding), [USER]) == "hi"
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=4))
+def test_the_content_is_all_that_the_client_wrote(texts: list[str]):
+    messages = [Message("user", text) for text in texts]
+    assert content_of(template(), messages) == "".join(texts)
+
+
+def test_text_that_a_template_strips_is_found():
+    stripping = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    assert content_of(template(stripping), [Message("user", "  hi \n")]) == "hi"
+
+
+@pytest.mark.parametrize("change", ["message['content'] | upper", "message['content'][:3]", "'nothing'"])
+def test_where_the_text_cannot_be_told_every_token_is_content(change: str):
+    changing = template(CHAT_TEMPLATE.replace("message['content']", change))
+    messages = [Message("user", "and now?")]
+    assert all(changing.content(messages))
+    assert len(changing.content(messages)) == len(changing.encode(messages).request)
