@@ -8,14 +8,19 @@ embedding is the signal's own.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from model.attention import assessment_mask, token_mask, training_mask
+from model.errors import CheckpointError
 
+FILE = "cls_signal.safetensors"
 OUTPUTS = ("request", "response")
 """What the logits of the head are, in order."""
 
@@ -203,3 +208,27 @@ def sliding_window(model: PreTrainedModel) -> int | None:
     if getattr(config, "use_sliding_window", True) is False:
         return None
     return getattr(config, "sliding_window", None)
+
+
+def save(signal: ClsSignal, folder: Path) -> None:
+    """Write embedding and head to `folder`, in float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in signal.state_dict().items()}
+    save_file(tensors, folder / FILE)
+    (folder / FILE).chmod(0o644)  # safetensors makes files that only their owner may read
+
+
+def load(folder: Path) -> ClsSignal:
+    """Return the signal that `save` wrote; the shapes say how wide it is.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, or holds something else.
+    """
+    try:
+        tensors = load_file(folder / FILE)
+        hidden = len(tensors["hidden.weight"]) if "hidden.weight" in tensors else 0
+        signal = ClsSignal(len(tensors["embedding"]), hidden)
+        signal.load_state_dict(tensors)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the [CLS] signal {folder / FILE}: {error}") from error
+    return signal.eval()

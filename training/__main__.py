@@ -109,6 +109,16 @@ Every key of a recipe is explained in training/tune_config.py.""",
 
 Every key of a recipe is explained in training/tune_config.py.""",
     ),
+    "signal": Command(
+        run_tune,
+        "signal",
+        "train the [CLS] signal together with the model",
+        """examples:
+  ballast-train signal --config signal data=data/train
+  ballast-train signal signal.request_weight=0.01 signal.is_read=false
+
+Every key of a recipe is explained in training/tune_config.py.""",
+    ),
     "constrain": Command(
         run_tune,
         "constrained_sql",

@@ -1,15 +1,15 @@
 """Rows for fine-tuning: a request with the response to learn, and perhaps with a harmful one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from training.errors import DataError
-from training.records import credit, records, text_of
+from training.records import credit, label_of, records, text_of
 from training.rows import is_permissive
 from training.shards import digest
-from training.tune_config import AnchorRecipe, DialogueSource, Part, TuneRecipe
+from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, Part, TuneRecipe
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Dialogue:
     response: str
     harmful: str | None = None
     """A harmful answer to the same request; only of triplets."""
+    request_label: int | None = None
+    """1 where the request is malicious, 0 where it is not, None where nothing is known."""
+    response_label: int | None = None
+    """The same of the response."""
 
 
 L = TypeVar("L", Prompt, Dialogue)
@@ -88,8 +92,30 @@ def _dialogues(source: DialogueSource, data: Path) -> Iterator[Dialogue]:
         name, licence = credit(record, source, where)
         if name.startswith(source.match):
             prompt = text_of(record, "prompt", where)
-            if source.kind == "triplets":
-                refusal, harmful = text_of(record, "refusal", where), text_of(record, "harmful_response", where)
-                yield Dialogue(name, licence, prompt, refusal, harmful)
-            else:
-                yield Dialogue(name, licence, prompt, text_of(record, "response", where))
+            yield Dialogue(name, licence, prompt, *_RESPONSES[source.kind](record, source, where))
+
+
+Labelled = tuple[str, str | None, int | None, int | None]
+"""Response, harmful answer, request label, response label."""
+
+
+def _triplet(record: Mapping[str, Any], source: DialogueSource, where: str) -> Labelled:
+    harmful = text_of(record, "harmful_response", where)
+    if source.response == "harmful_response":
+        return harmful, None, 1, 1
+    return text_of(record, "refusal", where), harmful, 1, 0
+
+
+def _pair(record: Mapping[str, Any], source: DialogueSource, where: str) -> Labelled:
+    return text_of(record, "response", where), None, source.request_label, source.response_label
+
+
+def _response(record: Mapping[str, Any], source: DialogueSource, where: str) -> Labelled:
+    return text_of(record, "response", where), None, source.request_label, label_of(record, where)
+
+
+_RESPONSES: dict[DialogueKind, Callable[[Mapping[str, Any], DialogueSource, str], Labelled]] = {
+    "triplets": _triplet,
+    "pairs": _pair,
+    "responses": _response,
+}

@@ -105,3 +105,16 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: field {field!r} holds half a character (a lone surrogate)") from error
     return value
+
+
+def label_of(record: Mapping[str, Any], where: str) -> int:
+    """Return the field `harmful` of a record.
+
+    Raises:
+        DataError: if it is missing, or neither 0 nor 1.
+    """
+    if "harmful" not in record:
+        raise DataError(f"{where}: field 'harmful' is missing; found {sorted(record)}")
+    if record["harmful"] not in (0, 1):
+        raise DataError(f"{where}: field 'harmful' must be 0 or 1, got {record['harmful']!r}")
+    return int(record["harmful"])

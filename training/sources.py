@@ -6,8 +6,7 @@ from typing import Any
 
 from model.chat import Message
 from training.config import Kind, Source
-from training.errors import DataError
-from training.records import credit, records, text_of
+from training.records import credit, label_of, records, text_of
 from training.rows import Row
 
 Labelled = tuple[str | None, int | None, int | None]
@@ -49,16 +48,8 @@ def read(group: str, source: Source, data: Path) -> list[Row]:
     return rows
 
 
-def _label(record: Mapping[str, Any], where: str) -> int:
-    if "harmful" not in record:
-        raise DataError(f"{where}: field 'harmful' is missing; found {sorted(record)}")
-    if record["harmful"] not in (0, 1):
-        raise DataError(f"{where}: field 'harmful' must be 0 or 1, got {record['harmful']!r}")
-    return int(record["harmful"])
-
-
 def _responses(record: Mapping[str, Any], source: Source, where: str) -> list[Labelled]:
-    return [(text_of(record, "response", where), source.request_label, _label(record, where))]
+    return [(text_of(record, "response", where), source.request_label, label_of(record, where))]
 
 
 def _triplets(record: Mapping[str, Any], source: Source, where: str) -> list[Labelled]:
@@ -74,7 +65,7 @@ def _instructions(record: Mapping[str, Any], source: Source, where: str) -> list
 
 
 def _prompts(record: Mapping[str, Any], source: Source, where: str) -> list[Labelled]:
-    return [(None, _label(record, where), None)]
+    return [(None, label_of(record, where), None)]
 
 
 def _benign_prompts(record: Mapping[str, Any], source: Source, where: str) -> list[Labelled]:

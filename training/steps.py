@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from model.attention import Windows, window
 from model.chat import ChatTemplate, Message
 from training.config import Cut
 from training.dialogues import Dialogue
 from training.errors import DataError
 from training.objectives import IGNORED, recovery_depth, share_weights
-from training.tune_config import Recovery
+from training.tune_config import Recovery, Signal
 
 
 class Encoded(NamedTuple):
@@ -30,6 +31,10 @@ class Encoded(NamedTuple):
     response: tuple[int, ...]
     """With the token that ends it, unless it was cut."""
     harmful: tuple[int, ...] = ()
+    content: tuple[bool, ...] = ()
+    """For every request token, whether it is the client's text."""
+    request_label: int | None = None
+    response_label: int | None = None
 
 
 class Example(NamedTuple):
@@ -42,6 +47,11 @@ class Example(NamedTuple):
     """Of each learned token in the loss of its step."""
     row: tuple[str, int]
     """The part and the number of its row."""
+    assessments: tuple[tuple[int, range], ...] = ()
+    """Of `[CLS]`: how many response tokens each covers, and which of them it reads. A harmful prefix is response."""
+    request_label: int | None = None
+    response_label: int | None = None
+    content: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,14 +84,18 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cu
     def ids(text: str, *end: int) -> tuple[int, ...]:
         return (*tokenizer.encode(text, add_special_tokens=False), *end)[: cut.response_tokens]
 
-    return [
-        Encoded(
-            template.encode([Message("user", dialogue.prompt)]).request[-cut.request_tokens :],
+    def encoded(dialogue: Dialogue) -> Encoded:
+        messages = [Message("user", dialogue.prompt)]
+        return Encoded(
+            template.encode(messages).request[-cut.request_tokens :],
             ids(dialogue.response, tokenizer.eos_token_id),
             ids(dialogue.harmful) if dialogue.harmful else (),
+            template.content(messages)[-cut.request_tokens :],
+            dialogue.request_label,
+            dialogue.response_label,
         )
-        for dialogue in dialogues
-    ]
+
+    return [encoded(dialogue) for dialogue in dialogues]
 
 
 class Steps(Dataset[Example]):
@@ -94,13 +108,15 @@ class Steps(Dataset[Example]):
         parts: what a step is made of.
         num_steps: optimiser steps.
         seed: decides orders and depths.
+        signal: assess each response with `[CLS]` at random depths; None does not.
     """
 
-    def __init__(self, parts: Sequence[EncodedPart], num_steps: int, seed: int) -> None:
+    def __init__(self, parts: Sequence[EncodedPart], num_steps: int, seed: int, signal: Signal | None = None) -> None:
         self.per_step = sum(part.per_step for part in parts)
         self._parts = parts
         self._num_steps = num_steps
         self._seed = seed
+        self._signal = signal
         self._step = lru_cache(maxsize=4)(self._make)
 
     def __len__(self) -> int:
@@ -139,8 +155,31 @@ class Steps(Dataset[Example]):
                     deepest=part.recovery.deepest,
                 )
             given = (*row.request, *row.harmful[:depth])
-            examples.append(Example((*given, *row.response), len(given), 0.0, (part.name, number)))
+            example = Example((*given, *row.response), len(given), 0.0, (part.name, number))
+            examples.append(self._assessed(example, row, depth, place))
         return examples
+
+    def _assessed(self, example: Example, row: Encoded, depth: int, place: int) -> Example:
+        """Return the example with the assessments that `[CLS]` is trained on: none of the response, and random depths.
+
+        A refusal is read by rule R1, everything else by R2. A refusal after a harmful prefix teaches nothing about
+        responses: it is neither harmful nor harmless.
+        """
+        if self._signal is None:
+            return example
+        length = len(example.ids) - len(row.request)
+        generator = _generator(self._seed, "assessments", example.row[0], place)
+        drawn = torch.randint(1, length + 1, (self._signal.depths - 1,), generator=generator).tolist()
+        windows = Windows(*self._signal.windows)
+        is_refusal = row.request_label == 1 and row.response_label == 0 and depth == 0
+        return example._replace(
+            assessments=tuple(
+                (covers, window(covers, windows, is_malicious=is_refusal)) for covers in sorted({0, *drawn, length})
+            ),
+            request_label=row.request_label,
+            response_label=row.response_label if depth == 0 else None,
+            content=row.content,
+        )
 
     @lru_cache(maxsize=8)  # noqa: B019 - a dataset lives as long as its run
     def _order(self, name: str, num_rows: int, times_round: int) -> list[int]:

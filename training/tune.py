@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from model.checkpoint import fingerprint_weights
+from model.cls_signal import save as save_signal
+from model.cls_signal import sliding_window
 from model.pretrained import Pretrained, load
 from training import recipe_file
 from training.dialogues import Dialogue, read_part
@@ -28,8 +30,9 @@ from training.reference import Reference, reference_logprobs
 from training.report import checksums
 from training.rows import licence_of_weights
 from training.shards import digest
+from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
-from training.tune_config import Constraint, TuneRecipe
+from training.tune_config import Constraint, Signal, TuneRecipe
 
 UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing")
 
@@ -64,18 +67,28 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         reference = reference_logprobs(
             model, parts, pad_id=pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
         )
-    steps = Steps(parts, recipe.steps, recipe.seed)
+    steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
     folder = run / f"trainer-{identity[:12]}"
+    whole: nn.Module = model
+    if recipe.signal is not None:
+        whole = SignalModel(model, fresh_signal(pretrained.model, recipe.signal, recipe.seed))
     trainer = ObjectiveTrainer(
-        model=model,
+        model=whole,
         args=_arguments(recipe, steps.per_step, folder),
-        data_collator=partial(_batch, pad_id=pad_id, reference=reference),
+        data_collator=partial(
+            _batch, pad_id=pad_id, reference=reference, signal=recipe.signal, window=sliding_window(pretrained.model)
+        ),
         train_dataset=steps,
         callbacks=list(callbacks),
         constraint=recipe.constraint,
+        signal=recipe.signal,
+        per_step=steps.per_step,
+        optimizers=(_optimiser(whole, recipe), None),
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))
     if trainer.is_world_process_zero():
+        if isinstance(whole, SignalModel):
+            save_signal(whole.signal, Path(recipe.output))
         _write(recipe, model, pretrained, trainer.state.log_history, dialogues, licence, command)
     return Path(recipe.output)
 
@@ -85,14 +98,18 @@ class ObjectiveTrainer(Trainer):
 
     Args:
         constraint: hold each token near the reference that the batches bring; None is plain cross entropy.
+        signal: weights of the signal's losses; None trains the language model alone.
+        per_step: examples of one step.
     """
 
-    def __init__(self, *args: Any, constraint: Constraint | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, constraint: Constraint | None, signal: Signal | None, per_step: int, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._constraint = constraint
-        self.model_accepts_loss_kwargs = (
-            True  # with labels in the batch: the loss is not divided by the passes of a step
-        )
+        self._signal = signal
+        self._per_step = per_step
+        self.model_accepts_loss_kwargs = True  # with labels in the batch: the loss is not divided by a step's passes
         self.loss_is_scaled_for_ga = True
 
     def compute_loss(
@@ -103,27 +120,51 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the batch's share of the step's loss, and with `return_outputs` the model's output too."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         labels = inputs["labels"]
-        logprobs = token_logprobs(outputs.logits, labels)  # (B, T - 1)
+        if self._signal is None:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            logits = outputs.logits  # (B, T, V)
+        else:
+            outputs = model(input_ids=inputs["input_ids"], mask=inputs["mask"], places=inputs["places"])
+            logits = outputs[0]
+        logprobs = token_logprobs(logits, labels)  # (B, T - 1)
         per_token = -logprobs
         if self._constraint is not None:
             place = positions(labels)[:, 1:]  # (B, T - 1)
             beta = betas(place, **asdict(self._constraint))
             per_token = constrained_loss(logprobs, inputs["reference"][:, 1:], beta) * (place > 0)
         loss = (inputs["weights"][:, None] * per_token).sum()
+        if self._signal is not None:
+            loss = loss + self._signal_loss(outputs[1], inputs, self._signal)
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the loss is a sum
         return (loss, outputs) if return_outputs else loss
 
+    def _signal_loss(self, logits: Tensor, inputs: dict[str, Tensor], settings: Signal) -> Tensor:
+        """Return the batch's share of both lambda-weighted signal losses, each a mean over the step's rows."""
+        request = request_loss(logits[..., 0], inputs["request_labels"])  # (B,)
+        response = response_loss(
+            logits[..., 1], inputs["is_copy"], inputs["response_labels"], settings.softmax_tau
+        )  # (B,)
+        return (settings.request_weight * request + settings.response_weight * response).sum() / self._per_step
 
-def _batch(examples: Sequence[Example], *, pad_id: int, reference: Reference | None) -> dict[str, Tensor]:
-    """Return a padded batch, with the reference log-probabilities of its tokens where there are any, (B, T)."""
+
+def _batch(
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    reference: Reference | None,
+    signal: Signal | None,
+    window: int | None,
+) -> dict[str, Tensor]:
+    """Return a padded batch, with what the constraint and the signal need of it, where there are any."""
     batch = collate(examples, pad_id)
     if reference is not None:
         found = torch.zeros(batch["labels"].shape)
         for place, example in enumerate(examples):
             found[place, example.num_given : len(example.ids)] = reference[example.row]
         batch["reference"] = found
+    if signal is not None:
+        batch |= collate_signal(examples, batch["labels"].shape[1], signal, window)._asdict()
     return batch
 
 
@@ -139,6 +180,8 @@ def _encoded(
     for name, part in recipe.parts.items():
         if part.recovery is not None and recipe.constraint is not None:
             raise RecipeError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
+        if recipe.constraint is not None and recipe.signal is not None:
+            raise RecipeError("constraint and signal cannot be trained together: the reference reads no [CLS]")
         if part.recovery is not None and any(row.harmful is None for row in dialogues[name]):
             raise RecipeError(f"parts.{name}.recovery needs triplets; set recovery: null for pairs")
         rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
@@ -170,6 +213,20 @@ def _trainable(model: PreTrainedModel, recipe: TuneRecipe) -> PreTrainedModel | 
         return get_peft_model(model, settings)
 
 
+def _optimiser(model: nn.Module, recipe: TuneRecipe) -> torch.optim.AdamW:
+    """Return AdamW over what is trained; the signal, which begins from nothing, has a learning rate of its own."""
+    settings = recipe.optimiser
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    of_signal = [parameter for name, parameter in trained if name.startswith("signal.")]
+    others = [parameter for name, parameter in trained if not name.startswith("signal.")]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if recipe.signal is not None:
+        groups.append({"params": of_signal, "lr": recipe.signal.learning_rate})
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+
+
 def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArguments:
     """Return the trainer's settings.
 
@@ -184,9 +241,6 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.optimiser.learning_rate,
-        adam_beta1=recipe.optimiser.betas[0],
-        adam_beta2=recipe.optimiser.betas[1],
-        weight_decay=recipe.optimiser.weight_decay,
         warmup_steps=recipe.optimiser.warmup_steps,
         max_grad_norm=recipe.optimiser.max_grad_norm,
         lr_scheduler_type="linear",

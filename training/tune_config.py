@@ -11,8 +11,12 @@ from pydantic.dataclasses import dataclass
 
 from training.config import STRICT, Answers, AtLeastOne, Count, Cut, NonNegative, Positive, Share
 
-DialogueKind = Literal["triplets", "pairs"]
-"""Fields of a row. `triplets`: prompt, harmful_response, refusal. `pairs`: prompt, response."""
+DialogueKind = Literal["triplets", "pairs", "responses"]
+"""Fields of a row. `triplets`: prompt, harmful_response, refusal. `pairs`: prompt, response. `responses`: prompt,
+response, harmful."""
+
+Label = Literal[0, 1]
+"""1 for harm."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -26,6 +30,12 @@ class DialogueSource:
     """Keep only rows whose `source` begins with this."""
     limit: Count | None = None
     """Rows to sample; null takes all."""
+    response: Literal["refusal", "harmful_response"] = "refusal"
+    """Which response of `triplets` is read after the request."""
+    request_label: Label | None = None
+    """What the signal learns of every request; null for nothing. Requests of triplets are malicious."""
+    response_label: Label | None = None
+    """What the signal learns of every response of `pairs`; the other kinds say it themselves."""
     credit: str = ""
     """`Name (LICENCE)` for rows without a `source` field."""
     split: str = "train"
@@ -47,8 +57,8 @@ class Part:
     """Rows that share one weight in the loss."""
 
     sources: Annotated[dict[str, DialogueSource], Field(min_length=1)]
-    share: Positive = 1.0
-    """Weight of the part's mean over its response tokens: alpha, or 1 - alpha."""
+    share: NonNegative = 1.0
+    """Weight of the part's mean over its response tokens: alpha, or 1 - alpha. 0 teaches the signal alone."""
     per_step: AtLeastOne = 16
     """Examples in one optimiser step."""
     recovery: Recovery | None = None
@@ -85,6 +95,30 @@ class Constraint:
     rest: Positive = 0.1
     last_early: AtLeastOne = 5
     """The last position with `early`."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Signal:
+    """The `[CLS]` signal, trained together with the model; arXiv 2505.17072."""
+
+    request_weight: NonNegative = 0.1
+    """lambda of the request loss: L = L_sft + lambda L_cls."""
+    response_weight: NonNegative = 0.1
+    """lambda of the response loss, which the source does not have."""
+    depths: AtLeastOne = 6
+    """Assessments of one response, at depths drawn anew each time; the last one covers all of it."""
+    windows: tuple[AtLeastOne, AtLeastOne, AtLeastOne] = (10, 10, 10)
+    """r1, r2 and r3."""
+    hidden: Count = 0
+    """Width of the head's hidden layer; 0 is linear, as published."""
+    is_read: bool = True
+    """Response tokens read `[CLS]` in training."""
+    moves: bool = True
+    """A re-assessed `[CLS]` takes the position of the newest token, instead of position 0."""
+    learning_rate: Positive = 1e-3
+    """Of embedding and head."""
+    softmax_tau: Positive = 1.0
+    """Temperature over the assessments of one response: a benign opening of a harmful one is left alone."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -126,6 +160,8 @@ class TuneRecipe:
     optimiser: Adam = Adam()
     constraint: Constraint | None = None
     """Hold every token near the model that training starts from; null does not."""
+    signal: Signal | None = None
+    """Train `[CLS]` too; null does not."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -29,6 +29,7 @@ def test_every_shipped_recipe_opens_with_its_command_and_is_valid_there():
         "anchors": AnchorRecipe,
         "sft": TuneRecipe,
         "deepen": TuneRecipe,
+        "signal": TuneRecipe,
         "constrain": TuneRecipe,
         "merge": MergeRecipe,
     }

@@ -1,0 +1,159 @@
+"""Training `[CLS]` together with the language model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.cls_signal import FILE, forward_training, load
+from model.errors import CheckpointError
+from model.pretrained import Pretrained
+from model.testing import FAMILIES, tiny_lm
+from tests.training.test_tune import Interrupt, losses, recipe, weights
+from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
+from training.steps import Encoded, EncodedPart, Example, Steps, collate
+from training.tune import tune
+from training.tune_config import Recovery, Signal
+
+SETTINGS = Signal(depths=4, windows=(3, 4, 3))
+CONTENT = (False, True, True, True, False)
+
+
+def examples() -> list[Example]:
+    rows = [Encoded((1, 30 + i, 31, 32, 2), tuple(range(40, 46 + 3 * i)), (), CONTENT, 1, i % 2) for i in range(3)]
+    steps = Steps([EncodedPart("rows", rows, 1.0, 3, None)], 1, seed=0, signal=SETTINGS)
+    return [steps[i] for i in range(3)]
+
+
+def test_assessments_begin_before_the_response_and_end_with_all_of_it():
+    for example in examples():
+        covered = [covers for covers, _ in example.assessments]
+        assert covered[0] == 0
+        assert covered[-1] == len(example.ids) - len(CONTENT)
+        assert covered == sorted(set(covered))
+
+
+def test_a_refusal_is_read_by_its_first_tokens_and_anything_else_by_its_latest():
+    for example in examples():
+        *_, (covers, read) = example.assessments
+        is_refusal = example.response_label == 0
+        assert read == (range(3) if is_refusal else range(covers - 4, covers))
+
+
+def test_a_refusal_after_a_harmful_prefix_teaches_nothing_about_responses():
+    row = Encoded((1, 30, 31, 32, 2), (40, 41), (50, 51, 52), CONTENT, 1, 0)
+    part = EncodedPart("recovery", [row], 1.0, 1, Recovery(probability=1.0))
+    example = Steps([part], 1, seed=0, signal=SETTINGS)[0]
+    assert (example.request_label, example.response_label) == (1, None)
+    assert example.assessments[-1][0] == len(example.ids) - len(CONTENT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str):
+    model = tiny_lm(family)
+    whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1))
+    found = examples()
+    batch = collate(found, pad_id=0)
+    of_signal = collate_signal(found, batch["input_ids"].shape[1], SETTINGS, whole.sliding_window)
+    logits, cls = whole(batch["input_ids"], of_signal.mask, of_signal.places)
+    for row, example in enumerate(found):
+        alone, states = forward_training(model, whole.signal, example.ids, CONTENT, example.assessments)
+        assert torch.allclose(logits[row, : len(example.ids)], alone, atol=1e-4)
+        assert torch.allclose(cls[row, : len(states)], whole.signal(states), atol=1e-4)
+
+
+def test_the_request_loss_reads_the_first_copy_and_only_labelled_rows():
+    logits = torch.tensor([[0.0, 9.0], [2.0, 9.0], [5.0, 9.0]])
+    found = request_loss(logits, torch.tensor([1, 0, -1]))
+    assert found.tolist() == pytest.approx([0.6931, 2.1269, 0.0], abs=1e-4)
+
+
+def test_the_response_loss_leaves_the_first_copy_and_unlabelled_rows_out():
+    logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [9.0, 0.0, 9.0]])
+    is_copy = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
+    found = response_loss(logits, is_copy, torch.tensor([1, -1, 0]), tau=1.0)
+    assert found.tolist() == pytest.approx([0.6931, 0.0, 0.6931], abs=1e-4)
+
+
+def test_the_response_loss_leaves_the_benign_opening_of_a_harmful_response_alone():
+    logits = torch.tensor([[0.0, -8.0, 8.0]], requires_grad=True)
+    response_loss(logits, torch.ones(1, 3, dtype=torch.bool), torch.tensor([1]), tau=1.0).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 1].abs() < 1e-6
+
+
+def joint(saved_model: Path, data: Path, out: Path, **changes: Any) -> Any:
+    parts = {
+        "refusals": {"sources": {"t": {"path": "triplets.jsonl", "kind": "triplets"}}, "share": 0.2, "per_step": 2},
+        "harmful": {
+            "sources": {"t": {"path": "triplets.jsonl", "kind": "triplets", "response": "harmful_response"}},
+            "share": 0.0,
+            "per_step": 2,
+        },
+        "benign": {
+            "sources": {"i": {"path": "instructions.jsonl", "request_label": 0, "response_label": 0}},
+            "share": 0.8,
+            "per_step": 4,
+        },
+    }
+    signal = {"request_weight": 1.0, "response_weight": 1.0, "learning_rate": 0.05}
+    return recipe(saved_model, data, out, **{"parts": parts, "signal": signal, **changes})
+
+
+@pytest.fixture
+def saved_model(tiny: Pretrained, tmp_path: Path) -> Path:
+    """Folder of the tiny model."""
+    return tmp_path / "model"
+
+
+def test_the_signal_learns_to_tell_malicious_requests(saved_model: Path, data: Path, tmp_path: Path):
+    tune(joint(saved_model, data, tmp_path, steps=25), "")
+    found = losses(tmp_path)
+    assert sum(found[-3:]) < 0.95 * sum(found[:3])
+    signal = load(tmp_path / "adapter")
+    assert signal.embedding.shape == (32,)
+
+
+def test_an_interrupted_joint_run_ends_with_the_same_weights(saved_model: Path, data: Path, tmp_path: Path):
+    tune(joint(saved_model, data, tmp_path / "whole"), "")
+    with pytest.raises(KeyboardInterrupt):
+        tune(joint(saved_model, data, tmp_path / "halted"), "", callbacks=[Interrupt()])
+    tune(joint(saved_model, data, tmp_path / "halted"), "")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halted")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    ours, theirs = load(tmp_path / "whole" / "adapter"), load(tmp_path / "halted" / "adapter")
+    assert torch.equal(ours.embedding, theirs.embedding)
+    assert torch.equal(ours.out.weight, theirs.out.weight)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_the_joint_loss_does_not_depend_on_the_batch_size(
+    saved_model: Path, data: Path, tmp_path: Path, batch_size: int
+):
+    for name, size in (("four", 4), ("other", batch_size)):
+        tune(joint(saved_model, data, tmp_path / name, batch_size=size), "")
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "other"), rel=1e-3)
+
+
+def test_a_weight_of_nothing_trains_no_signal(saved_model: Path, data: Path, tmp_path: Path):
+    signal = {"request_weight": 0.0, "response_weight": 0.0}
+    tune(joint(saved_model, data, tmp_path, signal=signal), "")
+    fresh = fresh_signal(tiny_lm(), Signal(), seed=0)
+    assert torch.equal(load(tmp_path / "adapter").out.weight, fresh.out.weight)
+
+
+def test_what_is_learned_is_what_decoding_reads(saved_model: Path, data: Path, tmp_path: Path):
+    # The language model's loss reaches the embedding through the response tokens that read it.
+    signal = {"request_weight": 0.0, "response_weight": 0.0, "learning_rate": 0.05}
+    tune(joint(saved_model, data, tmp_path, signal=signal), "")
+    fresh = fresh_signal(tiny_lm(), Signal(), seed=0)
+    assert not torch.equal(load(tmp_path / "adapter").embedding, fresh.embedding)
+
+
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_a_broken_signal_file_is_an_error(tmp_path: Path, content: bytes):
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot read the"):
+        load(tmp_path)

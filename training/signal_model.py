@@ -1,0 +1,170 @@
+"""A language model and its `[CLS]` signal as one module: what is trained, and what a training checkpoint holds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from transformers import set_seed
+
+from model.attention import training_mask
+from model.cls_signal import ClsSignal, sliding_window
+from training.losses import softmax_weighted_loss
+from training.steps import Example
+from training.tune_config import Signal
+
+
+class SignalBatch(NamedTuple):
+    """What the pass of a padded batch needs, K copies of `[CLS]` before T tokens."""
+
+    mask: Tensor
+    """(B, K + T, K + T), true where a row may read."""
+    places: Tensor
+    """Position of every row, (B, K + T)."""
+    is_copy: Tensor
+    """False where a row has fewer copies than the batch, (B, K)."""
+    request_labels: Tensor
+    """0 or 1, (B,); -1 where nothing is known."""
+    response_labels: Tensor
+    """The same, (B,)."""
+
+
+def collate_signal(examples: Sequence[Example], longest: int, settings: Signal, window: int | None) -> SignalBatch:
+    """Return masks, positions and labels of a batch whose tokens are padded at the end to `longest`.
+
+    Args:
+        examples: what is in the batch.
+        longest: T.
+        settings: whether `[CLS]` is read, and which positions it takes.
+        window: the model's sliding window, or None.
+    """
+    most = max(len(example.assessments) for example in examples)
+    size = most + longest
+    mask = torch.eye(size, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding reads itself: no empty row
+    places = torch.zeros(len(examples), size, dtype=torch.long)
+    is_copy = torch.zeros(len(examples), most, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        num_copies, num_request, length = len(example.assessments), len(example.content), len(example.ids)
+        one = training_mask(example.content, length - num_request, example.assessments, sliding_window=window)
+        one[num_copies:, :num_copies] &= settings.is_read
+        kept = torch.cat([torch.arange(num_copies), most + torch.arange(length)])  # this row's places in the batch
+        mask[row, kept[:, None], kept[None]] = one
+        if settings.moves:
+            places[row, :num_copies] = torch.tensor([num_request + covers - 1 for covers, _ in example.assessments])
+        places[row, most : most + length] = torch.arange(length)
+        is_copy[row, :num_copies] = True
+
+    def labels(found: Sequence[int | None]) -> Tensor:
+        return torch.tensor([-1 if label is None else label for label in found])
+
+    return SignalBatch(
+        mask,
+        places,
+        is_copy,
+        labels([example.request_label for example in examples]),
+        labels([example.response_label for example in examples]),
+    )
+
+
+def request_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return L_cls of every request, (B,): the binary cross entropy of the first copy; 0 without a label.
+
+    Source: Li & Kim 2025 (arXiv 2505.17072), L_alignment = L_sft + lambda_2 L_cls.
+
+    Args:
+        logits: request logits of all copies, (B, K); the first has read the request alone.
+        labels: 0, 1 or -1, (B,).
+    """
+    return bce(logits[:, 0], labels.clamp(min=0).float(), reduction="none") * (labels >= 0)
+
+
+def response_loss(logits: Tensor, is_copy: Tensor, labels: Tensor, tau: float) -> Tensor:
+    """Return the loss of every response from its one label over its assessments, (B,); 0 without a label.
+
+    The riskiest assessments weigh most, so the benign opening of a harmful response is left alone. The source has no
+    such term: its labels are of requests.
+
+    Args:
+        logits: response logits of all copies, (B, K).
+        is_copy: false where a row has fewer copies, (B, K).
+        labels: 0, 1 or -1, (B,).
+        tau: temperature of the weights, in logits.
+    """
+    is_response = is_copy.clone()
+    is_response[:, 0] = False  # the first copy has read no response
+    targets = labels.clamp(min=0).float()
+    found = softmax_weighted_loss(logits, is_response, targets, tau=tau, is_weight_detached=True)
+    return found * (labels >= 0) * is_response.any(dim=1)
+
+
+class SignalModel(nn.Module):
+    """A language model with its `[CLS]` signal; its state holds what is trained and nothing else.
+
+    Args:
+        model: the language model, perhaps with an adapter.
+        signal: embedding and head.
+    """
+
+    def __init__(self, model: nn.Module, signal: ClsSignal) -> None:
+        super().__init__()
+        self.model = model
+        self.signal = signal
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The language model's sliding window, or None."""
+        return sliding_window(self.model)  # type: ignore[arg-type]  # a PeftModel passes its model's attributes on
+
+    def forward(self, input_ids: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return next-token logits (B, T, V) and the logits of the copies (B, K, 2).
+
+        Args:
+            input_ids: tokens, (B, T).
+            mask: true where a row may read, (B, K + T, K + T).
+            places: position of every row, (B, K + T).
+        """
+        language_model: Any = self.model
+        tokens = language_model.get_input_embeddings()(input_ids)  # (B, T, D)
+        num_copies = mask.shape[1] - input_ids.shape[1]
+        copies = self.signal.embedding.to(tokens).expand(len(input_ids), num_copies, -1)
+        lowest = torch.finfo(tokens.dtype).min
+        allowed = torch.zeros(mask.shape, dtype=tokens.dtype, device=mask.device).masked_fill(~mask, lowest)
+        output = language_model(
+            inputs_embeds=torch.cat([copies, tokens], dim=1),
+            attention_mask=allowed[:, None],
+            position_ids=places,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        states = output.hidden_states[-1][:, :num_copies]  # (B, K, D)
+        return output.logits[:, num_copies:], self.signal(states)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there
+        """Return the trained parameters by name."""
+        whole: dict[str, Any] = super().state_dict(*args, **kwargs)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in whole.items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load trained parameters; those of the frozen model stay as they are.
+
+        Raises:
+            RuntimeError: if a trained parameter is missing, or an unknown one is there.
+        """
+        expected = set(self.state_dict())
+        if expected != set(state_dict):
+            raise RuntimeError(f"the training checkpoint holds other weights: {sorted(expected ^ set(state_dict))[:3]}")
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        found.missing_keys.clear()  # the frozen weights, which no checkpoint holds
+        return found
+
+
+def fresh_signal(model: nn.Module, settings: Signal, seed: int) -> ClsSignal:
+    """Return an untrained signal for a model: an embedding as long as a word's, and a small head."""
+    embeddings: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]  # a model of transformers
+    with torch.random.fork_rng():
+        set_seed(seed)  # layers draw from the global generator
+        signal = ClsSignal(embeddings.shape[1], settings.hidden)
+        nn.init.normal_(signal.embedding, std=float(embeddings.float().std()))
+    return signal.to(embeddings.device)
