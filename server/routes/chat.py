@@ -63,8 +63,8 @@ async def create(
         return ChoiceStream(_stream(choices, answer, exchange), choices, drain_s=service.settings.drain_s)
     try:
         await unless_gone(request, _collect(choices, answer))
-    except ClientDisconnect:
-        exchange.finish_reason = "aborted"
+    except Exception as error:
+        exchange.finish_reason = "aborted" if isinstance(error, ClientDisconnect) else "error"
         raise
     finally:
         choices.close()

@@ -173,3 +173,10 @@ def test_a_server_that_anybody_can_reach_without_a_key_says_so_at_the_start(serv
     notices = [line["event"] for line in lines if line["log_level"] == "warning"]
     assert len(notices) == num_notices
     assert all("no api_keys" in notice and "0.0.0.0:8000" in notice for notice in notices)
+
+
+def test_an_answer_that_the_engine_could_not_finish_is_logged_as_an_error(serve, scripted):
+    server = serve(lm=lambda: scripted("good day.", fails_at=12))
+    with structlog.testing.capture_logs() as lines:
+        assert server.post().status_code == 503
+        arrived(lines, "request", endpoint="/v1/chat/completions", status=503, finish_reason="error")
