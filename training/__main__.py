@@ -10,7 +10,7 @@ from model.errors import ModelError
 from training import recipe_file
 from training.config import HeadRecipe
 from training.errors import TrainingError
-from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
+from training.tune_config import AnchorRecipe, DpoRecipe, MergeRecipe, TuneRecipe
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -57,6 +57,14 @@ def run_anchors(arguments: argparse.Namespace, command: str) -> None:
     from training.anchors import write_anchors
 
     sys.stderr.write(f"wrote {write_anchors(recipe)}\n")
+
+
+def run_dpo(arguments: argparse.Namespace, command: str) -> None:
+    """Train on preferences."""
+    recipe = recipe_file.load(DpoRecipe, arguments.config, arguments.overrides)
+    from training.preference import dpo
+
+    sys.stderr.write(f"wrote {dpo(recipe, command)}\n")
 
 
 def run_merge(arguments: argparse.Namespace, command: str) -> None:
@@ -126,6 +134,16 @@ Every key of a recipe is explained in training/tune_config.py.""",
         """examples:
   ballast-train constrain --config constrained_sql data=data
   ballast-train constrain constraint.early=1.0
+
+Every key of a recipe is explained in training/tune_config.py.""",
+    ),
+    "dpo": Command(
+        run_dpo,
+        "dpo",
+        "direct preference optimisation on refusals and harmful responses, a baseline",
+        """examples:
+  ballast-train dpo --config dpo data=data/train
+  ballast-train dpo model=runs/aligned/model beta=0.05
 
 Every key of a recipe is explained in training/tune_config.py.""",
     ),

@@ -9,7 +9,7 @@ from training.errors import DataError
 from training.records import credit, label_of, records, text_of
 from training.rows import is_permissive
 from training.shards import digest
-from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, Part, TuneRecipe
+from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, DpoRecipe, Part, TuneRecipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Dialogue:
 L = TypeVar("L", Prompt, Dialogue)
 
 
-def read_part(name: str, part: Part, recipe: TuneRecipe) -> list[Dialogue]:
+def read_part(name: str, part: Part, recipe: TuneRecipe | DpoRecipe) -> list[Dialogue]:
     """Return the dialogues of one part, in the order of its sources.
 
     Raises:
@@ -79,7 +79,7 @@ def _prompts(source: DialogueSource, data: Path) -> Iterator[Prompt]:
             yield Prompt(name, licence, text_of(record, "prompt", where))
 
 
-def _sampled(rows: Iterable[L], source: DialogueSource, recipe: TuneRecipe | AnchorRecipe) -> list[L]:
+def _sampled(rows: Iterable[L], source: DialogueSource, recipe: TuneRecipe | DpoRecipe | AnchorRecipe) -> list[L]:
     """Return the source's number of allowed rows, in an order that only their text and the seed decide, or all."""
     allowed = [row for row in rows if not recipe.is_permissive_only or is_permissive(row.licence)]
     if source.limit is None or source.limit >= len(allowed):

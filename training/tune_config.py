@@ -190,6 +190,42 @@ class AnchorRecipe:
 
 
 @dataclass(frozen=True, config=STRICT)
+class DpoRecipe:
+    """Everything that decides what `ballast-train dpo` writes."""
+
+    part: Part
+    """Triplets; `share` and `recovery` have no meaning here."""
+    name: str = "dpo"
+    model: str = "smollm2-135m"
+    """Also the reference. To go on from an adapter, merge it first."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "auto"
+    """A torch device; `auto` takes the GPU where there is one."""
+    data: str = "data/train"
+    """Folder of the sources' files."""
+    output: str = "runs/dpo/adapter"
+    """Folder of the finished adapter."""
+    run: str = "runs/dpo"
+    """Folder of this run: resolved recipe, training state."""
+    resume: bool = True
+    """Go on from the last training checkpoint in `run`."""
+    seed: int = 0
+    is_permissive_only: bool = False
+    """Use only rows under MIT, Apache or CC-BY."""
+    beta: Positive = 0.1
+    """Strength of the hold on the reference."""
+    steps: AtLeastOne = 160
+    """Optimiser steps."""
+    batch_size: AtLeastOne = 4
+    """Preferences of one forward pass; each is two sequences."""
+    save_steps: AtLeastOne = 10
+    """Steps between two training checkpoints."""
+    cut: Cut = Cut(request_tokens=256, response_tokens=256)
+    lora: Lora = Lora()
+    optimiser: Adam = Adam()
+
+
+@dataclass(frozen=True, config=STRICT)
 class MergeRecipe:
     """Everything that decides what `ballast-train merge` writes."""
 

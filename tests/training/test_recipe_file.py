@@ -9,7 +9,7 @@ from training.__main__ import main
 from training.config import HeadRecipe
 from training.errors import RecipeError
 from training.recipe_file import SHIPPED
-from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
+from training.tune_config import AnchorRecipe, DpoRecipe, MergeRecipe, TuneRecipe
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def test_every_shipped_recipe_opens_with_its_command_and_is_valid_there():
         "deepen": TuneRecipe,
         "signal": TuneRecipe,
         "constrain": TuneRecipe,
+        "dpo": DpoRecipe,
         "merge": MergeRecipe,
     }
     for path in SHIPPED.glob("*.yaml"):

@@ -1,0 +1,52 @@
+"""The preference baseline on the tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+
+from model.pretrained import Pretrained
+from training.errors import RecipeError
+from training.preference import dpo
+from training.tune_config import DpoRecipe
+
+
+def recipe(data: Path, tmp_path: Path, **changes: Any) -> DpoRecipe:
+    values: dict[str, Any] = {
+        "model": str(tmp_path / "model"),
+        "dtype": "float32",
+        "device": "cpu",
+        "data": str(data),
+        "output": str(tmp_path / "adapter"),
+        "run": str(tmp_path / "run"),
+        "steps": 6,
+        "batch_size": 2,
+        "part": {"per_step": 4, "sources": {"triplets": {"path": "triplets.jsonl", "kind": "triplets"}}},
+        "lora": {"rank": 4, "alpha": 8},
+        "optimiser": {"learning_rate": 1e-2},
+    }
+    return TypeAdapter(DpoRecipe).validate_python({**values, **changes})
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL about itself
+def test_refusals_come_to_be_preferred(tiny: Pretrained, data: Path, tmp_path: Path):
+    folder = dpo(recipe(data, tmp_path), "ballast-train dpo")
+    log = [entry for entry in json.loads((folder / "metrics.json").read_text())["log"] if "loss" in entry]
+    assert len(log) == 6
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the reference itself prefers neither
+    assert log[-1]["loss"] < 0.68
+    assert any("lora_A" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_pairs_are_no_preferences(tiny: Pretrained, data: Path, tmp_path: Path):
+    pairs = {"sources": {"i": {"path": "instructions.jsonl"}}}
+    with pytest.raises(RecipeError, match="must be triplets"):
+        dpo(recipe(data, tmp_path, part=pairs), "")
+
+
+def test_a_step_is_whole_batches(tiny: Pretrained, data: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="per_step 4 is no multiple of batch_size 3"):
+        dpo(recipe(data, tmp_path, batch_size=3), "")

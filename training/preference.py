@@ -1,0 +1,105 @@
+"""The command `ballast-train dpo`: direct preference optimisation on triplets, the baseline through TRL.
+
+Refusals are preferred to harmful responses, both from the first token on: what deepening is compared with.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # made available lazily there
+
+from model.chat import FALLBACK_TEMPLATE
+from model.pretrained import Pretrained, load
+from training import recipe_file
+from training.dialogues import Dialogue, read_part
+from training.errors import RecipeError
+from training.head import newest_checkpoint
+from training.tune_config import DpoRecipe
+
+
+def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] = ()) -> Path:
+    """Train an adapter on preferences; return its folder.
+
+    The reference is the model without the adapter. Interrupted, the same recipe goes on where it was.
+
+    Args:
+        recipe: all choices.
+        command: the command line, kept with the numbers.
+        callbacks: further callbacks of the trainer.
+
+    Raises:
+        TrainingError: if recipe or data do not fit.
+        ModelError: if the model cannot be loaded.
+    """
+    rows = read_part("preferences", recipe.part, recipe)
+    if any(row.harmful is None for row in rows):
+        raise RecipeError("part.sources must be triplets: a preference needs a harmful response too")
+    if recipe.part.per_step % recipe.batch_size:
+        raise RecipeError(f"part.per_step {recipe.part.per_step} is no multiple of batch_size {recipe.batch_size}")
+    device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device)
+    run = Path(recipe.run)
+    run.mkdir(parents=True, exist_ok=True)
+    recipe_file.dump(recipe, run / "recipe.yaml")
+    trainer = DPOTrainer(
+        model=pretrained.model,
+        args=DPOConfig(
+            output_dir=str(run / "trainer"),
+            beta=recipe.beta,
+            max_length=recipe.cut.request_tokens + recipe.cut.response_tokens,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.part.per_step // recipe.batch_size,
+            learning_rate=recipe.optimiser.learning_rate,
+            adam_beta1=recipe.optimiser.betas[0],
+            adam_beta2=recipe.optimiser.betas[1],
+            weight_decay=recipe.optimiser.weight_decay,
+            warmup_steps=recipe.optimiser.warmup_steps,
+            lr_scheduler_type="linear",
+            bf16=recipe.dtype == "bfloat16",
+            use_cpu=device == "cpu",
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_steps=recipe.save_steps,
+            save_total_limit=2,
+            dataloader_pin_memory=False,
+            report_to=[],
+            seed=recipe.seed,
+        ),
+        train_dataset=Dataset.from_list([_preference(row, pretrained) for row in rows]),
+        processing_class=pretrained.tokenizer,
+        peft_config=LoraConfig(
+            r=recipe.lora.rank,
+            lora_alpha=recipe.lora.alpha,
+            lora_dropout=recipe.lora.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=newest_checkpoint(run / "trainer", recipe.resume))
+    output = Path(recipe.output)
+    tuned: Any = trainer.model
+    tuned.to(getattr(torch, recipe.dtype)).save_pretrained(str(output))
+    recipe_file.dump(recipe, output / "recipe.yaml")
+    numbers = {"command": command, "rows": len(rows), "log": trainer.state.log_history}
+    (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return output
+
+
+def _preference(row: Dialogue, pretrained: Pretrained) -> dict[str, str]:
+    """Return one preference as text: the rendered request, and both responses with their end."""
+    tokenizer = pretrained.tokenizer
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": row.prompt}],
+        chat_template=tokenizer.chat_template or FALLBACK_TEMPLATE,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    end = str(tokenizer.eos_token)
+    return {"prompt": str(prompt), "chosen": row.response + end, "rejected": f"{row.harmful}{end}"}
