@@ -3,11 +3,15 @@
 import shutil
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from model.errors import CheckpointError
 from model.pretrained import Pretrained, sha256_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 FOLDER = "adapter"
 """Where a checkpoint keeps its adapter."""
@@ -49,14 +53,27 @@ def merge(pretrained: Pretrained, folder: Path) -> Pretrained:
     Raises:
         CheckpointError: if the adapter cannot be read, or does not fit the model.
     """
+    model = attach(pretrained, folder).merge_and_unload()
+    return Pretrained(pretrained.name, model.eval(), pretrained.tokenizer)
+
+
+def attach(pretrained: Pretrained, folder: Path, *, is_trainable: bool = False) -> "PeftModel":
+    """Return the model with the adapter beside its weights, which stay as they are.
+
+    Args:
+        pretrained: the model that the adapter was trained on.
+        folder: of the adapter.
+        is_trainable: training goes on with the adapter's weights.
+
+    Raises:
+        CheckpointError: if the adapter cannot be read, or does not fit the model.
+    """
     from peft import PeftModel  # here, because it takes seconds to import and most checkpoints need none
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # peft only warns of weights that it does not find
-            tuned = PeftModel.from_pretrained(pretrained.model, str(folder))
-        model = tuned.merge_and_unload()
+            return PeftModel.from_pretrained(pretrained.model, str(folder), is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the adapter {folder} does not fit {pretrained.name}: {reason}") from error
-    return Pretrained(pretrained.name, model.eval(), pretrained.tokenizer)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from model.attention import assessment_mask, token_mask, training_mask
-from model.errors import CheckpointError
+from model.errors import CheckpointError, ModelError
 
 FILE = "cls_signal.safetensors"
 OUTPUTS = ("request", "response")
@@ -41,10 +41,11 @@ class ClsSignal(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the logits (N, 2) of the final states of `[CLS]`, (N, D) in any precision."""
-        x = states.float()
-        if self.hidden is not None:
-            x = nn.functional.gelu(self.hidden(x))
-        logits: Tensor = self.out(x)
+        with torch.autocast(states.device.type, enabled=False):
+            x = states.float()
+            if self.hidden is not None:
+                x = nn.functional.gelu(self.hidden(x))
+            logits: Tensor = self.out(x)
         return logits
 
 
@@ -115,7 +116,10 @@ class ClsCache:
         return ClsPass(output.logits[0, -2], output.hidden_states[-1][0, -1])
 
     def crop(self, length: int) -> None:
-        """Forget the tokens after the first `length`; `[CLS]` stays as it is."""
+        """Forget the tokens after the first `length`. `[CLS]` stays as it is until it is assessed again.
+
+        Its value may come from the forgotten tokens, so the next pass must assess.
+        """
         if (surplus := self.length - length) > 0:
             self._cache.crop(-surplus)
             self.length = length
@@ -203,11 +207,21 @@ def embed(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a token reads in the model's sliding-window layers; None if it has none."""
+    """Return how many tokens a token reads in the model's sliding-window layers; None if it has none.
+
+    Raises:
+        ModelError: if some layers have a window and others none: one mask cannot serve both yet.
+    """
     config = model.config.get_text_config()
     if getattr(config, "use_sliding_window", True) is False:
         return None
-    return getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window is None or kinds == {"full_attention"}:
+        return None
+    if len(kinds) > 1:
+        raise ModelError(f"[CLS] cannot be read yet by a model whose layers mix {sorted(kinds)}")
+    return window
 
 
 def save(signal: ClsSignal, folder: Path) -> None:

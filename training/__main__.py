@@ -132,7 +132,7 @@ Every key of a recipe is explained in training/tune_config.py.""",
         "constrained_sql",
         "fine-tune on any data, holding the first tokens of each response near the model's own",
         """examples:
-  ballast-train constrain --config constrained_sql data=data
+  ballast-train constrain --config constrained_sql data=data/finetune
   ballast-train constrain constraint.early=1.0
 
 Every key of a recipe is explained in training/tune_config.py.""",

@@ -15,6 +15,7 @@ from model.pretrained import load
 from training.answers import answer
 from training.dialogues import Prompt, read_prompts
 from training.errors import DataError
+from training.lora import device_of
 from training.rows import Row
 from training.shards import write_atomically
 from training.tune_config import AnchorRecipe
@@ -30,8 +31,7 @@ def write_anchors(recipe: AnchorRecipe) -> Path:
         ModelError: if the model cannot be loaded.
     """
     prompts = read_prompts(recipe)
-    device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device)
+    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
     rows = [
         Row("anchors", prompt.source, prompt.licence, (Message("user", prompt.text),), None, None, None)
         for prompt in prompts
@@ -43,18 +43,30 @@ def write_anchors(recipe: AnchorRecipe) -> Path:
         max_request_tokens=recipe.request_tokens,
         cache=Path(recipe.cache),
         seed=recipe.seed,
+        with_end=True,
     )
-    if not any(text.strip() for text in answers):
+    lines = _lines(prompts, answers, str(pretrained.tokenizer.eos_token))
+    if not lines:
         raise DataError(f"the model answered none of {len(prompts)} prompts")
     output = Path(recipe.output)
-    write_atomically(output, partial(_dump, prompts, answers))
+    write_atomically(output, partial(_dump, lines))
     return output
 
 
-def _dump(prompts: Sequence[Prompt], answers: Sequence[str], path: Path) -> None:
-    lines = [
-        json.dumps({"prompt": prompt.text, "response": text.strip(), "source": f"{prompt.source} ({prompt.licence})"})
-        for prompt, text in zip(prompts, answers, strict=True)
-        if text.strip()
-    ]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+def _lines(prompts: Sequence[Prompt], answers: Sequence[str], end: str) -> list[str]:
+    """Return one JSON line per answer that says something; `complete` is false where it was cut."""
+    lines = []
+    for prompt, made in zip(prompts, answers, strict=True):
+        if text := made.removesuffix(end).strip():
+            record = {
+                "prompt": prompt.text,
+                "response": text,
+                "complete": made.endswith(end),
+                "source": f"{prompt.source} ({prompt.licence})",
+            }
+            lines.append(json.dumps(record) + "\n")
+    return lines
+
+
+def _dump(lines: Sequence[str], path: Path) -> None:
+    path.write_text("".join(lines), encoding="utf-8")

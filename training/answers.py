@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, set_seed
 
 from model.chat import ChatTemplate
 from model.checkpoint import fingerprint_weights
 from model.pretrained import Pretrained
 from training.config import Answers
+from training.lora import pad_id
 from training.progress import tracked
 from training.rows import Row
 from training.shards import digest, write_atomically
@@ -22,7 +23,14 @@ Encoded = tuple[int, ...]
 
 
 def answer(
-    pretrained: Pretrained, rows: Sequence[Row], settings: Answers, *, max_request_tokens: int, cache: Path, seed: int
+    pretrained: Pretrained,
+    rows: Sequence[Row],
+    settings: Answers,
+    *,
+    max_request_tokens: int,
+    cache: Path,
+    seed: int,
+    with_end: bool = False,
 ) -> list[str]:
     """Return one sampled answer per row, in order.
 
@@ -35,17 +43,20 @@ def answer(
         max_request_tokens: longer requests lose their beginning.
         cache: folder of the batches.
         seed: of the sampling; each batch draws from a seed made of it and of the batch.
+        with_end: keep the text of the token that ends a response, so that an answer without it was cut.
     """
     template = ChatTemplate(pretrained.tokenizer)
     prompts = [template.encode(row.messages).request[-max_request_tokens:] for row in rows]
     identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), asdict(settings), seed]
+    if with_end:
+        identity.append("with end")
     answers = [""] * len(rows)
     for batch in tracked(list(_batches(prompts, settings.batch_size)), "own answers", unit=len):
         ids = [prompts[index] for index in batch]
         name = digest(identity, ids)[:32]
         path = cache / "answers" / f"{name}.json"
         if not path.is_file():
-            texts = _generate(pretrained, ids, settings, int(name[:8], 16))
+            texts = _generate(pretrained, ids, settings, int(name[:8], 16), with_end)
             write_atomically(path, partial(_dump, texts))
         for index, text in zip(batch, json.loads(path.read_text(encoding="utf-8")), strict=True):
             answers[index] = text
@@ -59,10 +70,12 @@ def _batches(prompts: Sequence[Encoded], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _generate(pretrained: Pretrained, prompts: Sequence[Encoded], settings: Answers, seed: int) -> list[str]:
+def _generate(
+    pretrained: Pretrained, prompts: Sequence[Encoded], settings: Answers, seed: int, with_end: bool
+) -> list[str]:
     """Return sampled answers to one batch, padded on the left."""
     model, tokenizer = pretrained.model, pretrained.tokenizer
-    pad = _pad_id(tokenizer)
+    pad = pad_id(tokenizer)
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (B, T)
@@ -78,14 +91,12 @@ def _generate(pretrained: Pretrained, prompts: Sequence[Encoded], settings: Answ
         set_seed(seed)  # `generate` takes no torch.Generator
         generate: Any = model.generate
         output = generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling)
-    return [str(text) for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
+    made = output[:, longest:]  # (B, T)
+    texts = [str(text) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+    if not with_end:
+        return texts
+    has_end = (made == tokenizer.eos_token_id).any(dim=1).tolist()
+    return [text + str(tokenizer.eos_token) if ended else text for text, ended in zip(texts, has_end, strict=True)]
 
 
 def _dump(texts: list[str], path: Path) -> None:

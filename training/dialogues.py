@@ -1,7 +1,7 @@
 """Rows for fine-tuning: a request with the response to learn, and perhaps with a harmful one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,10 @@ class Dialogue:
     """1 where the request is malicious, 0 where it is not, None where nothing is known."""
     response_label: int | None = None
     """The same of the response."""
+    is_complete: bool = True
+    """The response ends where it ends; false where it was cut."""
+    where: str = field(default="", compare=False, repr=False)
+    """File and line, for error messages."""
 
 
 L = TypeVar("L", Prompt, Dialogue)
@@ -92,7 +96,9 @@ def _dialogues(source: DialogueSource, data: Path) -> Iterator[Dialogue]:
         name, licence = credit(record, source, where)
         if name.startswith(source.match):
             prompt = text_of(record, "prompt", where)
-            yield Dialogue(name, licence, prompt, *_RESPONSES[source.kind](record, source, where))
+            found = _RESPONSES[source.kind](record, source, where)
+            is_complete = record.get("complete", True) is not False
+            yield Dialogue(name, licence, prompt, *found, is_complete=is_complete, where=where)
 
 
 Labelled = tuple[str, str | None, int | None, int | None]

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 from model import adapter, checkpoint
 from model.chat import ChatTemplate
@@ -24,6 +23,8 @@ from training.config import HeadRecipe
 from training.corpus import assemble
 from training.errors import RecipeError
 from training.head import Trained, train
+from training.logs import loggers
+from training.lora import device_of
 from training.model_card import model_card
 from training.plots import draw
 from training.rephrase import rephrased
@@ -48,7 +49,7 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded.
     """
-    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=_device(recipe))
+    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
     base = BaseModel(
         name=pretrained.name,
         weights=checkpoint.fingerprint_weights(pretrained.model),
@@ -71,7 +72,7 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
     )
     folder = Path(recipe.run) / f"trainer-{_identity(recipe, pretrained, rows)[:12]}"
     width = int(pretrained.model.config.get_text_config().hidden_size)
-    trained = train(rows, states, recipe, width, folder, (*_loggers(recipe), *callbacks))
+    trained = train(rows, states, recipe, width, folder, (*loggers(Path(recipe.run)), *callbacks))
     calibration = calibrate(trained.head, rows, states, recipe)
     _write_checkpoint(recipe, base, rows, trained, calibration, licence, command)
     return Path(recipe.output)
@@ -164,22 +165,6 @@ def _licence(recipe: HeadRecipe, rows: Sequence[Row]) -> str:
     if licence is None:
         raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
     return licence
-
-
-def _loggers(recipe: HeadRecipe) -> tuple[TrainerCallback, ...]:
-    """Return a TensorBoard logger where TensorBoard is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return ()
-    writer = SummaryWriter(log_dir=str(Path(recipe.run) / "logs"))
-    return (TensorBoardCallback(writer),)  # type: ignore[no-untyped-call]  # untyped there
-
-
-def _device(recipe: HeadRecipe) -> str:
-    if recipe.device != "auto":
-        return recipe.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _json(value: object) -> str:

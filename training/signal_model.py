@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from transformers import set_seed
 
 from model.attention import training_mask
-from model.cls_signal import ClsSignal, sliding_window
+from model.cls_signal import ClsSignal
 from training.losses import softmax_weighted_loss
 from training.steps import Example
 from training.tune_config import Signal
@@ -111,10 +111,11 @@ class SignalModel(nn.Module):
         self.model = model
         self.signal = signal
 
-    @property
-    def sliding_window(self) -> int | None:
-        """The language model's sliding window, or None."""
-        return sliding_window(self.model)  # type: ignore[arg-type]  # a PeftModel passes its model's attributes on
+    def __getattr__(self, name: str) -> Any:
+        """Return what the trainer asks of a language model, such as how to save memory, from the language model."""
+        if "checkpointing" in name:
+            return getattr(self.model, name)
+        return super().__getattr__(name)
 
     def forward(self, input_ids: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return next-token logits (B, T, V) and the logits of the copies (B, K, 2).

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.attention import Windows, window
 from model.chat import ChatTemplate, Message
+from model.errors import TemplateError
 from training.config import Cut
 from training.dialogues import Dialogue
 from training.errors import DataError
@@ -74,22 +75,31 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cu
         cut: longer requests lose their beginning, longer responses their end and with it the end token.
 
     Raises:
-        DataError: if the tokenizer has no token that ends a response.
-        TemplateError: if the chat template refuses a prompt.
+        DataError: if the tokenizer has no token that ends a response, the chat template refuses a prompt, or a
+            response holds the token that ends one.
     """
-    if not isinstance(tokenizer.eos_token_id, int):
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
         raise DataError("the tokenizer has no token that ends a response")
     template = ChatTemplate(tokenizer)
 
-    def ids(text: str, *end: int) -> tuple[int, ...]:
-        return (*tokenizer.encode(text, add_special_tokens=False), *end)[: cut.response_tokens]
+    def ids(text: str, where: str) -> tuple[int, ...]:
+        found = tuple(tokenizer.encode(text, add_special_tokens=False))
+        if end in found:
+            raise DataError(f"{where}: a response holds {tokenizer.eos_token}, the token that ends one")
+        return found
 
     def encoded(dialogue: Dialogue) -> Encoded:
-        messages = [Message("user", dialogue.prompt)]
+        messages, where = [Message("user", dialogue.prompt)], dialogue.where
+        try:
+            request = template.encode(messages).request
+        except TemplateError as error:
+            raise DataError(f"{where}: {error}") from error
+        response = (*ids(dialogue.response, where), *([end] if dialogue.is_complete else []))
         return Encoded(
-            template.encode(messages).request[-cut.request_tokens :],
-            ids(dialogue.response, tokenizer.eos_token_id),
-            ids(dialogue.harmful) if dialogue.harmful else (),
+            request[-cut.request_tokens :],
+            response[: cut.response_tokens],
+            ids(dialogue.harmful, where)[: cut.response_tokens] if dialogue.harmful else (),
             template.content(messages)[-cut.request_tokens :],
             dialogue.request_label,
             dialogue.response_label,
@@ -162,8 +172,9 @@ class Steps(Dataset[Example]):
     def _assessed(self, example: Example, row: Encoded, depth: int, place: int) -> Example:
         """Return the example with the assessments that `[CLS]` is trained on: none of the response, and random depths.
 
-        A refusal is read by rule R1, everything else by R2. A refusal after a harmful prefix teaches nothing about
-        responses: it is neither harmful nor harmless.
+        Responses to malicious requests are read by rule R1 or R2, whichever a coin says: a rule that followed from the
+        response's label would give the label away. A refusal after a harmful prefix teaches nothing about responses:
+        it is neither harmful nor harmless.
         """
         if self._signal is None:
             return example
@@ -171,10 +182,10 @@ class Steps(Dataset[Example]):
         generator = _generator(self._seed, "assessments", example.row[0], place)
         drawn = torch.randint(1, length + 1, (self._signal.depths - 1,), generator=generator).tolist()
         windows = Windows(*self._signal.windows)
-        is_refusal = row.request_label == 1 and row.response_label == 0 and depth == 0
+        is_r1 = bool(torch.rand((), generator=generator) < 0.5) and row.request_label == 1
         return example._replace(
             assessments=tuple(
-                (covers, window(covers, windows, is_malicious=is_refusal)) for covers in sorted({0, *drawn, length})
+                (covers, window(covers, windows, is_malicious=is_r1)) for covers in sorted({0, *drawn, length})
             ),
             request_label=row.request_label,
             response_label=row.response_label if depth == 0 else None,

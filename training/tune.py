@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from model import adapter
 from model.checkpoint import fingerprint_weights
 from model.cls_signal import save as save_signal
 from model.cls_signal import sliding_window
 from model.pretrained import Pretrained, load
-from training import recipe_file
+from training import lora, recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
+from training.logs import loggers
 from training.objectives import betas, constrained_loss, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
 from training.report import checksums
@@ -51,7 +53,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded.
     """
-    pretrained = load(recipe.model, dtype=_storage(recipe), device=_device(recipe))
+    pretrained = load(recipe.model, dtype=_storage(recipe), device=lora.device_of(recipe.device))
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
     licence = _licence(recipe, dialogues)
     parts = _encoded(recipe, dialogues, pretrained)
@@ -60,13 +62,14 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
 
-    model = _trainable(pretrained.model, recipe)
-    pad_id = _pad_id(pretrained)
+    model = _trainable(pretrained, recipe)
+    pad_id = lora.pad_id(pretrained.tokenizer)
     reference = None
     if recipe.constraint is not None:
-        reference = reference_logprobs(
-            model, parts, pad_id=pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
-        )
+        with torch.autocast(lora.device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            reference = reference_logprobs(
+                model, parts, pad_id=pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
+            )
     steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
     folder = run / f"trainer-{identity[:12]}"
     whole: nn.Module = model
@@ -79,7 +82,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
             _batch, pad_id=pad_id, reference=reference, signal=recipe.signal, window=sliding_window(pretrained.model)
         ),
         train_dataset=steps,
-        callbacks=list(callbacks),
+        callbacks=[*loggers(run), *callbacks],
         constraint=recipe.constraint,
         signal=recipe.signal,
         per_step=steps.per_step,
@@ -182,6 +185,8 @@ def _encoded(
             raise RecipeError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
         if recipe.constraint is not None and recipe.signal is not None:
             raise RecipeError("constraint and signal cannot be trained together: the reference reads no [CLS]")
+        if part.share > 0 and any(row.response_label == 1 for row in dialogues[name]):
+            raise RecipeError(f"parts.{name} holds harmful responses: set share: 0, so that only the signal learns")
         if part.recovery is not None and any(row.harmful is None for row in dialogues[name]):
             raise RecipeError(f"parts.{name}.recovery needs triplets; set recovery: null for pairs")
         rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
@@ -189,28 +194,20 @@ def _encoded(
     return parts
 
 
-def _trainable(model: PreTrainedModel, recipe: TuneRecipe) -> PreTrainedModel | PeftModel:
+def _trainable(pretrained: Pretrained, recipe: TuneRecipe) -> PreTrainedModel | PeftModel:
     """Return the model with what shall be trained: an adapter, or all of it.
 
     Raises:
-        RecipeError: if an adapter is to go on, but all weights are to be trained.
+        RecipeError: if an adapter is to go on, but all weights are to be trained, or its shape is another.
+        CheckpointError: if the adapter cannot be read.
     """
     if recipe.lora is None:
         if recipe.adapter is not None:
             raise RecipeError("adapter goes on with an adapter's weights; set lora, or merge the adapter first")
-        return model
+        return pretrained.model
     if recipe.adapter is not None:
-        return PeftModel.from_pretrained(model, recipe.adapter, is_trainable=True)
-    settings = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        set_seed(recipe.seed)  # peft draws its first weights from the global generator
-        return get_peft_model(model, settings)
+        return lora.going_on(pretrained, Path(recipe.adapter), recipe.lora)
+    return lora.fresh(pretrained, recipe.lora, recipe.seed)
 
 
 def _optimiser(model: nn.Module, recipe: TuneRecipe) -> torch.optim.AdamW:
@@ -246,7 +243,7 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         lr_scheduler_type="linear",
         train_sampling_strategy="sequential",
         bf16=recipe.dtype == "bfloat16",
-        use_cpu=_device(recipe) == "cpu",
+        use_cpu=lora.device_of(recipe.device) == "cpu",
         **by_name,
         save_steps=recipe.save_steps,
         save_total_limit=2,
@@ -256,6 +253,10 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         report_to=[],
         seed=recipe.seed,
     )
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start with torchrun, or hide all but one"
+        )
     at_once = recipe.batch_size * arguments.world_size
     if per_step % at_once:
         raise RecipeError(
@@ -296,7 +297,8 @@ def _write(
 def _identity(recipe: TuneRecipe, pretrained: Pretrained, parts: Sequence[EncodedPart]) -> str:
     """Return a SHA-256 of all that decides the weights, so that no other run's state is continued."""
     choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
-    return digest(fingerprint_weights(pretrained.model), choices, [[part.name, part.rows] for part in parts])
+    start = adapter.fingerprint(Path(recipe.adapter)) if recipe.adapter is not None else ""
+    return digest(fingerprint_weights(pretrained.model), start, choices, [[part.name, part.rows] for part in parts])
 
 
 def _licence(recipe: TuneRecipe, dialogues: Mapping[str, Sequence[Dialogue]]) -> str:
@@ -310,16 +312,3 @@ def _licence(recipe: TuneRecipe, dialogues: Mapping[str, Sequence[Dialogue]]) ->
 def _storage(recipe: TuneRecipe) -> torch.dtype:
     """Return the precision of the frozen weights; trained ones are kept in float32."""
     return getattr(torch, recipe.dtype) if recipe.lora is not None else torch.float32
-
-
-def _device(recipe: TuneRecipe) -> str:
-    if recipe.device != "auto":
-        return recipe.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _pad_id(pretrained: Pretrained) -> int:
-    for token in (pretrained.tokenizer.pad_token_id, pretrained.tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0

@@ -41,6 +41,14 @@ class DialogueSource:
     split: str = "train"
     """Split of a Hub data set."""
 
+    def __post_init__(self) -> None:
+        if self.kind != "triplets" and self.response != "refusal":
+            raise ValueError(f"response belongs to kind 'triplets', {self.kind!r} has one response")
+        if self.kind == "triplets" and self.request_label is not None:
+            raise ValueError("request_label: requests of triplets are malicious")
+        if self.kind != "pairs" and self.response_label is not None:
+            raise ValueError(f"response_label belongs to kind 'pairs', {self.kind!r} says it itself")
+
 
 @dataclass(frozen=True, config=STRICT)
 class Recovery:

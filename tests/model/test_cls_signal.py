@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.attention import Windows, window
-from model.cls_signal import ClsCache, ClsSignal, forward_training
+from model.cls_signal import ClsCache, ClsSignal, forward_training, sliding_window
+from model.errors import ModelError
 from model.testing import FAMILIES, tiny_lm
 
 REQUEST = [1, 30, 31, 32, 33, 34, 35, 36, 37, 2, 40]
@@ -103,16 +104,34 @@ def test_an_assessment_reads_only_the_text_of_the_request_and_its_window():
 
 
 @torch.inference_mode()
-def test_a_rollback_leaves_no_trace_of_what_was_withdrawn():
+def test_after_a_rollback_and_an_assessment_nothing_is_left_of_what_was_withdrawn():
     model = tiny_lm()
     kept, cropped = (ClsCache(model, signal(), CONTENT) for _ in range(2))
     for cache in (kept, cropped):
         cache.feed(REQUEST, read=range(0))
         cache.feed(RESPONSE[:5])
-    cropped.feed(RESPONSE[5:9])
+    cropped.feed(RESPONSE[5:9], read=range(5, 9))  # `[CLS]` has seen what is withdrawn
     cropped.crop(len(REQUEST) + 5)
-    one, other = kept.feed([7], read=range(2, 6)), cropped.feed([7], read=range(2, 6))
+    for cache in (kept, cropped):
+        cache.feed([7], read=range(2, 6))
+    one, other = (cache.feed([8]) for cache in (kept, cropped))
     assert torch.allclose(one.logits, other.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+@torch.inference_mode()
+def test_a_request_longer_than_the_sliding_window_is_read_as_the_plain_model_reads_it(family: str):
+    model, request = tiny_lm(family), list(range(3, 43))
+    assert sliding_window(model) == 16
+    found = ClsCache(model, signal(), [True] * 40).feed(request, read=range(0)).logits
+    assert torch.allclose(found, model(torch.tensor([request])).logits[0, -1], atol=1e-4)
+
+
+def test_a_model_that_mixes_kinds_of_layers_is_refused():
+    model = tiny_lm("mistral")
+    model.config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    with pytest.raises(ModelError, match="layers mix"):
+        sliding_window(model)
 
 
 def test_the_head_gives_two_logits_in_float32_whatever_the_states():

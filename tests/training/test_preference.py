@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
@@ -12,6 +13,8 @@ from model.pretrained import Pretrained
 from training.errors import RecipeError
 from training.preference import dpo
 from training.tune_config import DpoRecipe
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL about itself
 
 
 def recipe(data: Path, tmp_path: Path, **changes: Any) -> DpoRecipe:
@@ -31,7 +34,6 @@ def recipe(data: Path, tmp_path: Path, **changes: Any) -> DpoRecipe:
     return TypeAdapter(DpoRecipe).validate_python({**values, **changes})
 
 
-@pytest.mark.filterwarnings("ignore")  # of TRL about itself
 def test_refusals_come_to_be_preferred(tiny: Pretrained, data: Path, tmp_path: Path):
     folder = dpo(recipe(data, tmp_path), "ballast-train dpo")
     log = [entry for entry in json.loads((folder / "metrics.json").read_text())["log"] if "loss" in entry]
@@ -41,6 +43,14 @@ def test_refusals_come_to_be_preferred(tiny: Pretrained, data: Path, tmp_path: P
     assert any("lora_A" in name for name in load_file(folder / "adapter_model.safetensors"))
 
 
+def test_another_recipe_does_not_go_on_from_a_run_in_the_same_folder(tiny: Pretrained, data: Path, tmp_path: Path):
+    found = []
+    for beta in (0.1, 5.0):
+        folder = dpo(recipe(data, tmp_path, steps=2, beta=beta), "")
+        found.append(load_file(folder / "adapter_model.safetensors"))
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_pairs_are_no_preferences(tiny: Pretrained, data: Path, tmp_path: Path):
     pairs = {"sources": {"i": {"path": "instructions.jsonl"}}}
     with pytest.raises(RecipeError, match="must be triplets"):
@@ -48,5 +58,5 @@ def test_pairs_are_no_preferences(tiny: Pretrained, data: Path, tmp_path: Path):
 
 
 def test_a_step_is_whole_batches(tiny: Pretrained, data: Path, tmp_path: Path):
-    with pytest.raises(RecipeError, match="per_step 4 is no multiple of batch_size 3"):
+    with pytest.raises(RecipeError, match="per_step 4 is no multiple of the 3 preferences"):
         dpo(recipe(data, tmp_path, batch_size=3), "")

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from model.cls_signal import FILE, forward_training, load
+from model.cls_signal import FILE, forward_training, load, sliding_window
 from model.errors import CheckpointError
 from model.pretrained import Pretrained
 from model.testing import FAMILIES, tiny_lm
-from tests.training.test_tune import Interrupt, losses, recipe, weights
+from tests.training.test_tune import Count, Interrupt, losses, recipe, weights
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
 from training.steps import Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
@@ -34,11 +34,19 @@ def test_assessments_begin_before_the_response_and_end_with_all_of_it():
         assert covered == sorted(set(covered))
 
 
-def test_a_refusal_is_read_by_its_first_tokens_and_anything_else_by_its_latest():
-    for example in examples():
-        *_, (covers, read) = example.assessments
-        is_refusal = example.response_label == 0
-        assert read == (range(3) if is_refusal else range(covers - 4, covers))
+@pytest.mark.parametrize("response_label", [0, 1])
+def test_which_rule_reads_a_response_to_a_malicious_request_says_nothing_of_its_label(response_label: int):
+    row = Encoded((1, 30, 31, 32, 2), tuple(range(40, 60)), (), CONTENT, 1, response_label)
+    steps = Steps([EncodedPart("rows", [row], 1.0, 1, None)], 200, seed=0, signal=SETTINGS)
+    last = [steps[i].assessments[-1][1] for i in range(200)]
+    assert set(last) == {range(3), range(16, 20)}
+    assert 70 < sum(read == range(3) for read in last) < 130
+
+
+def test_a_benign_request_is_never_read_as_a_malicious_one():
+    row = Encoded((1, 30, 31, 32, 2), tuple(range(40, 60)), (), CONTENT, 0, 0)
+    steps = Steps([EncodedPart("rows", [row], 1.0, 1, None)], 50, seed=0, signal=SETTINGS)
+    assert {steps[i].assessments[-1][1] for i in range(50)} == {range(16, 20)}
 
 
 def test_a_refusal_after_a_harmful_prefix_teaches_nothing_about_responses():
@@ -56,7 +64,7 @@ def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str):
     whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1))
     found = examples()
     batch = collate(found, pad_id=0)
-    of_signal = collate_signal(found, batch["input_ids"].shape[1], SETTINGS, whole.sliding_window)
+    of_signal = collate_signal(found, batch["input_ids"].shape[1], SETTINGS, sliding_window(model))
     logits, cls = whole(batch["input_ids"], of_signal.mask, of_signal.places)
     for row, example in enumerate(found):
         alone, states = forward_training(model, whole.signal, example.ids, CONTENT, example.assessments)
@@ -120,7 +128,9 @@ def test_an_interrupted_joint_run_ends_with_the_same_weights(saved_model: Path, 
     tune(joint(saved_model, data, tmp_path / "whole"), "")
     with pytest.raises(KeyboardInterrupt):
         tune(joint(saved_model, data, tmp_path / "halted"), "", callbacks=[Interrupt()])
-    tune(joint(saved_model, data, tmp_path / "halted"), "")
+    counted = Count()
+    tune(joint(saved_model, data, tmp_path / "halted"), "", callbacks=[counted])
+    assert counted.steps == 2
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "halted")
     assert all(torch.equal(one[name], other[name]) for name in one)
     ours, theirs = load(tmp_path / "whole" / "adapter"), load(tmp_path / "halted" / "adapter")
@@ -157,3 +167,15 @@ def test_a_broken_signal_file_is_an_error(tmp_path: Path, content: bytes):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot read the"):
         load(tmp_path)
+
+
+def test_gradient_checkpointing_reaches_the_language_model(saved_model: Path, data: Path, tmp_path: Path):
+    for is_used in (False, True):
+        tune(joint(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "")
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+def test_the_head_stays_in_float32_under_autocast():
+    signal = fresh_signal(tiny_lm(), SETTINGS, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert signal(torch.randn(2, 32).bfloat16()).dtype is torch.float32

@@ -34,6 +34,12 @@ def test_a_response_that_is_cut_has_no_end():
     assert tokenizer.decode(row.response) == "A very l"
 
 
+def test_a_response_that_was_cut_before_has_no_end_either():
+    tokenizer = byte_tokenizer()
+    (row,) = encode([Dialogue("own", "MIT", "Hi", "No", is_complete=False)], tokenizer, CUT)
+    assert tokenizer.decode(row.response) == "No"
+
+
 def test_a_harmful_prefix_is_read_and_not_learned():
     (example, *_) = [Steps([part(recovery=ALWAYS)], 1, seed=0)[i] for i in range(2)]
     depth = example.num_given - 2
