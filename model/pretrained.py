@@ -53,6 +53,21 @@ class Pretrained:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def pad_id(self) -> int:
+        """A token to fill short rows of a batch with."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token, int):
+                return token
+        return 0
+
+
+def device_of(name: str) -> str:
+    """Return a torch device by its name; `auto` is the GPU where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def cache_folder() -> Path:
     """Return where converted weights are kept: `$BALLAST_CACHE`, else `~/.cache/ballast`."""

@@ -5,7 +5,7 @@ import torch
 from model import checkpoint as checkpoints
 from model.errors import CheckpointError
 from model.guarded_lm import GuardedLM
-from model.pretrained import load, local
+from model.pretrained import device_of, load, local
 from server.settings import NO_CHECKPOINT, Settings
 
 DEFAULT_DTYPE = torch.bfloat16
@@ -28,7 +28,7 @@ def load_model(settings: Settings) -> GuardedLM:
     elif folder is not None:
         dtype = getattr(torch, checkpoints.load_head(folder)[1].base.dtype)
     pretrained = load(
-        settings.model, dtype=dtype, device=_device(settings.device), trust_remote_code=settings.trust_remote_code
+        settings.model, dtype=dtype, device=device_of(settings.device), trust_remote_code=settings.trust_remote_code
     )
     if folder is None:
         return GuardedLM(pretrained.model, pretrained.tokenizer)
@@ -50,9 +50,3 @@ def checkpoint_name(settings: Settings) -> str | None:
             "signal: --checkpoint none --input-mode off --output-mode off"
         )
     return name
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

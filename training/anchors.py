@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from model.chat import Message
-from model.pretrained import load
+from model.pretrained import device_of, load
 from training.answers import answer
 from training.dialogues import Prompt, read_prompts
 from training.errors import DataError
-from training.lora import device_of
 from training.rows import Row
 from training.shards import write_atomically
 from training.tune_config import AnchorRecipe

@@ -14,7 +14,6 @@ from model.chat import ChatTemplate
 from model.checkpoint import fingerprint_weights
 from model.pretrained import Pretrained
 from training.config import Answers
-from training.lora import pad_id
 from training.progress import tracked
 from training.rows import Row
 from training.shards import digest, write_atomically
@@ -75,7 +74,7 @@ def _generate(
 ) -> list[str]:
     """Return sampled answers to one batch, padded on the left."""
     model, tokenizer = pretrained.model, pretrained.tokenizer
-    pad = pad_id(tokenizer)
+    pad = pretrained.pad_id
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (B, T)

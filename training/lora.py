@@ -1,10 +1,10 @@
-"""The adapter that training fits: a new one, or one to go on with; and where it runs."""
+"""The adapter that training fits: a new one, or one to go on with."""
 
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from model import adapter
 from model.pretrained import Pretrained
@@ -45,18 +45,3 @@ def going_on(pretrained: Pretrained, folder: Path, lora: Lora) -> PeftModel:
     if there != (lora.rank, lora.alpha):
         raise RecipeError(f"lora has rank and alpha {(lora.rank, lora.alpha)}, the adapter {folder} has {there}")
     return found
-
-
-def device_of(name: str) -> str:
-    """Return the torch device of a recipe; `auto` takes the GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to fill short rows with."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0

@@ -16,13 +16,13 @@ from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # made avai
 
 from model.chat import ChatTemplate, Message
 from model.checkpoint import fingerprint_weights
-from model.pretrained import Pretrained, load
+from model.pretrained import Pretrained, device_of, load
 from training import recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.logs import loggers
-from training.lora import device_of, settings_of
+from training.lora import settings_of
 from training.report import checksums
 from training.shards import digest
 from training.tune import UNTRAINED

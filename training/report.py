@@ -8,9 +8,11 @@ from typing import Any
 from model.pretrained import sha256_of
 from training.calibrate import Calibration, SideReport
 from training.config import HeadRecipe
+from training.errors import RecipeError
 from training.head import Trained
 from training.records import Origin, local_file
-from training.rows import Row
+from training.rows import Row, licence_of_weights
+from training.tune_config import TuneRecipe
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ def checksums(sources: Iterable[Origin], data: str) -> dict[str, str]:
         path = local_file(source, Path(data))
         found[source.path] = sha256_of(path) if path else f"Hub data set, split {source.split}"
     return found
+
+
+def licence_for(recipe: HeadRecipe | TuneRecipe, licences: set[str]) -> str:
+    """Return the licence of weights made of rows under `licences`: the recipe's, or what follows from the rows.
+
+    Raises:
+        RecipeError: if the recipe names none and none follows.
+    """
+    licence = recipe.licence or licence_of_weights(licences)
+    if licence is None:
+        raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
+    return licence
 
 
 def calibration_report(rows: Sequence[Row], calibration: Calibration, recipe: HeadRecipe) -> dict[str, Any]:

@@ -14,22 +14,20 @@ from transformers import TrainerCallback
 from model import adapter, checkpoint
 from model.chat import ChatTemplate
 from model.config import VERSION, BaseModel, SafetyConfig
-from model.pretrained import Pretrained, load
+from model.pretrained import Pretrained, device_of, load
 from training import recipe_file
 from training.answers import answer
 from training.augment import augment
 from training.calibrate import Calibration, calibrate
 from training.config import HeadRecipe
 from training.corpus import assemble
-from training.errors import RecipeError
 from training.head import Trained, train
 from training.logs import loggers
-from training.lora import device_of
 from training.model_card import model_card
 from training.plots import draw
 from training.rephrase import rephrased
-from training.report import calibration_report, checksums, count_sources, metrics
-from training.rows import Row, licence_of_weights
+from training.report import calibration_report, checksums, count_sources, licence_for, metrics
+from training.rows import Row
 from training.shards import digest
 from training.states import compute
 from training.surround import surrounded
@@ -60,7 +58,7 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
     if recipe.adapter:
         pretrained = adapter.merge(pretrained, Path(recipe.adapter))
     rows = _rows(recipe, pretrained)
-    licence = _licence(recipe, rows)
+    licence = licence_for(recipe, {row.licence for row in rows})
     _write_run(recipe, rows)
     states = compute(
         pretrained,
@@ -157,14 +155,6 @@ def _identity(recipe: HeadRecipe, pretrained: Pretrained, rows: Sequence[Row]) -
     choices = [asdict(group) for group in (recipe.head, recipe.loss, *optimisers, recipe.cut)]
     model = [VERSION, checkpoint.fingerprint_weights(pretrained.model), recipe.dtype]
     return digest(model, choices, recipe.acting.smoothing, recipe.seed, [repr(row) for row in rows])
-
-
-def _licence(recipe: HeadRecipe, rows: Sequence[Row]) -> str:
-    licences = {row.licence for row in rows}
-    licence = recipe.licence or licence_of_weights(licences)
-    if licence is None:
-        raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
-    return licence
 
 
 def _json(value: object) -> str:

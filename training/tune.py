@@ -21,7 +21,7 @@ from model import adapter
 from model.checkpoint import fingerprint_weights
 from model.cls_signal import save as save_signal
 from model.cls_signal import sliding_window
-from model.pretrained import Pretrained, load
+from model.pretrained import Pretrained, device_of, load
 from training import lora, recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
@@ -29,8 +29,7 @@ from training.head import newest_checkpoint
 from training.logs import loggers
 from training.objectives import betas, constrained_loss, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
-from training.report import checksums
-from training.rows import licence_of_weights
+from training.report import checksums, licence_for
 from training.shards import digest
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
@@ -53,9 +52,9 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded.
     """
-    pretrained = load(recipe.model, dtype=_storage(recipe), device=lora.device_of(recipe.device))
+    pretrained = load(recipe.model, dtype=_storage(recipe), device=device_of(recipe.device))
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
-    licence = _licence(recipe, dialogues)
+    licence = licence_for(recipe, {row.licence for rows in dialogues.values() for row in rows})
     parts = _encoded(recipe, dialogues, pretrained)
     identity = _identity(recipe, pretrained, parts)
     run = Path(recipe.run)
@@ -63,23 +62,24 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     recipe_file.dump(recipe, run / "recipe.yaml")
 
     model = _trainable(pretrained, recipe)
-    pad_id = lora.pad_id(pretrained.tokenizer)
     reference = None
     if recipe.constraint is not None:
-        with torch.autocast(lora.device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+        with torch.autocast(device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
             reference = reference_logprobs(
-                model, parts, pad_id=pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
+                model, parts, pad_id=pretrained.pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
             )
     steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
     folder = run / f"trainer-{identity[:12]}"
     whole: nn.Module = model
+    window = None
     if recipe.signal is not None:
         whole = SignalModel(model, fresh_signal(pretrained.model, recipe.signal, recipe.seed))
+        window = sliding_window(pretrained.model)
     trainer = ObjectiveTrainer(
         model=whole,
         args=_arguments(recipe, steps.per_step, folder),
         data_collator=partial(
-            _batch, pad_id=pad_id, reference=reference, signal=recipe.signal, window=sliding_window(pretrained.model)
+            _batch, pad_id=pretrained.pad_id, reference=reference, signal=recipe.signal, window=window
         ),
         train_dataset=steps,
         callbacks=[*loggers(run), *callbacks],
@@ -243,7 +243,7 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         lr_scheduler_type="linear",
         train_sampling_strategy="sequential",
         bf16=recipe.dtype == "bfloat16",
-        use_cpu=lora.device_of(recipe.device) == "cpu",
+        use_cpu=device_of(recipe.device) == "cpu",
         **by_name,
         save_steps=recipe.save_steps,
         save_total_limit=2,
@@ -299,14 +299,6 @@ def _identity(recipe: TuneRecipe, pretrained: Pretrained, parts: Sequence[Encode
     choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
     start = adapter.fingerprint(Path(recipe.adapter)) if recipe.adapter is not None else ""
     return digest(fingerprint_weights(pretrained.model), start, choices, [[part.name, part.rows] for part in parts])
-
-
-def _licence(recipe: TuneRecipe, dialogues: Mapping[str, Sequence[Dialogue]]) -> str:
-    licences = {row.licence for rows in dialogues.values() for row in rows}
-    licence = recipe.licence or licence_of_weights(licences)
-    if licence is None:
-        raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
-    return licence
 
 
 def _storage(recipe: TuneRecipe) -> torch.dtype:
