@@ -96,6 +96,7 @@ def training_mask(
     assessments: Sequence[tuple[int, range]],
     *,
     sliding_window: int | None = None,
+    is_read: bool = True,
 ) -> Tensor:
     """Return the mask of one sequence with a copy of `[CLS]` per assessment, (T, T) with T = copies + tokens.
 
@@ -108,6 +109,7 @@ def training_mask(
         num_response: tokens of the response.
         assessments: how many response tokens each copy covers, and which of them it reads; the first covers none.
         sliding_window: how many tokens a token reads, itself included; None for all.
+        is_read: response tokens read `[CLS]`; off is the published ablation.
 
     Raises:
         ValueError: if the first assessment covers response tokens, or they are not in order.
@@ -126,5 +128,20 @@ def training_mask(
     mask[num_copies:, num_copies:] = tokens[:, 1:]
     for number in range(1, num_response + 1):
         current = max(copy for copy, covers in enumerate(covered) if covers <= number)
-        mask[num_copies + num_request + number - 1, current] = True
+        mask[num_copies + num_request + number - 1, current] = is_read
     return mask
+
+
+def training_places(
+    num_request: int, num_response: int, assessments: Sequence[tuple[int, range]], *, moves: bool
+) -> list[int]:
+    """Return the position of every row of `training_mask`'s sequence: the copies, then the tokens.
+
+    Args:
+        num_request: tokens of the request.
+        num_response: tokens of the response.
+        assessments: how many response tokens each copy covers, and which of them it reads.
+        moves: a copy takes the position of the newest token that it covers, instead of position 0.
+    """
+    copies = [num_request + covers - 1 if moves else 0 for covers, _ in assessments]
+    return [*copies, *range(num_request + num_response)]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from model.attention import assessment_mask, token_mask, training_mask
+from model.attention import assessment_mask, token_mask, training_mask, training_places
 from model.errors import CheckpointError, ModelError
 
 FILE = "cls_signal.safetensors"
@@ -143,25 +143,27 @@ class ClsCache:
         self._cache.crop(-1)
 
     def _run(self, embeddings: Tensor, mask: Tensor, places: list[int]) -> Any:
-        return forward(self._model, embeddings, mask, places, past_key_values=self._cache, use_cache=True)
+        cache = {"past_key_values": self._cache, "use_cache": True}
+        return forward(self._model, embeddings[None], mask[None], torch.tensor([places]), **cache)
 
 
-def forward(model: PreTrainedModel, embeddings: Tensor, mask: Tensor, places: Sequence[int], **cache: Any) -> Any:
-    """Run the model over one sequence of embeddings with a mask of our own, and return its output.
+def forward(model: PreTrainedModel, embeddings: Tensor, mask: Tensor, places: Tensor, **cache: Any) -> Any:
+    """Run the model over sequences of embeddings with masks of our own, and return its output.
 
     Args:
         model: any causal LM that takes 4-D attention masks.
-        embeddings: (T, D).
-        mask: true where a row may read a slot, (T, S).
-        places: position of every row, T of them.
+        embeddings: (B, T, D).
+        mask: true where a row may read a slot, (B, T, S).
+        places: position of every row, (B, T).
         cache: keyword arguments about the cache.
     """
     dtype: torch.dtype = next(model.parameters()).dtype
-    allowed = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)  # every backend reads it
+    # Additive floats: every attention implementation takes them.
+    allowed = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     return model(
-        inputs_embeds=embeddings[None].to(model.device, dtype),
-        attention_mask=allowed[None, None].to(model.device),
-        position_ids=torch.tensor([places], device=model.device),
+        inputs_embeds=embeddings.to(model.device, dtype),
+        attention_mask=allowed[:, None].to(model.device),
+        position_ids=places.to(model.device),
         output_hidden_states=True,
         **cache,
     )
@@ -191,12 +193,12 @@ def forward_training(
         moves: each copy takes the position of the newest token that it covers, instead of position 0.
     """
     num_copies, num_request = len(assessments), len(content)
-    mask = training_mask(content, len(token_ids) - num_request, assessments, sliding_window=sliding_window(model))
-    mask[num_copies:, :num_copies] &= is_read
+    num_response = len(token_ids) - num_request
+    mask = training_mask(content, num_response, assessments, sliding_window=sliding_window(model), is_read=is_read)
+    places = torch.tensor([training_places(num_request, num_response, assessments, moves=moves)])
     tokens = embed(model, token_ids)
     copies = signal.embedding.to(tokens).expand(num_copies, -1)
-    places = [num_request + covers - 1 if moves else 0 for covers, _ in assessments]
-    output = forward(model, torch.cat([copies, tokens]), mask, [*places, *range(len(token_ids))], use_cache=False)
+    output = forward(model, torch.cat([copies, tokens])[None], mask[None], places, use_cache=False)
     return output.logits[0, num_copies:], output.hidden_states[-1][0, :num_copies]
 
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
-from model.attention import training_mask
-from model.cls_signal import ClsSignal
+from model.attention import training_mask, training_places
+from model.cls_signal import ClsSignal, forward
 from training.losses import softmax_weighted_loss
 from training.steps import Example
 from training.tune_config import Signal
@@ -46,13 +46,15 @@ def collate_signal(examples: Sequence[Example], longest: int, settings: Signal, 
     is_copy = torch.zeros(len(examples), most, dtype=torch.bool)
     for row, example in enumerate(examples):
         num_copies, num_request, length = len(example.assessments), len(example.content), len(example.ids)
-        one = training_mask(example.content, length - num_request, example.assessments, sliding_window=window)
-        one[num_copies:, :num_copies] &= settings.is_read
+        num_response = length - num_request
+        one = training_mask(
+            example.content, num_response, example.assessments, sliding_window=window, is_read=settings.is_read
+        )
         kept = torch.cat([torch.arange(num_copies), most + torch.arange(length)])  # this row's places in the batch
         mask[row, kept[:, None], kept[None]] = one
-        if settings.moves:
-            places[row, :num_copies] = torch.tensor([num_request + covers - 1 for covers, _ in example.assessments])
-        places[row, most : most + length] = torch.arange(length)
+        places[row, kept] = torch.tensor(
+            training_places(num_request, num_response, example.assessments, moves=settings.moves)
+        )
         is_copy[row, :num_copies] = True
 
     def labels(found: Sequence[int | None]) -> Tensor:
@@ -129,15 +131,7 @@ class SignalModel(nn.Module):
         tokens = language_model.get_input_embeddings()(input_ids)  # (B, T, D)
         num_copies = mask.shape[1] - input_ids.shape[1]
         copies = self.signal.embedding.to(tokens).expand(len(input_ids), num_copies, -1)
-        lowest = torch.finfo(tokens.dtype).min
-        allowed = torch.zeros(mask.shape, dtype=tokens.dtype, device=mask.device).masked_fill(~mask, lowest)
-        output = language_model(
-            inputs_embeds=torch.cat([copies, tokens], dim=1),
-            attention_mask=allowed[:, None],
-            position_ids=places,
-            use_cache=False,
-            output_hidden_states=True,
-        )
+        output = forward(language_model, torch.cat([copies, tokens], dim=1), mask, places, use_cache=False)
         states = output.hidden_states[-1][:, :num_copies]  # (B, K, D)
         return output.logits[:, num_copies:], self.signal(states)
 
@@ -161,9 +155,10 @@ class SignalModel(nn.Module):
         return found
 
 
-def fresh_signal(model: nn.Module, settings: Signal, seed: int) -> ClsSignal:
+def fresh_signal(model: PreTrainedModel, settings: Signal, seed: int) -> ClsSignal:
     """Return an untrained signal for a model: an embedding as long as a word's, and a small head."""
-    embeddings: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]  # a model of transformers
+    table: Any = model.get_input_embeddings()
+    embeddings: Tensor = table.weight.detach()
     with torch.random.fork_rng():
         set_seed(seed)  # layers draw from the global generator
         signal = ClsSignal(embeddings.shape[1], settings.hidden)

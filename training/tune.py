@@ -1,4 +1,4 @@
-"""The commands `sft`, `deepen` and `constrain`: fine-tune a language model with the recipe's objective.
+"""The commands `sft`, `deepen`, `signal` and `constrain`: fine-tune a language model with the recipe's objective.
 
 The loop is that of transformers' `Trainer`. The loss of a step is a sum over its tokens, each with the weight that
 `steps.py` gave it, so it does not depend on the batch size or the number of processes.

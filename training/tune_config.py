@@ -131,7 +131,7 @@ class Signal:
 
 @dataclass(frozen=True, config=STRICT)
 class TuneRecipe:
-    """Everything that decides what `ballast-train sft`, `deepen` and `constrain` write."""
+    """Everything that decides what `ballast-train sft`, `deepen`, `signal` and `constrain` write."""
 
     parts: Annotated[dict[str, Part], Field(min_length=1)]
     name: str = "tuned"
@@ -147,7 +147,7 @@ class TuneRecipe:
     output: str = "runs/tuned/adapter"
     """Folder of the finished adapter, or of the whole model where `lora` is null."""
     run: str = "runs/tuned"
-    """Folder of this run: resolved recipe, checksums, training state, logs."""
+    """Folder of this run: resolved recipe, training state, logs."""
     resume: bool = True
     """Go on from the last training checkpoint of the same recipe in `run`."""
     seed: int = 0
