@@ -143,20 +143,31 @@ class Acting:
     """Share of benign responses that `block` may stop."""
 
 
-@dataclass(frozen=True, config=STRICT)
-class HeadRecipe:
-    """Everything that decides what `ballast-train head` writes."""
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Recipe:
+    """What every command that reads rows is told. Recipes say what is particular to theirs."""
 
-    sources: Annotated[dict[str, Source], Field(min_length=1)]
-    name: str = "head"
+    name: str
+    output: str
     model: str = "smollm2-135m"
-    adapter: str | None = None
-    """Folder of an adapter that is added to the model, and goes into the checkpoint; null takes the model as it is."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: str = "auto"
     """A torch device; `auto` takes the GPU where there is one."""
     data: str = "data/train"
     """Folder of the sources' files."""
+    seed: int = 0
+    is_permissive_only: bool = False
+    """Use only rows under MIT, Apache or CC-BY."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class HeadRecipe(Recipe):
+    """Everything that decides what `ballast-train head` writes."""
+
+    sources: Annotated[dict[str, Source], Field(min_length=1)]
+    name: str = "head"
+    adapter: str | None = None
+    """Folder of an adapter that is added to the model, and goes into the checkpoint; null takes the model as it is."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     output: str = "runs/head/checkpoint"
     """Folder of the finished checkpoint."""
     run: str = "runs/head"
@@ -165,9 +176,6 @@ class HeadRecipe:
     """Folder of states and answers; runs may share it."""
     resume: bool = True
     """Go on from the last training checkpoint of the same recipe in `run`."""
-    seed: int = 0
-    is_permissive_only: bool = False
-    """Use only rows under MIT, Apache or CC-BY."""
     licence: str | None = None
     """Licence of the weights; null derives it from the rows."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1

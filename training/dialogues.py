@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from training.config import Recipe
 from training.errors import DataError
 from training.records import credit, label_of, records, text_of
 from training.rows import is_permissive
 from training.shards import digest
-from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, DpoRecipe, Part, TuneRecipe
+from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, Part
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,13 @@ class Dialogue:
 L = TypeVar("L", Prompt, Dialogue)
 
 
-def read_part(name: str, part: Part, recipe: TuneRecipe | DpoRecipe) -> list[Dialogue]:
+def read_part(name: str, part: Part, recipe: Recipe) -> list[Dialogue]:
     """Return the dialogues of one part, in the order of its sources.
 
     Raises:
         DataError: if a source cannot be read, a row misses a field, or no row is left.
     """
-    found = [
-        dialogue
-        for source in part.sources.values()
-        for dialogue in _sampled(_dialogues(source, Path(recipe.data)), source, recipe)
-    ]
-    if not found:
-        raise DataError(f"no row is left in the part {name!r}; its sources are {sorted(part.sources)}")
-    return found
+    return _read(_dialogues, part.sources, recipe, f"row is left in the part {name!r}")
 
 
 def read_prompts(recipe: AnchorRecipe) -> list[Prompt]:
@@ -66,13 +60,20 @@ def read_prompts(recipe: AnchorRecipe) -> list[Prompt]:
     Raises:
         DataError: if a source cannot be read, a row misses its prompt, or no row is left.
     """
-    found = [
-        prompt
-        for source in recipe.sources.values()
-        for prompt in _sampled(_prompts(source, Path(recipe.data)), source, recipe)
-    ]
+    return _read(_prompts, recipe.sources, recipe, "prompt is left")
+
+
+def _read(
+    rows_of: Callable[[DialogueSource, Path], Iterator[L]],
+    sources: Mapping[str, DialogueSource],
+    recipe: Recipe,
+    what: str,
+) -> list[L]:
+    """Return the allowed rows of all sources, or raise a DataError that no `what`."""
+    folder = Path(recipe.data)
+    found = [row for source in sources.values() for row in _sampled(rows_of(source, folder), source, recipe)]
     if not found:
-        raise DataError(f"no prompt is left; the sources are {sorted(recipe.sources)}")
+        raise DataError(f"no {what}; the sources are {sorted(sources)}")
     return found
 
 
@@ -83,7 +84,7 @@ def _prompts(source: DialogueSource, data: Path) -> Iterator[Prompt]:
             yield Prompt(name, licence, text_of(record, "prompt", where))
 
 
-def _sampled(rows: Iterable[L], source: DialogueSource, recipe: TuneRecipe | DpoRecipe | AnchorRecipe) -> list[L]:
+def _sampled(rows: Iterable[L], source: DialogueSource, recipe: Recipe) -> list[L]:
     """Return the source's number of allowed rows, in an order that only their text and the seed decide, or all."""
     allowed = [row for row in rows if not recipe.is_permissive_only or is_permissive(row.licence)]
     if source.limit is None or source.limit >= len(allowed):

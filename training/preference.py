@@ -3,9 +3,6 @@
 Refusals are preferred to harmful responses, both from the first token on: what deepening is compared with.
 """
 
-import json
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,13 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # made available lazily there
 
 from model.chat import ChatTemplate, Message
-from model.checkpoint import fingerprint_weights
 from model.pretrained import Pretrained, device_of, load
-from training import recipe_file
+from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.logs import loggers
-from training.lora import settings_of
-from training.report import checksums
-from training.shards import digest
-from training.tune import UNTRAINED
+from training.report import licence_for
 from training.tune_config import DpoRecipe
 
 
@@ -47,34 +40,25 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
     if any(row.harmful is None for row in rows):
         raise RecipeError("part.sources must be triplets: a preference needs a harmful response too")
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
+    licence = licence_for(recipe, {row.licence for row in rows})
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
-    choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
-    identity = digest(fingerprint_weights(pretrained.model), choices, [repr(row) for row in rows])
-    folder = run / f"trainer-{identity[:12]}"
+    folder = run / f"trainer-{fit.identity(recipe, pretrained, None, [repr(row) for row in rows])[:12]}"
     trainer = DPOTrainer(
         model=pretrained.model,
         args=_arguments(recipe, folder),
         train_dataset=Dataset.from_list([_preference(row, pretrained) for row in rows]),
         processing_class=pretrained.tokenizer,
-        peft_config=settings_of(recipe.lora),
+        peft_config=lora.settings_of(recipe.lora),
         callbacks=[*loggers(run), *callbacks],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))
-    output = Path(recipe.output)
     if trainer.is_world_process_zero():
+        learned = {"preferences": (recipe.part, rows)}
         tuned: Any = trainer.model
-        tuned.to(getattr(torch, recipe.dtype)).save_pretrained(str(output))
-        recipe_file.dump(recipe, output / "recipe.yaml")
-        numbers = {
-            "command": command,
-            "rows": dict(Counter(f"{row.source} ({row.licence})" for row in rows)),
-            "data_sha256": checksums(recipe.part.sources.values(), recipe.data),
-            "log": trainer.state.log_history,
-        }
-        (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    return output
+        fit.write(recipe, tuned, pretrained, learned, trainer.state.log_history, licence, command)
+    return Path(recipe.output)
 
 
 def _arguments(recipe: DpoRecipe, folder: Path) -> DPOConfig:
@@ -83,28 +67,13 @@ def _arguments(recipe: DpoRecipe, folder: Path) -> DPOConfig:
     Raises:
         RecipeError: if a step cannot be cut into full batches.
     """
-    arguments = DPOConfig(
-        output_dir=str(folder),
+    arguments = fit.arguments(
+        DPOConfig,
+        recipe,
+        folder,
         beta=recipe.beta,
         max_length=recipe.cut.request_tokens + recipe.cut.response_tokens,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.optimiser.learning_rate,
-        adam_beta1=recipe.optimiser.betas[0],
-        adam_beta2=recipe.optimiser.betas[1],
-        weight_decay=recipe.optimiser.weight_decay,
-        warmup_steps=recipe.optimiser.warmup_steps,
-        max_grad_norm=recipe.optimiser.max_grad_norm,
-        lr_scheduler_type="linear",
-        bf16=recipe.dtype == "bfloat16",
-        use_cpu=device_of(recipe.device) == "cpu",
         gradient_checkpointing=False,
-        logging_steps=1,
-        save_steps=recipe.save_steps,
-        save_total_limit=2,
-        dataloader_pin_memory=False,
-        report_to=[],
-        seed=recipe.seed,
     )
     at_once = recipe.batch_size * max(1, arguments.n_gpu) * arguments.world_size
     if recipe.part.per_step % at_once:

@@ -12,7 +12,7 @@ from training.errors import RecipeError
 from training.head import Trained
 from training.records import Origin, local_file
 from training.rows import Row, licence_of_weights
-from training.tune_config import TuneRecipe
+from training.tune_config import FitRecipe
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def checksums(sources: Iterable[Origin], data: str) -> dict[str, str]:
     return found
 
 
-def licence_for(recipe: HeadRecipe | TuneRecipe, licences: set[str]) -> str:
+def licence_for(recipe: HeadRecipe | FitRecipe, licences: set[str]) -> str:
     """Return the licence of weights made of rows under `licences`: the recipe's, or what follows from the rows.
 
     Raises:

@@ -4,8 +4,6 @@ The loop is that of transformers' `Trainer`. The loss of a step is a sum over it
 `steps.py` gave it, so it does not depend on the batch size or the number of processes.
 """
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,25 +15,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from model import adapter
-from model.checkpoint import fingerprint_weights
 from model.cls_signal import save as save_signal
 from model.cls_signal import sliding_window
 from model.pretrained import Pretrained, device_of, load
-from training import lora, recipe_file
+from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.logs import loggers
 from training.objectives import betas, constrained_loss, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
-from training.report import checksums, licence_for
-from training.shards import digest
+from training.report import licence_for
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
 from training.tune_config import Constraint, Signal, TuneRecipe
-
-UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing")
 
 
 def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -56,7 +49,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
     licence = licence_for(recipe, {row.licence for rows in dialogues.values() for row in rows})
     parts = _encoded(recipe, dialogues, pretrained)
-    identity = _identity(recipe, pretrained, parts)
+    identity = fit.identity(recipe, pretrained, recipe.adapter, [[part.name, part.rows] for part in parts])
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
@@ -92,7 +85,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     if trainer.is_world_process_zero():
         if isinstance(whole, SignalModel):
             save_signal(whole.signal, Path(recipe.output))
-        _write(recipe, model, pretrained, trainer.state.log_history, dialogues, licence, command)
+        learned = {name: (part, dialogues[name]) for name, part in recipe.parts.items()}
+        fit.write(recipe, model, pretrained, learned, trainer.state.log_history, licence, command)
     return Path(recipe.output)
 
 
@@ -232,26 +226,13 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
     """
     renamed = "activation_checkpointing"  # in transformers 5.2x; the old name warns there
     checkpointing = renamed if renamed in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
-    by_name: dict[str, Any] = {checkpointing: recipe.gradient_checkpointing}
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.optimiser.learning_rate,
-        warmup_steps=recipe.optimiser.warmup_steps,
-        max_grad_norm=recipe.optimiser.max_grad_norm,
-        lr_scheduler_type="linear",
+    arguments = fit.arguments(
+        TrainingArguments,
+        recipe,
+        folder,
         train_sampling_strategy="sequential",
-        bf16=recipe.dtype == "bfloat16",
-        use_cpu=device_of(recipe.device) == "cpu",
-        **by_name,
-        save_steps=recipe.save_steps,
-        save_total_limit=2,
-        logging_steps=1,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        report_to=[],
-        seed=recipe.seed,
+        **{checkpointing: recipe.gradient_checkpointing},
     )
     if arguments.n_gpu > 1:
         raise RecipeError(
@@ -265,40 +246,6 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         )
     arguments.gradient_accumulation_steps = per_step // at_once
     return arguments
-
-
-def _write(
-    recipe: TuneRecipe,
-    model: PreTrainedModel | PeftModel,
-    pretrained: Pretrained,
-    history: Sequence[dict[str, float]],
-    dialogues: Mapping[str, Sequence[Dialogue]],
-    licence: str,
-    command: str,
-) -> None:
-    """Save the weights in the precision that serves, and what they came from."""
-    output = Path(recipe.output)
-    model.to(getattr(torch, recipe.dtype)).save_pretrained(str(output))
-    if not isinstance(model, PeftModel):
-        pretrained.tokenizer.save_pretrained(str(output))
-    recipe_file.dump(recipe, output / "recipe.yaml")
-    rows = {name: dict(Counter(f"{row.source} ({row.licence})" for row in found)) for name, found in dialogues.items()}
-    sources = [source for part in recipe.parts.values() for source in part.sources.values()]
-    summary = {
-        "command": command,
-        "licence": licence,
-        "rows": rows,
-        "data_sha256": checksums(sources, recipe.data),
-        "log": list(history),
-    }
-    (output / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def _identity(recipe: TuneRecipe, pretrained: Pretrained, parts: Sequence[EncodedPart]) -> str:
-    """Return a SHA-256 of all that decides the weights, so that no other run's state is continued."""
-    choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
-    start = adapter.fingerprint(Path(recipe.adapter)) if recipe.adapter is not None else ""
-    return digest(fingerprint_weights(pretrained.model), start, choices, [[part.name, part.rows] for part in parts])
 
 
 def _storage(recipe: TuneRecipe) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from training.config import STRICT, Answers, AtLeastOne, Count, Cut, NonNegative, Positive, Share
+from training.config import STRICT, Answers, AtLeastOne, Count, Cut, NonNegative, Positive, Recipe, Share
 
 DialogueKind = Literal["triplets", "pairs", "responses"]
 """Fields of a row. `triplets`: prompt, harmful_response, refusal. `pairs`: prompt, response. `responses`: prompt,
@@ -129,108 +129,82 @@ class Signal:
     """Temperature over the assessments of one response: a benign opening of a harmful one is left alone."""
 
 
-@dataclass(frozen=True, config=STRICT)
-class TuneRecipe:
-    """Everything that decides what `ballast-train sft`, `deepen`, `signal` and `constrain` write."""
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class FitRecipe(Recipe):
+    """What every command that trains a language model is told."""
 
-    parts: Annotated[dict[str, Part], Field(min_length=1)]
-    name: str = "tuned"
-    model: str = "smollm2-135m"
-    adapter: str | None = None
-    """Folder of an adapter to go on from; null begins with the model as it is."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the arithmetic; what is trained is kept in float32."""
-    device: str = "auto"
-    """A torch device; `auto` takes the GPU where there is one."""
-    data: str = "data/train"
-    """Folder of the sources' files."""
-    output: str = "runs/tuned/adapter"
-    """Folder of the finished adapter, or of the whole model where `lora` is null."""
-    run: str = "runs/tuned"
+    run: str
     """Folder of this run: resolved recipe, training state, logs."""
     resume: bool = True
     """Go on from the last training checkpoint of the same recipe in `run`."""
-    seed: int = 0
-    is_permissive_only: bool = False
-    """Use only rows under MIT, Apache or CC-BY."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the arithmetic; what is trained is kept in float32."""
     licence: str | None = None
     """Licence of the weights; null derives it from the rows."""
     steps: AtLeastOne = 160
     """Optimiser steps."""
-    batch_size: AtLeastOne = 8
+    batch_size: AtLeastOne
     """Examples of one forward pass and process; a step is cut into as many passes as it takes."""
     save_steps: AtLeastOne = 10
     """Steps between two training checkpoints."""
-    gradient_checkpointing: bool = False
     cut: Cut = Cut(request_tokens=256, response_tokens=256)
     lora: Lora | None = Lora()
-    """Null trains all weights."""
     optimiser: Adam = Adam()
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TuneRecipe(FitRecipe):
+    """Everything that decides what `ballast-train sft`, `deepen`, `signal` and `constrain` write."""
+
+    parts: Annotated[dict[str, Part], Field(min_length=1)]
+    name: str = "tuned"
+    output: str = "runs/tuned/adapter"
+    """Folder of the finished adapter, or of the whole model where `lora` is null."""
+    run: str = "runs/tuned"
+    adapter: str | None = None
+    """Folder of an adapter to go on from; null begins with the model as it is."""
+    batch_size: AtLeastOne = 8
+    gradient_checkpointing: bool = False
+    lora: Lora | None = Lora()
+    """Null trains all weights."""
     constraint: Constraint | None = None
     """Hold every token near the model that training starts from; null does not."""
     signal: Signal | None = None
     """Train `[CLS]` too; null does not."""
 
 
-@dataclass(frozen=True, config=STRICT)
-class AnchorRecipe:
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DpoRecipe(FitRecipe):
+    """Everything that decides what `ballast-train dpo` writes. Its model is the reference too: merge an adapter."""
+
+    part: Part
+    """Triplets; `share` and `recovery` have no meaning here."""
+    name: str = "dpo"
+    output: str = "runs/dpo/adapter"
+    """Folder of the finished adapter."""
+    run: str = "runs/dpo"
+    beta: Positive = 0.1
+    """Strength of the hold on the reference."""
+    batch_size: AtLeastOne = 4
+    """Preferences of one forward pass; each is two sequences."""
+    lora: Lora = Lora()
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class AnchorRecipe(Recipe):
     """Everything that decides what `ballast-train anchors` writes."""
 
     sources: Annotated[dict[str, DialogueSource], Field(min_length=1)]
     """Only the prompts are read."""
     name: str = "anchors"
-    model: str = "smollm2-135m"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    device: str = "auto"
-    """A torch device; `auto` takes the GPU where there is one."""
-    data: str = "data/train"
-    """Folder of the sources' files."""
     output: str = "runs/anchors.jsonl"
     """The file of answers, which a `pairs` source reads."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     cache: str = "runs/cache"
     """Folder of finished batches."""
-    seed: int = 0
-    is_permissive_only: bool = False
-    """Use only rows under MIT, Apache or CC-BY."""
     request_tokens: AtLeastOne = 256
     """Longer requests lose their beginning."""
     answers: Answers = Answers()
-
-
-@dataclass(frozen=True, config=STRICT)
-class DpoRecipe:
-    """Everything that decides what `ballast-train dpo` writes."""
-
-    part: Part
-    """Triplets; `share` and `recovery` have no meaning here."""
-    name: str = "dpo"
-    model: str = "smollm2-135m"
-    """Also the reference. To go on from an adapter, merge it first."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    device: str = "auto"
-    """A torch device; `auto` takes the GPU where there is one."""
-    data: str = "data/train"
-    """Folder of the sources' files."""
-    output: str = "runs/dpo/adapter"
-    """Folder of the finished adapter."""
-    run: str = "runs/dpo"
-    """Folder of this run: resolved recipe, training state."""
-    resume: bool = True
-    """Go on from the last training checkpoint in `run`."""
-    seed: int = 0
-    is_permissive_only: bool = False
-    """Use only rows under MIT, Apache or CC-BY."""
-    beta: Positive = 0.1
-    """Strength of the hold on the reference."""
-    steps: AtLeastOne = 160
-    """Optimiser steps."""
-    batch_size: AtLeastOne = 4
-    """Preferences of one forward pass; each is two sequences."""
-    save_steps: AtLeastOne = 10
-    """Steps between two training checkpoints."""
-    cut: Cut = Cut(request_tokens=256, response_tokens=256)
-    lora: Lora = Lora()
-    optimiser: Adam = Adam()
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -95,3 +95,9 @@ def tiny(tmp_path: Path) -> Pretrained:
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return Pretrained("tiny", model.to(torch.float32), tokenizer)
+
+
+@pytest.fixture
+def saved_model(tiny: Pretrained, tmp_path: Path) -> Path:
+    """Folder of the tiny model."""
+    return tmp_path / "model"

@@ -8,9 +8,8 @@ import torch
 
 from model.cls_signal import FILE, forward_training, load, sliding_window
 from model.errors import CheckpointError
-from model.pretrained import Pretrained
 from model.testing import FAMILIES, tiny_lm
-from tests.training.test_tune import Count, Interrupt, losses, recipe, weights
+from tests.training.tuning import Count, Interrupt, SeesCheckpointing, losses, recipe, weights
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
 from training.steps import Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
@@ -110,12 +109,6 @@ def joint(saved_model: Path, data: Path, out: Path, **changes: Any) -> Any:
     return recipe(saved_model, data, out, **{"parts": parts, "signal": signal, **changes})
 
 
-@pytest.fixture
-def saved_model(tiny: Pretrained, tmp_path: Path) -> Path:
-    """Folder of the tiny model."""
-    return tmp_path / "model"
-
-
 def test_the_signal_learns_to_tell_malicious_requests(saved_model: Path, data: Path, tmp_path: Path):
     tune(joint(saved_model, data, tmp_path, steps=25), "")
     found = losses(tmp_path)
@@ -171,7 +164,9 @@ def test_a_broken_signal_file_is_an_error(tmp_path: Path, content: bytes):
 
 def test_gradient_checkpointing_reaches_the_language_model(saved_model: Path, data: Path, tmp_path: Path):
     for is_used in (False, True):
-        tune(joint(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "")
+        seen = SeesCheckpointing()
+        tune(joint(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "", [seen])
+        assert seen.is_on is is_used
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 

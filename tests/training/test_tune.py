@@ -12,73 +12,16 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import TrainerCallback
 
 from model.errors import CheckpointError
-from model.pretrained import Pretrained, load
+from model.pretrained import load
+from tests.training.tuning import ANCHORS, Count, Interrupt, SeesCheckpointing, losses, recipe, weights
 from training import recipe_file
 from training.anchors import write_anchors
 from training.errors import DataError, RecipeError
 from training.merge import merge
 from training.tune import tune
-from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
-
-RECOVERY = {"sources": {"triplets": {"path": "triplets.jsonl", "kind": "triplets"}}, "share": 0.2, "per_step": 2}
-ANCHORS = {"sources": {"instructions": {"path": "instructions.jsonl"}}, "share": 0.8, "per_step": 6}
-
-
-@pytest.fixture
-def saved_model(tiny: Pretrained, tmp_path: Path) -> Path:
-    """Folder of the tiny model."""
-    return tmp_path / "model"
-
-
-def recipe(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneRecipe:
-    values: dict[str, Any] = {
-        "model": str(saved_model),
-        "dtype": "float32",
-        "device": "cpu",
-        "data": str(data),
-        "output": str(out / "adapter"),
-        "run": str(out / "run"),
-        "steps": 4,
-        "batch_size": 4,
-        "save_steps": 1,
-        "parts": {"recovery": {**RECOVERY, "recovery": {"deepest": 8}}, "anchors": ANCHORS},
-        "lora": {"rank": 4, "alpha": 8},
-        "optimiser": {"learning_rate": 1e-2},
-    }
-    return TypeAdapter(TuneRecipe).validate_python({**values, **changes})
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def losses(folder: Path) -> list[float]:
-    log = json.loads((folder / "adapter" / "metrics.json").read_text())["log"]
-    return [entry["loss"] for entry in log if "loss" in entry]
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run after two steps, as a crash would."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
-            control.should_save = True
-        if state.global_step > 2:
-            raise KeyboardInterrupt
-
-
-class Count(TrainerCallback):
-    """Counts the steps that a run really takes."""
-
-    steps = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps += 1
+from training.tune_config import AnchorRecipe, MergeRecipe
 
 
 def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Path, tmp_path: Path):
@@ -102,7 +45,9 @@ def test_the_adapter_changes_the_model_when_it_is_loaded(saved_model: Path, data
 
 def test_gradient_checkpointing_changes_nothing(saved_model: Path, data: Path, tmp_path: Path):
     for is_used in (False, True):
-        tune(recipe(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "")
+        seen = SeesCheckpointing()
+        tune(recipe(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "", [seen])
+        assert seen.is_on is is_used
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 

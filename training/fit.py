@@ -1,0 +1,94 @@
+"""What the fine-tuning commands share: the trainer's settings, what names a run, and what it leaves behind."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+from model import adapter
+from model.checkpoint import fingerprint_weights
+from model.pretrained import Pretrained, device_of
+from training import recipe_file
+from training.dialogues import Dialogue
+from training.report import checksums
+from training.shards import digest
+from training.tune_config import FitRecipe, Part
+
+UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing")
+"""Keys of a recipe that do not change the weights."""
+
+A = TypeVar("A", bound=TrainingArguments)
+
+
+def arguments(kind: type[A], recipe: FitRecipe, folder: Path, **more: Any) -> A:
+    """Return the trainer's settings of one kind; `more` are those that are particular to the command."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "learning_rate": recipe.optimiser.learning_rate,
+        "adam_beta1": recipe.optimiser.betas[0],
+        "adam_beta2": recipe.optimiser.betas[1],
+        "weight_decay": recipe.optimiser.weight_decay,
+        "warmup_steps": recipe.optimiser.warmup_steps,
+        "max_grad_norm": recipe.optimiser.max_grad_norm,
+        "lr_scheduler_type": "linear",
+        "bf16": recipe.dtype == "bfloat16",
+        "use_cpu": device_of(recipe.device) == "cpu",
+        "save_steps": recipe.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "seed": recipe.seed,
+    }
+    return kind(**settings, **more)
+
+
+def identity(recipe: FitRecipe, pretrained: Pretrained, start: str | None, rows: Any) -> str:
+    """Return a SHA-256 of all that decides the weights, so that no other run's state is continued.
+
+    Args:
+        recipe: all choices.
+        pretrained: the model that is trained.
+        start: folder of the adapter that is trained on, or None.
+        rows: what is learned, as JSON values.
+    """
+    choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
+    before = adapter.fingerprint(Path(start)) if start is not None else ""
+    return digest(fingerprint_weights(pretrained.model), before, choices, rows)
+
+
+def write(
+    recipe: FitRecipe,
+    model: PreTrainedModel | PeftModel,
+    pretrained: Pretrained,
+    parts: Mapping[str, tuple[Part, Sequence[Dialogue]]],
+    history: Sequence[dict[str, float]],
+    licence: str,
+    command: str,
+) -> None:
+    """Save the weights in the precision that serves, and what they came from."""
+    output = Path(recipe.output)
+    model.to(getattr(torch, recipe.dtype)).save_pretrained(str(output))
+    if not isinstance(model, PeftModel):
+        pretrained.tokenizer.save_pretrained(str(output))
+    recipe_file.dump(recipe, output / "recipe.yaml")
+    summary = {
+        "command": command,
+        "licence": licence,
+        "rows": {
+            name: dict(Counter(f"{row.source} ({row.licence})" for row in rows)) for name, (_, rows) in parts.items()
+        },
+        "data_sha256": checksums(
+            (source for part, _ in parts.values() for source in part.sources.values()), recipe.data
+        ),
+        "log": list(history),
+    }
+    (output / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
