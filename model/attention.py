@@ -1,15 +1,18 @@
 """What the `[CLS]` token reads, and who reads it: spans as ranges, masks as booleans. No model here.
 
 Source: Li & Kim 2025 (arXiv 2505.17072), strategic attention, rules R1 to R4. In a cache `[CLS]` stands in slot 0
-and the tokens of the sequence after it; in training several copies of it stand before the tokens, one for each
-assessment. Tokens are counted from 0 at the first token of the request, `[CLS]` not included.
+and the tokens of the sequence after it. A pass that assesses has a copy of `[CLS]` behind its tokens, or several;
+the newest one moves to slot 0 afterwards. Tokens are counted from 0 at the first token of the request, `[CLS]` not
+included.
 
 Deviations: R2 reads the request too (the text says only the latest r2 tokens, the abstract and the authors' code say
 both); which of the published masks the authors' code builds is not known.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,92 +59,78 @@ def window(length: int, windows: Windows, *, is_malicious: bool, turned_at: int 
     return range(max(0, length - windows.r2), length)
 
 
-def assessment_mask(content: Sequence[bool], read: range) -> Tensor:
-    """Return which slots the `[CLS]` row of an assessment reads, (S,), true where it may.
+class Span(NamedTuple):
+    """One assessment of a response: what it covers, and what of that it reads."""
 
-    It reads itself and the client's own text; R4: never a template token, and padding is in no cache.
+    covers: int
+    """How many response tokens; 0 assesses the request alone."""
+    read: range
+    """The response tokens that `window` chose."""
+
+
+def pass_mask(
+    content: Sequence[bool],
+    first: int,
+    stop: int,
+    spans: Sequence[Span] = (),
+    *,
+    sliding_window: int | None = None,
+    is_read: bool = True,
+) -> Tensor:
+    """Return which slots the rows of one pass read, (T + K, 1 + stop + K), true where they may.
+
+    The rows are the tokens `first` to `stop`, then a copy of `[CLS]` for each span. The slots are `[CLS]` as it was
+    before the pass, every token so far, then the copies.
+
+    Tokens are causal among themselves. A request token reads no `[CLS]` at all, so its keys and values are those of
+    the plain model. The response token number p, counted from 1, reads the newest copy that covers at most p tokens,
+    or else slot 0, whatever the sliding window: no token reads an assessment that has seen a later one. A copy reads
+    itself, the client's own text (R4: never a template token, and padding is in no cache) and its window.
+
+    A pass over a whole sequence with all its spans is therefore what decoding it token by token computes.
 
     Args:
         content: for every request token, whether it is the client's text.
-        read: the response tokens that `window` chose.
+        first: the first token of this pass.
+        stop: the token after its last one.
+        spans: the assessments of this pass, covering more and more.
+        sliding_window: how many tokens a token reads, itself included; None for all.
+        is_read: response tokens read `[CLS]`; off is the published ablation.
+
+    Raises:
+        ValueError: if the spans are not in order, or cover tokens after `stop`.
     """
-    request = torch.tensor(content, dtype=torch.bool)  # (n,)
-    response = torch.zeros(read.stop, dtype=torch.bool)
-    response[read.start :] = True
-    return torch.cat([torch.ones(1, dtype=torch.bool), request, response])
+    num_request, num_tokens = len(content), stop - first
+    covered = [span.covers for span in spans]
+    if sorted(set(covered)) != covered or (covered and covered[-1] > max(0, stop - num_request)):
+        raise ValueError(f"spans must cover more and more of {stop - num_request} response tokens, got {covered}")
+    mask = torch.zeros(num_tokens + len(spans), 1 + stop + len(spans), dtype=torch.bool)
+    query, key = torch.arange(first, stop)[:, None], torch.arange(stop)[None]  # (T, 1), (1, stop)
+    causal = key <= query
+    if sliding_window is not None:
+        causal &= key > query - sliding_window
+    mask[:num_tokens, 1 : 1 + stop] = causal
+    if is_read:
+        for token in range(max(first, num_request), stop):
+            newest = bisect_right(covered, token - num_request + 1)
+            mask[token - first, stop + newest if newest else 0] = True
+    text = torch.tensor(content, dtype=torch.bool)
+    for copy, (_, read) in enumerate(spans):
+        row = mask[num_tokens + copy]
+        row[1 : 1 + num_request] = text
+        row[1 + num_request + read.start : 1 + num_request + read.stop] = True
+        row[1 + stop + copy] = True
+    return mask
 
 
-def token_mask(first: int, stop: int, num_request: int, *, sliding_window: int | None = None) -> Tensor:
-    """Return which slots the tokens `first` to `stop` read, (T, S) with S = 1 + stop, true where they may.
-
-    Causal as ever among tokens. Slot 0 is read by response tokens, whatever the sliding window, and never by the
-    request, whose keys and values are therefore those of the plain model.
+def pass_places(first: int, stop: int, num_request: int, spans: Sequence[Span], *, moves: bool) -> list[int]:
+    """Return the position of every row of `pass_mask`: the tokens, then the copies.
 
     Args:
         first: the first token of this pass.
         stop: the token after its last one.
         num_request: tokens of the request.
-        sliding_window: how many tokens a token reads, itself included; None for all.
-    """
-    query, key = torch.arange(first, stop)[:, None], torch.arange(stop)[None]  # (T, 1), (1, S - 1)
-    causal = key <= query
-    if sliding_window is not None:
-        causal &= key > query - sliding_window
-    return torch.cat([query >= num_request, causal], dim=1)
-
-
-def training_mask(
-    content: Sequence[bool],
-    num_response: int,
-    assessments: Sequence[tuple[int, range]],
-    *,
-    sliding_window: int | None = None,
-    is_read: bool = True,
-) -> Tensor:
-    """Return the mask of one sequence with a copy of `[CLS]` per assessment, (T, T) with T = copies + tokens.
-
-    It is what cached decoding computes: copy j reads itself, the request and its window; response token number p,
-    counted from 1, reads the newest copy that covers at most p tokens. So no token reads an assessment that has
-    seen a later token, and many depths are trained in one pass without a leak.
-
-    Args:
-        content: for every request token, whether it is the client's text.
-        num_response: tokens of the response.
-        assessments: how many response tokens each copy covers, and which of them it reads; the first covers none.
-        sliding_window: how many tokens a token reads, itself included; None for all.
-        is_read: response tokens read `[CLS]`; off is the published ablation.
-
-    Raises:
-        ValueError: if the first assessment covers response tokens, or they are not in order.
-    """
-    covered = [covers for covers, _ in assessments]
-    if not covered or covered[0] != 0 or sorted(set(covered)) != covered:
-        raise ValueError(f"assessments must cover 0 response tokens first and then more and more, got {covered}")
-    num_request, num_copies = len(content), len(assessments)
-    num_tokens = num_request + num_response
-    mask = torch.zeros(num_copies + num_tokens, num_copies + num_tokens, dtype=torch.bool)
-    for copy, (_, read) in enumerate(assessments):
-        slots = assessment_mask(content, read)
-        mask[copy, copy] = True
-        mask[copy, num_copies : num_copies + len(slots) - 1] = slots[1:]
-    tokens = token_mask(0, num_tokens, num_request, sliding_window=sliding_window)  # (n, 1 + n)
-    mask[num_copies:, num_copies:] = tokens[:, 1:]
-    for number in range(1, num_response + 1):
-        current = max(copy for copy, covers in enumerate(covered) if covers <= number)
-        mask[num_copies + num_request + number - 1, current] = is_read
-    return mask
-
-
-def training_places(
-    num_request: int, num_response: int, assessments: Sequence[tuple[int, range]], *, moves: bool
-) -> list[int]:
-    """Return the position of every row of `training_mask`'s sequence: the copies, then the tokens.
-
-    Args:
-        num_request: tokens of the request.
-        num_response: tokens of the response.
-        assessments: how many response tokens each copy covers, and which of them it reads.
+        spans: the assessments of this pass.
         moves: a copy takes the position of the newest token that it covers, instead of position 0.
     """
-    copies = [num_request + covers - 1 if moves else 0 for covers, _ in assessments]
-    return [*copies, *range(num_request + num_response)]
+    return [*range(first, stop), *(num_request + span.covers - 1 if moves else 0 for span in spans)]

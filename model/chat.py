@@ -37,17 +37,27 @@ class EncodedPrompt:
     """A prefilled assistant message: the first tokens of the response."""
     query_start: int = 0
     """Where in `request` the query begins: the newest message of the user, and all after it."""
+    content: tuple[bool, ...] = ()
+    """For every token of `request`, whether it is the client's text; empty where nobody asked, and all counts as it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.query_start < max(1, len(self.request)):
             raise ValueError(f"the query of {len(self.request)} tokens cannot begin at {self.query_start}")
+        if self.content and len(self.content) != len(self.request):
+            raise ValueError(f"content must speak of {len(self.request)} request tokens, got {len(self.content)}")
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or a plain one where the tokenizer has none."""
+    """A tokenizer's chat template, or a plain one where the tokenizer has none.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        tokenizer: brings the template.
+        marks_content: say of every request token whether it is the client's text, as a `[CLS]` signal asks.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, marks_content: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._marks_content = marks_content
         template = tokenizer.chat_template
         if isinstance(template, dict):  # several named ones
             template = template.get("default")
@@ -74,35 +84,30 @@ class ChatTemplate:
             raise TemplateError("messages must hold at least one message")
         for message in messages:
             self._refuse_control_tokens(message.content)
-        if not continue_final:
-            request = self._ids(self._render(messages))
-            return EncodedPrompt(request, (), self._query_start(messages, request))
-        if messages[-1].role != "assistant":
+        asked = messages[:-1] if continue_final else messages
+        if continue_final and messages[-1].role != "assistant":
             raise TemplateError(
                 f"only an assistant message can be continued, the last one has role {messages[-1].role!r}"
             )
-        if len(messages) == 1:
+        if not asked:
             raise TemplateError("a prefilled assistant message needs a message before it")
-        rendered = self._render(messages[:-1])
+        rendered = self._render(asked)
         request = self._ids(rendered)
-        query_start = self._query_start(messages[:-1], request)
-        whole = self._ids(rendered + messages[-1].content)
-        if whole[: len(request)] == request:
-            return EncodedPrompt(request, whole[len(request) :], query_start)
-        prefill = self._ids(messages[-1].content)  # the border would merge: keep it
-        return EncodedPrompt(request, prefill, query_start)
+        prefill: tuple[int, ...] = ()
+        if continue_final:
+            whole = self._ids(rendered + messages[-1].content)
+            is_clean = whole[: len(request)] == request  # or the border would merge: keep it
+            prefill = whole[len(request) :] if is_clean else self._ids(messages[-1].content)
+        content = self._content(asked, rendered) if self._marks_content else ()
+        return EncodedPrompt(request, prefill, self._query_start(asked, request), content)
 
-    def content(self, messages: Sequence[Message]) -> tuple[bool, ...]:
-        """Return, for every token of the request that `encode` makes of `messages`, whether it is the client's text.
+    def _content(self, messages: Sequence[Message], rendered: str) -> tuple[bool, ...]:
+        """Return, for every token of `rendered`, whether it is the client's text.
 
         Rule R4 of Li & Kim 2025 (arXiv 2505.17072) leaves out all others: markers, and what the template adds by
         itself. A token that holds characters of both counts as text. Where the template changes a text so that its
         place cannot be told, every token counts as text.
-
-        Raises:
-            TemplateError: if the template refuses the messages.
         """
-        rendered = self._render(messages)
         encoded = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=self._tokenizer.is_fast)
         spans = self._text_spans(messages, rendered) if self._tokenizer.is_fast else None
         if spans is None:

@@ -1,18 +1,20 @@
-"""Safety checkpoints: `safety_config.json` beside `safety_head.safetensors`."""
+"""Safety checkpoints: `safety_config.json` beside the token head, the `[CLS]` signal, or both; perhaps an adapter."""
 
 import hashlib
 import json
 import logging
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from model import adapter
+from model import adapter, cls_signal
 from model.chat import ChatTemplate
+from model.cls_signal import ClsSignal
 from model.config import SafetyConfig
 from model.errors import BaseMismatch, CheckpointError
 from model.guarded_lm import GuardedLM
@@ -63,41 +65,61 @@ def default_for(model_name: str) -> str | None:
     return NAMED[model_name].checkpoint if model_name in NAMED else None
 
 
-def save(folder: Path, head: TokenHead, config: SafetyConfig) -> None:
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint folder, but for the adapter."""
+
+    head: TokenHead | None
+    cls: ClsSignal | None
+    config: SafetyConfig
+
+
+def save(folder: Path, head: TokenHead | None, config: SafetyConfig, cls: ClsSignal | None = None) -> None:
     """Write a checkpoint; the configuration comes last and atomically, so a torn write is never valid."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # an older one must not vouch for the new weights
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / HEAD_FILE)
-    (folder / HEAD_FILE).chmod(0o644)  # safetensors makes files that only their owner may read
+    for name in (CONFIG_FILE, HEAD_FILE, cls_signal.FILE):
+        (folder / name).unlink(missing_ok=True)  # an older configuration must not vouch for the new weights
+    if head is not None:
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
+        save_file(tensors, folder / HEAD_FILE)
+        (folder / HEAD_FILE).chmod(0o644)  # safetensors makes files that only their owner may read
+    if cls is not None:
+        cls_signal.save(cls, folder)
     scratch = folder / f".{CONFIG_FILE}"
     scratch.write_text(config.to_json(), encoding="utf-8")
     os.replace(scratch, folder / CONFIG_FILE)
 
 
-def load_head(folder: Path) -> tuple[TokenHead, SafetyConfig]:
-    """Return the head and configuration of a checkpoint folder.
+def load(folder: Path) -> Checkpoint:
+    """Return what a checkpoint folder holds.
 
     Raises:
         CheckpointError: if a file is missing, truncated, or does not have the shapes configured.
     """
+    head: TokenHead | None = None
     try:
         config = SafetyConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        head = TokenHead(config.token_head)
-        head.load_state_dict(load_file(folder / HEAD_FILE))
+        if config.token_head is not None:
+            head = TokenHead(config.token_head)
+            head.load_state_dict(load_file(folder / HEAD_FILE))
     except (OSError, SafetensorError, RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint {folder}: {error}") from error
-    return head, config
+    return Checkpoint(head, cls_signal.load(folder) if config.cls is not None else None, config)
 
 
-def attach(pretrained: Pretrained, folder: Path) -> GuardedLM:
+def attach(pretrained: Pretrained, folder: Path, *, reads_cls: bool = True, schedule: str | None = None) -> GuardedLM:
     """Return the model with the signal of the checkpoint `folder`, and with its adapter if it brings one.
+
+    Args:
+        pretrained: the model.
+        folder: of the checkpoint.
+        reads_cls: as `GuardedLM` takes it.
+        schedule: as `GuardedLM` takes it.
 
     Raises:
         BaseMismatch: if the checkpoint was trained on other weights or another chat template.
         CheckpointError: if the checkpoint cannot be read.
     """
-    head, config = load_head(folder)
+    head, cls, config = load(folder)
     found = fingerprint_weights(pretrained.model)
     if found != config.base.weights:
         raise BaseMismatch(
@@ -119,4 +141,4 @@ def attach(pretrained: Pretrained, folder: Path) -> GuardedLM:
         )
     if tuned:
         pretrained = adapter.merge(pretrained, folder / adapter.FOLDER)
-    return GuardedLM(pretrained.model, pretrained.tokenizer, head, config)
+    return GuardedLM(pretrained.model, pretrained.tokenizer, head, config, cls, reads_cls=reads_cls, schedule=schedule)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from model.attention import assessment_mask, token_mask, training_mask, training_places
+from model.attention import Span, pass_mask, pass_places
 from model.errors import CheckpointError, ModelError
 
 FILE = "cls_signal.safetensors"
@@ -49,162 +49,133 @@ class ClsSignal(nn.Module):
         return logits
 
 
+class ClsCache(DynamicCache):
+    """The keys and values of one sequence with `[CLS]` in slot 0.
+
+    It is built without the model's configuration, because sliding-window layers of a configured cache forget tokens,
+    and slot 0 with them.
+
+    Args:
+        content: for every request token, whether it is the client's text.
+    """
+
+    def __init__(self, content: Sequence[bool]) -> None:
+        super().__init__()
+        self.content = tuple(content)
+
+    @property
+    def length(self) -> int:
+        """Tokens that were fed, `[CLS]` not included."""
+        return max(0, self.get_seq_length() - 1)
+
+    def shorten(self, length: int) -> None:
+        """Forget the tokens after the first `length`.
+
+        `[CLS]` stays as it is, and may come from the forgotten tokens: the next pass must assess.
+        """
+        if (surplus := self.length - length) > 0:
+            self.crop(-surplus)
+
+    def fold(self, num_copies: int) -> None:
+        """Move the newest of the copies at the end into slot 0, and forget them."""
+        layers: list[Any] = self.layers  # typed as any kind of cache there
+        for layer in layers:
+            layer.keys[:, :, 0], layer.values[:, :, 0] = layer.keys[:, :, -1], layer.values[:, :, -1]
+        self.crop(-num_copies)
+
+
 class ClsPass(NamedTuple):
-    """What one cached pass gives."""
+    """What one cached pass over T tokens gives."""
 
     logits: Tensor
-    """Next-token logits of the newest token, (V,)."""
-    state: Tensor | None
-    """Final state of `[CLS]`, (D,); None if the pass made no assessment."""
+    """Next-token logits of the newest row that is a token, (V,); of a copy where there was no token."""
+    hidden_states: tuple[Tensor, ...]
+    """Of every layer at the new tokens, (T, D) each."""
+    copies: Tensor
+    """Final states of `[CLS]`, one for each span, (K, D)."""
 
 
-class ClsCache:
-    """The keys and values of one sequence with `[CLS]` in slot 0, and the passes that extend them.
+def feed(
+    model: PreTrainedModel,
+    signal: ClsSignal,
+    cache: ClsCache,
+    token_ids: Sequence[int],
+    spans: Sequence[Span] = (),
+    *,
+    is_read: bool = True,
+    moves: bool = True,
+) -> ClsPass:
+    """Feed new tokens of one sequence and assess it, in one forward pass.
 
     Args:
         model: any causal LM that takes 4-D attention masks.
         signal: brings the embedding, in the space of the model's scaled embeddings.
-        content: for every request token, whether it is the client's text.
+        cache: extended in place.
+        token_ids: the T new tokens; none where the pass only assesses.
+        spans: the K assessments, as `model.attention.pass_mask` takes them.
         is_read: response tokens read `[CLS]` (strategic attention); off is the published ablation.
-        moves: `[CLS]` takes the position of the newest token that it was assessed with, instead of position 0.
+        moves: `[CLS]` takes the position of the newest token that it covers, instead of position 0.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        signal: ClsSignal,
-        content: Sequence[bool],
-        *,
-        is_read: bool = True,
-        moves: bool = True,
-    ) -> None:
-        self._model = model
-        self._signal = signal
-        self._content = content
-        self._is_read = is_read
-        self._moves = moves
-        self._cache = DynamicCache()  # without the configuration: its sliding layers would drop slot 0
-        self.length = 0
-        """Tokens that were fed, `[CLS]` not included."""
-        self._run(signal.embedding[None], torch.ones(1, 1, dtype=torch.bool), [0])  # slot 0; replaced before it is read
-
-    def feed(self, token_ids: Sequence[int], read: range | None = None) -> ClsPass:
-        """Feed new tokens and, with `read`, assess once behind them.
-
-        The newest token of the pass reads the new value of `[CLS]`, if it is a response token; earlier tokens of
-        the pass read the old one.
-
-        Args:
-            token_ids: the T new tokens, at least one.
-            read: the response tokens that the assessment reads, as `model.attention.window` gives them.
-        """
-        first, stop = self.length, self.length + len(token_ids)
-        tokens = embed(self._model, token_ids)  # (T, D)
-        mask = token_mask(first, stop, len(self._content), sliding_window=sliding_window(self._model))  # (T, 1 + stop)
-        mask[:, 0] &= self._is_read
-        places = list(range(first, stop))
-        self.length = stop
-        if read is None:
-            return ClsPass(self._run(tokens, mask, places).logits[0, -1], None)
-        cls = self._signal.embedding[None].to(tokens)
-        output = self._run(
-            torch.cat([tokens, cls]),
-            self._with_assessment(mask, read),
-            [*places, stop - 1 if self._moves else 0],
-        )
-        self._fold()
-        return ClsPass(output.logits[0, -2], output.hidden_states[-1][0, -1])
-
-    def crop(self, length: int) -> None:
-        """Forget the tokens after the first `length`. `[CLS]` stays as it is until it is assessed again.
-
-        Its value may come from the forgotten tokens, so the next pass must assess.
-        """
-        if (surplus := self.length - length) > 0:
-            self._cache.crop(-surplus)
-            self.length = length
-
-    def _with_assessment(self, mask: Tensor, read: range) -> Tensor:
-        """Return the mask with a column and a row for the new `[CLS]` behind the tokens, (T + 1, S + 1)."""
-        new_column = torch.zeros(len(mask), 1, dtype=torch.bool)
-        new_column[-1] = mask[-1, 0]
-        mask[-1, 0] = False  # the newest token reads the new value instead of the old
-        row = torch.zeros(1, mask.shape[1] + 1, dtype=torch.bool)
-        slots = assessment_mask(self._content, read)  # (S',): slot 0 is `[CLS]` itself
-        row[0, 1 : len(slots)] = slots[1:]
-        row[0, -1] = True
-        return torch.cat([torch.cat([mask, new_column], dim=1), row])
-
-    def _fold(self) -> None:
-        """Move the newest keys and values, those of the new `[CLS]`, into slot 0."""
-        layers: list[Any] = self._cache.layers  # typed as any kind of cache there
-        for layer in layers:
-            layer.keys[:, :, 0], layer.values[:, :, 0] = layer.keys[:, :, -1], layer.values[:, :, -1]
-        self._cache.crop(-1)
-
-    def _run(self, embeddings: Tensor, mask: Tensor, places: list[int]) -> Any:
-        cache = {"past_key_values": self._cache, "use_cache": True}
-        return forward(self._model, embeddings[None], mask[None], torch.tensor([places]), **cache)
+    first, num_tokens = cache.length, len(token_ids)
+    stop, num_request = first + num_tokens, len(cache.content)
+    window = sliding_window(model)
+    places = pass_places(first, stop, num_request, spans, moves=moves)
+    rows = embed(model, token_ids)  # (T, D)
+    is_empty = cache.get_seq_length() == 0
+    mask: Tensor | None = None
+    if is_empty or spans or num_tokens > 1 or window is not None or not is_read or first < num_request:
+        mask = pass_mask(cache.content, first, stop, spans, sliding_window=window, is_read=is_read)
+        copies = signal.embedding.to(rows).expand(len(spans) + is_empty, -1)
+        rows = torch.cat([copies[:is_empty], rows, copies[is_empty:]])  # slot 0 holds something before it is read
+        if is_empty:
+            mask = torch.cat([torch.zeros(1, mask.shape[1], dtype=torch.bool), mask])
+            mask[0, 0] = True
+            places = [0, *places]
+    newest = is_empty + max(0, num_tokens - 1)
+    output = forward(
+        model,
+        rows[None],
+        mask[None] if mask is not None else None,
+        torch.tensor([places]),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=torch.tensor([newest], device=model.device),
+    )
+    if spans:
+        cache.fold(len(spans))
+    states = tuple(state[0, is_empty : is_empty + num_tokens] for state in output.hidden_states)
+    return ClsPass(output.logits[0, -1], states, output.hidden_states[-1][0, is_empty + num_tokens :])
 
 
-def forward(model: PreTrainedModel, embeddings: Tensor, mask: Tensor, places: Tensor, **cache: Any) -> Any:
+def forward(model: PreTrainedModel, embeddings: Tensor, mask: Tensor | None, places: Tensor, **more: Any) -> Any:
     """Run the model over sequences of embeddings with masks of our own, and return its output.
 
     Args:
         model: any causal LM that takes 4-D attention masks.
         embeddings: (B, T, D).
-        mask: true where a row may read a slot, (B, T, S).
+        mask: true where a row may read a slot, (B, T, S); None where the only row reads all slots.
         places: position of every row, (B, T).
-        cache: keyword arguments about the cache.
+        more: further arguments of the model.
     """
-    dtype: torch.dtype = next(model.parameters()).dtype
-    # Additive floats: every attention implementation takes them.
-    allowed = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    dtype = model.dtype
+    if mask is not None:
+        mask = mask.to(model.device)[:, None]
+        # Additive floats: every attention implementation takes them.
+        more["attention_mask"] = torch.zeros(mask.shape, dtype=dtype, device=model.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )
     return model(
         inputs_embeds=embeddings.to(model.device, dtype),
-        attention_mask=allowed[:, None].to(model.device),
         position_ids=places.to(model.device),
         output_hidden_states=True,
-        **cache,
+        **more,
     )
-
-
-def forward_training(
-    model: PreTrainedModel,
-    signal: ClsSignal,
-    token_ids: Sequence[int],
-    content: Sequence[bool],
-    assessments: Sequence[tuple[int, range]],
-    *,
-    is_read: bool = True,
-    moves: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Return next-token logits (n, V) of all n tokens, and the final states (K, D) of K copies of `[CLS]`.
-
-    One pass over a sequence that holds a copy per assessment; it equals cached decoding position by position.
-
-    Args:
-        model: any causal LM that takes 4-D attention masks.
-        signal: brings the embedding.
-        token_ids: request and response.
-        content: for every request token, whether it is the client's text.
-        assessments: how many response tokens each copy covers, and which of them it reads.
-        is_read: response tokens read `[CLS]`.
-        moves: each copy takes the position of the newest token that it covers, instead of position 0.
-    """
-    num_copies, num_request = len(assessments), len(content)
-    num_response = len(token_ids) - num_request
-    mask = training_mask(content, num_response, assessments, sliding_window=sliding_window(model), is_read=is_read)
-    places = torch.tensor([training_places(num_request, num_response, assessments, moves=moves)])
-    tokens = embed(model, token_ids)
-    copies = signal.embedding.to(tokens).expand(num_copies, -1)
-    output = forward(model, torch.cat([copies, tokens])[None], mask[None], places, use_cache=False)
-    return output.logits[0, num_copies:], output.hidden_states[-1][0, :num_copies]
 
 
 def embed(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     """Return the embeddings of some tokens as the model's first layer reads them, (T, D)."""
-    embedded: Tensor = model.get_input_embeddings()(torch.tensor(token_ids, device=model.device))
+    ids = torch.tensor(token_ids, dtype=torch.long, device=model.device)
+    embedded: Tensor = model.get_input_embeddings()(ids)
     return embedded
 
 
@@ -224,6 +195,19 @@ def sliding_window(model: PreTrainedModel) -> int | None:
     if len(kinds) > 1:
         raise ModelError(f"[CLS] cannot be read yet by a model whose layers mix {sorted(kinds)}")
     return window
+
+
+def check(signal: ClsSignal, model: PreTrainedModel) -> None:
+    """Refuse a signal that does not fit the model.
+
+    Raises:
+        CheckpointError: if its embedding is not as wide as the model's.
+        ModelError: as `sliding_window`.
+    """
+    width = int(model.config.get_text_config().hidden_size)
+    if len(signal.embedding) != width:
+        raise CheckpointError(f"the embedding of [CLS] is {len(signal.embedding)} wide, the model's are {width}")
+    sliding_window(model)
 
 
 def save(signal: ClsSignal, folder: Path) -> None:

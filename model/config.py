@@ -2,13 +2,18 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from model.attention import Windows
 from model.errors import CheckpointError
 from model.policy import Mode, Policy
+from model.schedule import Schedule, parse
 
 VERSION = 2
 """Version of the `safety_config.json` format that this code reads and writes."""
+
+LONGEST_ALONE = 8
+"""Most tokens between two assessments of a `[CLS]` without a token head, unless a schedule is asked for."""
 
 Side = Literal["request", "response"]
 """What a risk is of."""
@@ -34,6 +39,22 @@ class TokenHeadConfig:
     """Width of one hidden state (D)."""
     hidden: int
     """Width of the head's hidden layer; 0 means a linear head."""
+
+
+@dataclass(frozen=True)
+class ClsConfig:
+    """How the `[CLS]` signal was trained, and how it is read."""
+
+    windows: tuple[int, ...] = (10, 10, 10)
+    """r1, r2 and r3."""
+    moves: bool = True
+    """A re-assessed `[CLS]` takes the position of the newest token that it covers, instead of position 0."""
+    schedule: str = "annealed"
+    """When it is assessed, as `model.schedule.parse` reads it."""
+    request_share: float = 0.5
+    """Weight of its request logit beside that of the token head, 0 to 1; without a token head it is alone."""
+    response_share: float = 0.5
+    """The same of its response logit."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +89,8 @@ class SafetyConfig:
     """The content of `safety_config.json`."""
 
     base: BaseModel
-    token_head: TokenHeadConfig
+    token_head: TokenHeadConfig | None
+    """None where the checkpoint carries `[CLS]` alone."""
     request: Thresholds
     response: Thresholds
     onset: float
@@ -77,6 +99,8 @@ class SafetyConfig:
     """Weight of the newest logit in the moving average, (0, 1]."""
     patience: int = 3
     lookback: int = 8
+    cls: ClsConfig | None = None
+    """None where the checkpoint carries no `[CLS]`."""
     refusal: RefusalConfig = field(default_factory=RefusalConfig)
     licence: str = "Apache-2.0"
     """Licence of the head's weights, which follows from the data that they were trained on."""
@@ -95,6 +119,21 @@ class SafetyConfig:
             patience=self.patience,
             lookback=self.lookback,
         )
+
+    def schedule(self, name: str | None = None) -> Schedule:
+        """Return when assessments are made: by the named schedule, or by the checkpoint's own.
+
+        A token head assesses every token, so `[CLS]` beside it may be sparse; alone and by its own schedule it waits
+        `LONGEST_ALONE` tokens at most, because a response is held back until it is assessed.
+
+        Raises:
+            ValueError: if there is no such schedule.
+        """
+        if name is not None:
+            return parse(name)
+        if self.cls is None:
+            return parse("every")
+        return parse(self.cls.schedule, longest=LONGEST_ALONE if self.token_head is None else None)
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON with sorted keys."""
@@ -116,7 +155,8 @@ class SafetyConfig:
             raise CheckpointError(f"safety_config.json has version {version!r}; this release reads version {VERSION}")
         parts = {
             "base": _build(BaseModel, raw.get("base"), "base"),
-            "token_head": _build(TokenHeadConfig, raw.get("token_head"), "token_head"),
+            "token_head": _build_if_there(TokenHeadConfig, raw.get("token_head"), "token_head"),
+            "cls": _build_if_there(ClsConfig, raw.get("cls"), "cls"),
             "request": _build(Thresholds, raw.get("request"), "request"),
             "response": _build(Thresholds, raw.get("response"), "response"),
             "refusal": _build(RefusalConfig, raw.get("refusal", {}), "refusal"),
@@ -137,8 +177,12 @@ class SafetyConfig:
                 raise CheckpointError(f"{name} must be in (0, 1), got {value!r}")
         if not 0.0 < self.smoothing <= 1.0:
             raise CheckpointError(f"smoothing must be in (0, 1], got {self.smoothing!r}")
-        if not self.token_head.layers:
+        if self.token_head is None and self.cls is None:
+            raise CheckpointError("token_head and cls are both missing: there is no signal")
+        if self.token_head is not None and not self.token_head.layers:
             raise CheckpointError("token_head.layers must name at least one layer, got none")
+        if self.cls is not None:
+            self._check_cls(self.cls)
         if not self.refusal.prefix:
             raise CheckpointError("refusal.prefix must not be empty: a refusal begins with it")
         if self.refusal.max_tokens < 0:
@@ -147,6 +191,22 @@ class SafetyConfig:
             self.policy(Mode.BLOCK, Mode.BLOCK)
         except ValueError as error:
             raise CheckpointError(f"safety_config.json is inconsistent: {error}") from error
+
+    def _check_cls(self, cls: ClsConfig) -> None:
+        for name, share in (("request_share", cls.request_share), ("response_share", cls.response_share)):
+            if not 0.0 <= share <= 1.0:
+                raise CheckpointError(f"cls.{name} must be in [0, 1], got {share!r}")
+        if len(cls.windows) != 3:
+            raise CheckpointError(f"cls.windows must be r1, r2 and r3, got {list(cls.windows)}")
+        try:
+            Windows(*cls.windows)
+            parse(cls.schedule)
+        except ValueError as error:
+            raise CheckpointError(f"cls: {error}") from error
+
+
+def _build_if_there(kind: Any, raw: Any, where: str) -> Any:
+    return None if raw is None else _build(kind, raw, where)
 
 
 def _build(kind: Any, raw: Any, where: str) -> Any:
@@ -168,6 +228,8 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
 
 def _fits(value: Any, expected: Any) -> bool:
     """Tell whether a JSON value has the type of a field: an int is a float too, a bool is no number."""
+    if type(None) in get_args(expected):  # a part: built, or not there
+        return value is None or isinstance(value, get_args(expected))
     if get_origin(expected) is tuple:
         return isinstance(value, tuple) and all(type(item) is int for item in value)
     if expected is float:

@@ -11,13 +11,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from model.events import Action, Event, Finish, FinishReason, HeadWork, Release
-from model.guarded_lm import Assessed, GuardedLM
+from model.guarded_lm import GuardedLM
 from model.holdback import Holdback, ResponseToken
 from model.policy import Continue, Decision, Mode, Policy, Refuse, Rollback
+from model.reader import Reader, Step
 from model.request import GenerationRequest, admit
-from model.safety_head import Passage
 from model.sampling import GREEDY, draw, generator_for
-from model.schedule import Every, Schedule, is_due
+from model.schedule import Schedule
 from model.trace import Trace
 
 PREFILL_CHUNK = 512
@@ -29,13 +29,14 @@ SHORTEST_REFUSAL = 24
 def generate(lm: GuardedLM, request: GenerationRequest, schedule: Schedule | None = None) -> Iterator[Event]:
     """Return the events of one response: any number of `Release`, then one `Finish`.
 
-    One event comes after each forward pass, so a caller can stop, or take turns, between passes.
+    One event comes after each forward pass, so a caller can stop, or take turns, between passes. Without a schedule
+    the model's own decides when it is assessed.
 
     Raises:
         InvalidRequest: as `model.request.admit`.
     """
     admit(lm, request)
-    return Generation(lm, request, schedule or Every()).run()
+    return Generation(lm, request, schedule or lm.schedule).run()
 
 
 class Generation:
@@ -44,15 +45,19 @@ class Generation:
     def __init__(self, lm: GuardedLM, request: GenerationRequest, schedule: Schedule) -> None:
         self._lm = lm
         self._request = request
-        self._schedule = schedule
         self._policy = _policy(lm, request)
-        self._cache = lm.new_cache()
+        self._reader = Reader(
+            lm,
+            request.prompt,
+            schedule,
+            watches_request=self._policy.input is not Mode.OFF,
+            # What is read must be the same in all modes, and when it is read depends on what was found.
+            watches_response=self._policy.output is not Mode.OFF or lm.reads_cls,
+        )
         self._generator = generator_for(request.sampling, request.choice)
         self._prompt_ids = (*request.prompt.request, *request.prompt.prefill)
         self._num_prefill = len(request.prompt.prefill)
         self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop, min_tokens=request.sampling.min_tokens)
-        self._response = Passage()
-        self._features: Tensor  # what the head reads at the tokens fed last, (N, 2 * S)
         self._trace = Trace(smoothing=lm.config.smoothing if lm.config else 1.0)
         self._response_risk: float | None = None
         self._request_head = HeadWork()
@@ -87,33 +92,30 @@ class Generation:
         return self._num_prefill + len(self._draft)
 
     def _read_request(self) -> Generator[Event, None, Tensor]:
-        """Feed the request in chunks, note its risk at the last token, and return the logits (V,)."""
-        prompt, query = self._request.prompt, Passage()
-        num_query = len(prompt.request) - prompt.query_start if self._policy.input is not Mode.OFF else 0
-        num_after = len(prompt.request)
-        *before, last = chunks(prompt.request)
+        """Feed the request in chunks, note its risk at its end, and return the logits (V,)."""
+        *before, last = chunks(self._request.prompt.request)
         for chunk in before:
-            num_after -= len(chunk)
-            self._feed(chunk, query, min(len(chunk), max(0, num_query - num_after)))
+            self._reader.feed(chunk)
             yield Release()
-        logits = self._feed(last, query, min(len(last), num_query))
-        if num_query:
-            found = self._lm.assess("request", self._features[-1:])
-            self._request_head += self._note(found)
-            self._trace.read_request(found.logits[0])
+        step = self._reader.feed(last)
+        self._request_head += step.work
+        self._untold_head += step.work
+        if step.request is not None:
+            self._trace.read_request(step.request)
         yield Release(head=self._pop_head())
-        return logits
+        return step.logits
 
     def _read_prefill(self, logits: Tensor) -> Generator[Event, None, tuple[Tensor, Decision]]:
-        """Feed a prefilled assistant message and assess it token by token, like generated text."""
+        """Feed a prefilled assistant message and assess it, like generated text."""
         decision: Decision = Continue(releasable=0)
         for chunk in chunks(self._request.prompt.prefill):
-            logits = self._feed_response(chunk)
-            for logit in self._response_logits() if self._policy.output is not Mode.OFF else ():
-                self._add(self._trace.position + 1, logit)
-                decision = self._policy.decide(self._trace, self._trace.position)
+            step = self._reader.feed(chunk, must_assess=True)
+            for position, logit in self._noted(step).response:
+                self._add(position, logit)
+                decision = self._policy.decide(self._trace, position)
                 if isinstance(decision, Rollback):
-                    return logits, decision
+                    return step.logits, decision
+            logits = step.logits
             yield Release(head=self._pop_head())
         return logits, decision
 
@@ -135,35 +137,29 @@ class Generation:
             return "stop", drawn.token_id
         return ("length" if len(self._draft) == self._request.max_tokens else None), drawn.token_id
 
-    def _step(self, token_id: int) -> tuple[Tensor, Decision]:
-        """Feed the newest token, assess it where the schedule asks for it, and decide."""
-        is_suspicious = self._policy.num_trailing_suspicious(self._trace) > 0
-        is_assessed = self._policy.output is not Mode.OFF and is_due(
-            self._schedule, self._length, self._trace.position, is_suspicious=is_suspicious
-        )
-        logits = self._feed_response([token_id])
-        if is_assessed:
-            self._assess_newest()
-        return logits, self._policy.decide(self._trace, self._length)
-
-    def _feed_response(self, token_ids: Sequence[int]) -> Tensor:
-        """Feed response tokens, note what the head would read at them, and return the logits (V,)."""
-        return self._feed(token_ids, self._response, len(token_ids) if self._policy.output is not Mode.OFF else 0)
-
-    def _feed(self, token_ids: Sequence[int], passage: Passage, num_read: int) -> Tensor:
-        """Feed tokens, the last `num_read` of which continue `passage`, and return the logits (V,)."""
-        output = self._lm.forward(token_ids, self._cache, states_of_last=num_read)
-        if output.states is not None:
-            self._features = passage.extend(output.states)
-        return output.logits
+    def _step(self, token_id: int, *, must_assess: bool = False) -> tuple[Tensor, Decision]:
+        """Feed the newest token, assess it where that is due, and decide."""
+        turned_at = self._policy.turned_at(self._trace)
+        step = self._noted(self._reader.feed([token_id], turned_at=turned_at, must_assess=must_assess))
+        for position, logit in step.response:
+            self._add(position, logit)
+        return step.logits, self._policy.decide(self._trace, self._length)
 
     def _decide_last(self) -> Decision:
         """Make the assessment that comes before every end of a response, and decide on it."""
         if self._policy.output is not Mode.OFF and self._trace.position < self._length:
-            if len(self._response) < self._length:  # the newest token has not been fed
-                self._feed_response(self._draft.token_ids[-1:])
-            self._assess_newest()
+            if self._reader.length < self._length:  # the newest token has not been fed
+                self._step(self._draft.token_ids[-1], must_assess=True)
+            else:
+                step = self._reader.assess_newest(turned_at=self._policy.turned_at(self._trace))
+                self._add(*self._noted(step).response[0])
         return self._policy.decide(self._trace, self._length, is_final=True)
+
+    def _noted(self, step: Step) -> Step:
+        """Return the step, having counted what the head did for the response."""
+        self._response_head += step.work
+        self._untold_head += step.work
+        return step
 
     def _roll_back(self, decision: Rollback) -> Iterator[Event]:
         """Withdraw what is unsafe, release what is not, and refuse.
@@ -198,13 +194,11 @@ class Generation:
 
     def _continue_refusal(self, refusal: Holdback, prefix: Sequence[int], budget: int) -> Generator[Event, None, bool]:
         """Write the refusal; return False if it turned harmful and was cut."""
-        self._lm.crop(self._cache, len(self._request.prompt.request))
         self._policy = replace(self._policy, output=Mode.BLOCK)
         self._trace = replace(self._trace, assessments=[])
         for token_id in prefix:
             refusal.push(ResponseToken(token_id))
-        self._response = Passage()
-        logits = self._feed_response(prefix)
+        logits = self._reader.begin_refusal(prefix)
         text, tokens = refusal.release(len(refusal))
         yield Release(text, tokens, is_refusal=True)
         wording_length = len(refusal.text)
@@ -215,9 +209,9 @@ class Generation:
             if drawn.token_id in self._lm.eos_ids:
                 break
             refusal.push(ResponseToken(drawn.token_id, drawn.logprob, drawn.top))
-            logits = self._feed_response([drawn.token_id])
-            (logit,) = self._response_logits()
-            self._trace.add(len(refusal), logit)
+            step = self._noted(self._reader.feed([drawn.token_id], must_assess=True))
+            logits = step.logits
+            self._trace.add(*step.response[0])
             if refusal.has_stopped or _is_complete(refusal.text, wording_length):
                 break
             decision = self._policy.decide(self._trace, len(refusal))
@@ -235,30 +229,15 @@ class Generation:
         yield Release(text, tokens, is_refusal=True, head=self._pop_head())
         return is_safe
 
-    def _response_logits(self) -> list[float]:
-        """Return the response's logits at the tokens fed last, counting what the head did."""
-        found = self._lm.assess("response", self._features)
-        self._response_head += self._note(found)
-        return found.logits
-
-    def _note(self, found: Assessed) -> HeadWork:
-        """Return the head's work, and keep it for the next event."""
-        work = HeadWork.of(*found)
-        self._untold_head += work
-        return work
-
-    def _assess_newest(self) -> None:
-        (logit,) = self._response_logits()
-        self._add(self._length, logit)
-
     def _add(self, position: int, logit: float) -> None:
         """Append an assessment to the trace and note its risk at its token."""
         assessment = self._trace.add(position, logit)
-        if position > self._num_prefill:
+        if position > self._num_prefill and self._policy.output is not Mode.OFF:
             self._draft.set_risk(position - self._num_prefill - 1, assessment.risk)
 
     def _overall_risk(self) -> float | None:
-        return self._trace.response_risk(self._policy.patience)
+        is_watched = self._policy.output is not Mode.OFF
+        return self._trace.response_risk(self._policy.patience) if is_watched else None
 
     def _release(self, length: int, *, is_end: bool = False) -> Release:
         """Release what may leave out of the first `length` response tokens."""

@@ -65,6 +65,28 @@ class First:
         return 2**31
 
 
+def parse(name: str, *, longest: int | None = None) -> Schedule:
+    """Return the schedule of a name: `every`, `first`, `annealed` or `periodic-N`.
+
+    Args:
+        name: of the schedule.
+        longest: the most tokens between two assessments of `annealed`; None takes its own floor.
+
+    Raises:
+        ValueError: if there is no such schedule.
+    """
+    if name == "annealed" and longest is not None:
+        steps = tuple((end, min(interval, longest)) for end, interval in Annealed.steps)
+        return Annealed(steps, min(Annealed.floor, longest))
+    known: dict[str, Schedule] = {"every": Every(), "first": First(), "annealed": Annealed()}
+    if name in known:
+        return known[name]
+    kind, _, period = name.partition("-")
+    if kind == "periodic" and period.isdecimal() and int(period) > 0:
+        return Periodic(int(period))
+    raise ValueError(f"unknown schedule {name!r}; there are every, first, annealed and periodic-N, as in periodic-8")
+
+
 def is_due(schedule: Schedule, position: int, assessed: int, *, is_suspicious: bool) -> bool:
     """Tell whether an assessment is due at `position`, the newest one being at `assessed`.
 

@@ -8,13 +8,13 @@ from model.errors import InvalidRequest
 from model.events import HeadWork
 from model.generation import chunks
 from model.guarded_lm import GuardedLM
+from model.reader import Reader
 from model.request import check_prompt
-from model.safety_head import Passage
 from model.trace import Trace
 
 
 def score(lm: GuardedLM, prompt: EncodedPrompt) -> Trace:
-    """Return the request risk and an assessment at every response token.
+    """Return the request risk and the assessments of the response: at every token, or as `[CLS]` alone is scheduled.
 
     Args:
         lm: a model that carries a signal.
@@ -44,28 +44,13 @@ def score_in_passes(lm: GuardedLM, prompt: EncodedPrompt) -> Iterator[HeadWork |
 
 
 def _passes(lm: GuardedLM, config: SafetyConfig, prompt: EncodedPrompt) -> Iterator[HeadWork | Trace]:
-    trace, cache = Trace(config.smoothing), lm.new_cache()
-    query, response = Passage(), Passage()
-    start, num_request = 0, len(prompt.request)
+    trace = Trace(config.smoothing)
+    reader = Reader(lm, prompt, lm.schedule, watches_request=True, watches_response=True)
     for chunk in chunks((*prompt.request, *prompt.prefill)):
-        end = start + len(chunk)
-        first = max(start, prompt.query_start)  # the first token whose states are read
-        output = lm.forward(chunk, cache, states_of_last=max(0, end - first))
-        work = HeadWork()
-        if output.states is not None:
-            num_query = max(0, min(end, num_request) - first)
-            of_query, of_response = output.states[:num_query], output.states[num_query:]
-            if len(of_query):
-                features = query.extend(of_query)
-                if end >= num_request:
-                    found = lm.assess("request", features[-1:])
-                    trace.read_request(found.logits[0])
-                    work += HeadWork.of(*found)
-            if len(of_response):
-                found = lm.assess("response", response.extend(of_response))
-                for logit in found.logits:
-                    trace.add(trace.position + 1, logit)
-                work += HeadWork.of(*found)
-        yield work
-        start = end
+        step = reader.feed(chunk, must_assess=True)
+        if step.request is not None:
+            trace.read_request(step.request)
+        for position, logit in step.response:
+            trace.add(position, logit)
+        yield step.work
     yield trace

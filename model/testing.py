@@ -13,8 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from model.chat import ChatTemplate
+from model.attention import Span
+from model.chat import ChatTemplate, EncodedPrompt
 from model.checkpoint import fingerprint_weights, save
+from model.cls_signal import ClsSignal
 from model.config import BaseModel, RefusalConfig, SafetyConfig, Side, Thresholds, TokenHeadConfig
 from model.guarded_lm import Assessed, GuardedLM, StepOutput
 from model.safety_head import TokenHead
@@ -84,10 +86,10 @@ def tiny_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **ch
 
 
 def tiny_guarded_lm(model_type: str = "llama", **changes: Any) -> GuardedLM:
-    """Return a tiny random model with a random head; `changes` replace fields of its configuration."""
+    """Return a tiny random model with a random signal; `changes` replace fields of its configuration."""
     model, tokenizer = tiny_lm(model_type), byte_tokenizer()
     config = tiny_config(model, tokenizer, **changes)
-    return GuardedLM(model, tokenizer, _random_head(config), config)
+    return GuardedLM(model, tokenizer, _random_head(config), config, _random_cls(config))
 
 
 def write_tiny(folder: Path) -> tuple[Path, Path]:
@@ -95,16 +97,24 @@ def write_tiny(folder: Path) -> tuple[Path, Path]:
     lm = tiny_guarded_lm()
     lm.model.save_pretrained(folder / "model")
     lm.tokenizer.save_pretrained(folder / "model")
-    assert lm.head is not None
     assert lm.config is not None
     save(folder / "checkpoint", lm.head, lm.config)
     return folder / "model", folder / "checkpoint"
 
 
-def _random_head(config: SafetyConfig) -> TokenHead:
+def _random_head(config: SafetyConfig) -> TokenHead | None:
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(1)
-        return TokenHead(config.token_head)
+        return TokenHead(config.token_head) if config.token_head is not None else None
+
+
+def _random_cls(config: SafetyConfig) -> ClsSignal | None:
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(2)
+        signal = ClsSignal(32) if config.cls is not None else None
+        if signal is not None:
+            torch.nn.init.normal_(signal.embedding, std=0.5)
+    return signal
 
 
 class ScriptedLM(GuardedLM):
@@ -132,7 +142,9 @@ class ScriptedLM(GuardedLM):
         self.fed: list[tuple[int, ...]] = []
         """The new tokens of every forward pass."""
 
-    def forward(self, token_ids: Sequence[int], cache: Any, *, states_of_last: int = 0) -> StepOutput:
+    def forward(
+        self, token_ids: Sequence[int], cache: Any, *, states_of_last: int = 0, spans: Sequence[Span] = ()
+    ) -> StepOutput:
         """Return logits that make the script's next token certain, and states that are request and response logit."""
         self.fed.append(tuple(token_ids))
         if self._fails_at is not None and len(self.fed) == self._fails_at:
@@ -152,7 +164,7 @@ class ScriptedLM(GuardedLM):
         logits: list[float] = features[:, 0 if side == "request" else 1].tolist()
         return Assessed(logits, 1e-5)
 
-    def new_cache(self) -> Any:
+    def new_cache(self, prompt: EncodedPrompt | None = None) -> Any:
         """Return a list of the ids fed so far."""
         return []
 

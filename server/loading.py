@@ -26,7 +26,7 @@ def load_model(settings: Settings) -> GuardedLM:
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
     elif folder is not None:
-        dtype = getattr(torch, checkpoints.load_head(folder)[1].base.dtype)
+        dtype = getattr(torch, checkpoints.load(folder).config.base.dtype)
     pretrained = load(
         settings.model, dtype=dtype, device=device_of(settings.device), trust_remote_code=settings.trust_remote_code
     )

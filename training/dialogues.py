@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from training.config import Recipe
 from training.errors import DataError
 from training.records import credit, label_of, records, text_of
+from training.refusals import refusal_of
 from training.rows import is_permissive
 from training.shards import digest
 from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, Part
@@ -80,7 +81,7 @@ def _read(
 def _prompts(source: DialogueSource, data: Path) -> Iterator[Prompt]:
     for where, record in records(source, data):
         name, licence = credit(record, source, where)
-        if name.startswith(source.match):
+        if name.startswith(source.match) and record.get("harmful") != 1:
             yield Prompt(name, licence, text_of(record, "prompt", where))
 
 
@@ -95,7 +96,8 @@ def _sampled(rows: Iterable[L], source: DialogueSource, recipe: Recipe) -> list[
 def _dialogues(source: DialogueSource, data: Path) -> Iterator[Dialogue]:
     for where, record in records(source, data):
         name, licence = credit(record, source, where)
-        if name.startswith(source.match):
+        is_taken = source.kind != "requests" or label_of(record, where) == 1
+        if name.startswith(source.match) and is_taken:
             prompt = text_of(record, "prompt", where)
             found = _RESPONSES[source.kind](record, source, where)
             is_complete = record.get("complete", True) is not False
@@ -110,6 +112,8 @@ def _triplet(record: Mapping[str, Any], source: DialogueSource, where: str) -> L
     harmful = text_of(record, "harmful_response", where)
     if source.response == "harmful_response":
         return harmful, None, 1, 1
+    if source.response == "own_refusal":
+        return refusal_of(text_of(record, "prompt", where), harmful), harmful, 1, 0
     return text_of(record, "refusal", where), harmful, 1, 0
 
 
@@ -121,8 +125,13 @@ def _response(record: Mapping[str, Any], source: DialogueSource, where: str) -> 
     return text_of(record, "response", where), None, source.request_label, label_of(record, where)
 
 
+def _request(record: Mapping[str, Any], source: DialogueSource, where: str) -> Labelled:
+    return refusal_of(text_of(record, "prompt", where)), None, 1, 0
+
+
 _RESPONSES: dict[DialogueKind, Callable[[Mapping[str, Any], DialogueSource, str], Labelled]] = {
     "triplets": _triplet,
     "pairs": _pair,
     "responses": _response,
+    "requests": _request,
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from transformers import PreTrainedModel, set_seed
 
-from model.attention import training_mask, training_places
+from model.attention import pass_mask, pass_places
 from model.cls_signal import ClsSignal, forward
 from training.losses import softmax_weighted_loss
 from training.steps import Example
@@ -16,12 +16,12 @@ from training.tune_config import Signal
 
 
 class SignalBatch(NamedTuple):
-    """What the pass of a padded batch needs, K copies of `[CLS]` before T tokens."""
+    """What the pass of a padded batch needs, T tokens before K copies of `[CLS]`."""
 
     mask: Tensor
-    """(B, K + T, K + T), true where a row may read."""
+    """(B, T + K, T + K), true where a row may read."""
     places: Tensor
-    """Position of every row, (B, K + T)."""
+    """Position of every row, (B, T + K)."""
     is_copy: Tensor
     """False where a row has fewer copies than the batch, (B, K)."""
     request_labels: Tensor
@@ -39,21 +39,18 @@ def collate_signal(examples: Sequence[Example], longest: int, settings: Signal, 
         settings: whether `[CLS]` is read, and which positions it takes.
         window: the model's sliding window, or None.
     """
-    most = max(len(example.assessments) for example in examples)
-    size = most + longest
+    most = max(len(example.spans) for example in examples)
+    size = longest + most
     mask = torch.eye(size, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding reads itself: no empty row
     places = torch.zeros(len(examples), size, dtype=torch.long)
     is_copy = torch.zeros(len(examples), most, dtype=torch.bool)
     for row, example in enumerate(examples):
-        num_copies, num_request, length = len(example.assessments), len(example.content), len(example.ids)
-        num_response = length - num_request
-        one = training_mask(
-            example.content, num_response, example.assessments, sliding_window=window, is_read=settings.is_read
-        )
-        kept = torch.cat([torch.arange(num_copies), most + torch.arange(length)])  # this row's places in the batch
-        mask[row, kept[:, None], kept[None]] = one
+        length, num_copies = len(example.ids), len(example.spans)
+        one = pass_mask(example.content, 0, length, example.spans, sliding_window=window, is_read=settings.is_read)
+        kept = torch.cat([torch.arange(length), longest + torch.arange(num_copies)])  # this row's places in the batch
+        mask[row, kept[:, None], kept[None]] = one[:, 1:]  # slot 0 is read by nobody: the first copy covers nothing
         places[row, kept] = torch.tensor(
-            training_places(num_request, num_response, example.assessments, moves=settings.moves)
+            pass_places(0, length, len(example.content), example.spans, moves=settings.moves)
         )
         is_copy[row, :num_copies] = True
 
@@ -124,16 +121,15 @@ class SignalModel(nn.Module):
 
         Args:
             input_ids: tokens, (B, T).
-            mask: true where a row may read, (B, K + T, K + T).
-            places: position of every row, (B, K + T).
+            mask: true where a row may read, (B, T + K, T + K).
+            places: position of every row, (B, T + K).
         """
         language_model: Any = self.model
         tokens = language_model.get_input_embeddings()(input_ids)  # (B, T, D)
-        num_copies = mask.shape[1] - input_ids.shape[1]
-        copies = self.signal.embedding.to(tokens).expand(len(input_ids), num_copies, -1)
-        output = forward(language_model, torch.cat([copies, tokens], dim=1), mask, places, use_cache=False)
-        states = output.hidden_states[-1][:, :num_copies]  # (B, K, D)
-        return output.logits[:, num_copies:], self.signal(states)
+        longest = input_ids.shape[1]
+        copies = self.signal.embedding.to(tokens).expand(len(input_ids), mask.shape[1] - longest, -1)
+        output = forward(language_model, torch.cat([tokens, copies], dim=1), mask, places, use_cache=False)
+        return output.logits[:, :longest], self.signal(output.hidden_states[-1][:, longest:])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there
         """Return the trained parameters by name."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from model.attention import Windows, window
+from model.attention import Span, Windows, window
 from model.chat import ChatTemplate, Message
 from model.errors import TemplateError
 from training.config import Cut
@@ -48,8 +48,8 @@ class Example(NamedTuple):
     """Of each learned token in the loss of its step."""
     row: tuple[str, int]
     """The part and the number of its row."""
-    assessments: tuple[tuple[int, range], ...] = ()
-    """Of `[CLS]`: how many response tokens each covers, and which of them it reads. A harmful prefix is response."""
+    spans: tuple[Span, ...] = ()
+    """The assessments of `[CLS]`. A harmful prefix is response."""
     request_label: int | None = None
     response_label: int | None = None
     content: tuple[bool, ...] = ()
@@ -81,7 +81,7 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cu
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise DataError("the tokenizer has no token that ends a response")
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, marks_content=True)
 
     def ids(text: str, where: str) -> tuple[int, ...]:
         found = tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -90,17 +90,17 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cu
         return found
 
     def encoded(dialogue: Dialogue) -> Encoded:
-        messages, where = [Message("user", dialogue.prompt)], dialogue.where
+        where = dialogue.where
         try:
-            request = template.encode(messages).request
+            prompt = template.encode([Message("user", dialogue.prompt)])
         except TemplateError as error:
             raise DataError(f"{where}: {error}") from error
         response = (*ids(dialogue.response, where), *([end] if dialogue.is_complete else []))
         return Encoded(
-            request[-cut.request_tokens :],
+            prompt.request[-cut.request_tokens :],
             response[: cut.response_tokens],
             ids(dialogue.harmful, where)[: cut.response_tokens] if dialogue.harmful else (),
-            template.content(messages)[-cut.request_tokens :],
+            prompt.content[-cut.request_tokens :],
             dialogue.request_label,
             dialogue.response_label,
         )
@@ -184,8 +184,8 @@ class Steps(Dataset[Example]):
         windows = Windows(*self._signal.windows)
         is_r1 = bool(torch.rand((), generator=generator) < 0.5) and row.request_label == 1
         return example._replace(
-            assessments=tuple(
-                (covers, window(covers, windows, is_malicious=is_r1)) for covers in sorted({0, *drawn, length})
+            spans=tuple(
+                Span(covers, window(covers, windows, is_malicious=is_r1)) for covers in sorted({0, *drawn, length})
             ),
             request_label=row.request_label,
             response_label=row.response_label if depth == 0 else None,

@@ -11,9 +11,9 @@ from pydantic.dataclasses import dataclass
 
 from training.config import STRICT, Answers, AtLeastOne, Count, Cut, NonNegative, Positive, Recipe, Share
 
-DialogueKind = Literal["triplets", "pairs", "responses"]
+DialogueKind = Literal["triplets", "pairs", "responses", "requests"]
 """Fields of a row. `triplets`: prompt, harmful_response, refusal. `pairs`: prompt, response. `responses`: prompt,
-response, harmful."""
+response, harmful. `requests`: prompt, harmful; only the malicious ones are taken, with a refusal of our own."""
 
 Label = Literal[0, 1]
 """1 for harm."""
@@ -30,10 +30,10 @@ class DialogueSource:
     """Keep only rows whose `source` begins with this."""
     limit: Count | None = None
     """Rows to sample; null takes all."""
-    response: Literal["refusal", "harmful_response"] = "refusal"
-    """Which response of `triplets` is read after the request."""
+    response: Literal["refusal", "harmful_response", "own_refusal"] = "refusal"
+    """Which response of `triplets` is read after the request; `own_refusal` is one of `training/refusals.py`."""
     request_label: Label | None = None
-    """What the signal learns of every request; null for nothing. Requests of triplets are malicious."""
+    """What the signal learns of every request; null for nothing. Those of triplets and `requests` are malicious."""
     response_label: Label | None = None
     """What the signal learns of every response of `pairs`; the other kinds say it themselves."""
     credit: str = ""
@@ -44,8 +44,8 @@ class DialogueSource:
     def __post_init__(self) -> None:
         if self.kind != "triplets" and self.response != "refusal":
             raise ValueError(f"response belongs to kind 'triplets', {self.kind!r} has one response")
-        if self.kind == "triplets" and self.request_label is not None:
-            raise ValueError("request_label: requests of triplets are malicious")
+        if self.kind in ("triplets", "requests") and self.request_label is not None:
+            raise ValueError(f"request_label: requests of {self.kind} are malicious")
         if self.kind != "pairs" and self.response_label is not None:
             raise ValueError(f"response_label belongs to kind 'pairs', {self.kind!r} says it itself")
 
@@ -195,7 +195,7 @@ class AnchorRecipe(Recipe):
     """Everything that decides what `ballast-train anchors` writes."""
 
     sources: Annotated[dict[str, DialogueSource], Field(min_length=1)]
-    """Only the prompts are read."""
+    """Only the prompts are read, and none that is labelled harmful."""
     name: str = "anchors"
     output: str = "runs/anchors.jsonl"
     """The file of answers, which a `pairs` source reads."""

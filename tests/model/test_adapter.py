@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from model import adapter
-from model.checkpoint import CONFIG_FILE, attach, load_head, save
+from model.checkpoint import CONFIG_FILE, attach, load, save
 from model.errors import BaseMismatch, CheckpointError
 from model.pretrained import Pretrained
 from model.testing import byte_tokenizer, tiny_lm, write_tiny
@@ -27,7 +27,7 @@ def tuned(tmp_path: Path) -> Path:
     _, folder = write_tiny(tmp_path)
     model = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     model.save_pretrained(str(folder / adapter.FOLDER))
-    head, config = load_head(folder)
+    head, _, config = load(folder)
     found = adapter.fingerprint(folder / adapter.FOLDER)
     save(folder, head, replace(config, base=replace(config.base, adapter=found)))
     return folder

@@ -17,7 +17,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 def template(source=CHAT_TEMPLATE) -> ChatTemplate:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = source
-    return ChatTemplate(tokenizer)
+    return ChatTemplate(tokenizer, marks_content=True)
 
 
 def text_of(ids: tuple[int, ...]) -> str:
@@ -285,10 +285,10 @@ def test_a_query_of_nothing_is_refused(start: int):
 
 
 def content_of(made: ChatTemplate, messages: list[Message]) -> str:
-    request = made.encode(messages).request
-    content = made.content(messages)
-    assert len(content) == len(request)
-    return byte_tokenizer().decode([token for token, is_text in zip(request, content, strict=True) if is_text])
+    prompt = made.encode(messages)
+    return byte_tokenizer().decode(
+        [token for token, is_text in zip(prompt.request, prompt.content, strict=True) if is_text]
+    )
 
 
 def test_the_content_is_the_text_of_every_message_and_nothing_of_the_template():
@@ -316,5 +316,4 @@ def test_text_that_a_template_strips_is_found():
 def test_where_the_text_cannot_be_told_every_token_is_content(change: str):
     changing = template(CHAT_TEMPLATE.replace("message['content']", change))
     messages = [Message("user", "and now?")]
-    assert all(changing.content(messages))
-    assert len(changing.content(messages)) == len(changing.encode(messages).request)
+    assert changing.encode(messages).content == (True,) * len(changing.encode(messages).request)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CONFIG_FILE, HEAD_FILE, attach, default_for, find, fingerprint_weights, load_head, save
+from model.checkpoint import CONFIG_FILE, HEAD_FILE, attach, default_for, find, fingerprint_weights, load, save
 from model.config import TokenHeadConfig
 from model.errors import BaseMismatch, CheckpointError
 from model.pretrained import DEFAULT_MODEL, Pretrained
@@ -28,7 +28,7 @@ def pretrained() -> Pretrained:
 
 def test_what_is_saved_is_loaded(folder):
     lm = tiny_guarded_lm()
-    head, config = load_head(folder)
+    head, _, config = load(folder)
     assert config == lm.config
     features = torch.randn(5, 2 * 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(head.response(features), lm.head.response(features))
@@ -40,7 +40,7 @@ def test_a_head_with_a_hidden_layer_and_its_standardisation_travel(tmp_path):
     head = TokenHead(config.token_head)
     head.request.mean.fill_(3.0)
     save(tmp_path, head, config)
-    loaded, _ = load_head(tmp_path)
+    loaded, _, _ = load(tmp_path)
     assert loaded.request.mean.tolist() == [3.0] * 2 * 64
     assert loaded.response.out.weight.shape == (1, 4)
 
@@ -48,7 +48,7 @@ def test_a_head_with_a_hidden_layer_and_its_standardisation_travel(tmp_path):
 def test_a_half_precision_head_is_read_in_float32(tmp_path):
     lm = tiny_guarded_lm()
     save(tmp_path, lm.head.bfloat16(), lm.config)
-    assert load_head(tmp_path)[0].request.out.weight.dtype == torch.float32
+    assert load(tmp_path).head.request.out.weight.dtype == torch.float32
 
 
 def test_saving_leaves_nothing_but_the_two_files(folder):
@@ -69,7 +69,7 @@ def test_a_write_over_an_older_checkpoint_that_fails_leaves_no_valid_one(folder)
 def test_a_missing_file_is_named(folder, file: str):
     (folder / file).unlink()
     with pytest.raises(CheckpointError, match=file):
-        load_head(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
@@ -77,7 +77,7 @@ def test_truncated_weights_are_an_error_that_names_the_folder(folder, kept: int)
     path = folder / HEAD_FILE
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match="cannot read the checkpoint") as raised:
-        load_head(folder)
+        load(folder)
     assert str(folder) in str(raised.value)
 
 
@@ -85,13 +85,13 @@ def test_a_truncated_configuration_is_an_error(folder):
     path = folder / CONFIG_FILE
     path.write_text(path.read_text()[:-20])
     with pytest.raises(CheckpointError, match="not valid JSON"):
-        load_head(folder)
+        load(folder)
 
 
 def test_a_configuration_that_is_not_text_is_an_error(folder):
     (folder / CONFIG_FILE).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="cannot read"):
-        load_head(folder)
+        load(folder)
 
 
 def test_weights_of_another_shape_than_configured_are_an_error(folder):
@@ -99,7 +99,7 @@ def test_weights_of_another_shape_than_configured_are_an_error(folder):
     raw["token_head"]["width"] = 64
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=r"size mismatch"):
-        load_head(folder)
+        load(folder)
 
 
 def test_a_missing_tensor_is_named(folder):
@@ -107,12 +107,12 @@ def test_a_missing_tensor_is_named(folder):
     del tensors["response.out.bias"]
     save_file(tensors, folder / HEAD_FILE)
     with pytest.raises(CheckpointError, match=r"out\.bias"):
-        load_head(folder)
+        load(folder)
 
 
 def test_a_checkpoint_attaches_to_the_model_it_was_made_for(folder, pretrained):
     lm = attach(pretrained, folder)
-    assert lm.config == load_head(folder)[1]
+    assert lm.config == load(folder).config
     assert lm.head is not None
 
 
@@ -131,7 +131,7 @@ def test_a_wrong_template_is_an_error(folder, pretrained):
 
 
 def test_a_wrong_width_is_named_with_the_models(folder, pretrained):
-    config = replace(load_head(folder)[1], token_head=TokenHeadConfig((-1,), 48, 0))
+    config = replace(load(folder).config, token_head=TokenHeadConfig((-1,), 48, 0))
     save(folder, TokenHead(config.token_head), config)
     with pytest.raises(CheckpointError, match="width 48, the model's are 32 wide"):
         attach(pretrained, folder)
@@ -139,7 +139,7 @@ def test_a_wrong_width_is_named_with_the_models(folder, pretrained):
 
 @pytest.mark.parametrize("layer", [4, -2])
 def test_a_layer_that_the_model_does_not_have_is_named(folder, pretrained, layer: int):
-    config = replace(load_head(folder)[1], token_head=TokenHeadConfig((layer,), 32, 0))
+    config = replace(load(folder).config, token_head=TokenHeadConfig((layer,), 32, 0))
     save(folder, TokenHead(config.token_head), config)
     with pytest.raises(CheckpointError, match=rf"layers \[{layer}\]; the model has -1 \(final\) and 0 to 3"):
         attach(pretrained, folder)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model.attention import Windows, window
-from model.cls_signal import ClsCache, ClsSignal, forward_training, sliding_window
+from model.attention import Span, Windows, window
+from model.cls_signal import ClsCache, ClsPass, ClsSignal, feed, sliding_window
 from model.errors import ModelError
 from model.testing import FAMILIES, tiny_lm
 
@@ -22,28 +22,35 @@ def signal(width: int = 32) -> ClsSignal:
     return made
 
 
-def decode(model, covered: set[int], *, is_read: bool = True, moves: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+BEFORE = Span(0, range(0))
+
+
+def span(number: int) -> Span:
+    return Span(number, window(number, WINDOWS, is_malicious=False))
+
+
+def start(model, content=CONTENT, request=REQUEST) -> tuple[ClsCache, ClsPass]:
+    cache = ClsCache(content)
+    return cache, feed(model, signal(), cache, request, [BEFORE])
+
+
+def decode(model, covered: set[int], **choices: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits at every response token and the states of every assessment, token by token."""
-    cache = ClsCache(model, signal(), CONTENT, is_read=is_read, moves=moves)
-    states = [cache.feed(REQUEST, read=range(0)).state]
+    cache = ClsCache(CONTENT)
+    copies = [feed(model, signal(), cache, REQUEST, [BEFORE], **choices).copies]
     logits = []
     for number, token in enumerate(RESPONSE, start=1):
-        read = window(number, WINDOWS, is_malicious=False) if number in covered else None
-        found = cache.feed([token], read)
+        found = feed(model, signal(), cache, [token], [span(number)] if number in covered else [], **choices)
         logits.append(found.logits)
-        if found.state is not None:
-            states.append(found.state)
-    return torch.stack(logits), torch.stack(states)
+        copies.append(found.copies)
+    return torch.stack(logits), torch.cat(copies)
 
 
-def plain(model, covered: set[int], *, is_read: bool = True, moves: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in one pass without a cache."""
-    lengths = [0, *sorted(covered)]
-    assessments = [(length, window(length, WINDOWS, is_malicious=False)) for length in lengths]
-    logits, states = forward_training(
-        model, signal(), [*REQUEST, *RESPONSE], CONTENT, assessments, is_read=is_read, moves=moves
-    )
-    return logits[len(REQUEST) :], states
+def at_once(model, covered: set[int], **choices: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one pass: final states become logits, as a pass returns only the newest."""
+    spans = [BEFORE, *(span(number) for number in sorted(covered))]
+    found = feed(model, signal(), ClsCache(CONTENT), [*REQUEST, *RESPONSE], spans, **choices)
+    return model.get_output_embeddings()(found.hidden_states[-1][len(REQUEST) :]), found.copies
 
 
 @pytest.mark.parametrize("moves", [False, True])
@@ -52,7 +59,7 @@ def plain(model, covered: set[int], *, is_read: bool = True, moves: bool = True)
 def test_cached_decoding_equals_one_pass_with_a_copy_per_assessment(family: str, moves: bool):
     model = tiny_lm(family)
     covered = {1, 2, 3, 5, 8, 13, 29}
-    one, other = decode(model, covered, moves=moves), plain(model, covered, moves=moves)
+    one, other = decode(model, covered, moves=moves), at_once(model, covered, moves=moves)
     assert torch.allclose(one[0], other[0], atol=1e-4)
     assert torch.allclose(one[1], other[1], atol=1e-4)
 
@@ -61,19 +68,29 @@ def test_cached_decoding_equals_one_pass_with_a_copy_per_assessment(family: str,
 @torch.inference_mode()
 def test_request_tokens_have_the_plain_models_logits(family: str):
     model = tiny_lm(family)
-    found = ClsCache(model, signal(), CONTENT).feed(REQUEST, read=range(0)).logits
-    assert torch.allclose(found, model(torch.tensor([REQUEST])).logits[0, -1], atol=1e-4)
+    assert torch.allclose(start(model)[1].logits, model(torch.tensor([REQUEST])).logits[0, -1], atol=1e-4)
 
 
 @torch.inference_mode()
 def test_a_request_may_be_fed_in_pieces():
     model = tiny_lm()
-    whole, pieces = (ClsCache(model, signal(), CONTENT) for _ in range(2))
-    pieces.feed(REQUEST[:4])
-    one, other = whole.feed(REQUEST, read=range(0)), pieces.feed(REQUEST[4:], read=range(0))
-    assert one.state is not None
-    assert torch.allclose(one.logits, other.logits, atol=1e-5)
-    assert torch.allclose(one.state, other.state, atol=1e-5)
+    whole, pieces = start(model)[1], ClsCache(CONTENT)
+    feed(model, signal(), pieces, REQUEST[:4])
+    found = feed(model, signal(), pieces, REQUEST[4:], [BEFORE])
+    assert torch.allclose(found.logits, whole.logits, atol=1e-5)
+    assert torch.allclose(found.copies, whole.copies, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_pass_may_assess_without_a_new_token():
+    model = tiny_lm()
+    at_once, later = start(model)[0], start(model)[0]
+    found = feed(model, signal(), at_once, RESPONSE[:3], [span(3)])
+    feed(model, signal(), later, RESPONSE[:3])
+    assert torch.allclose(feed(model, signal(), later, [], [span(3)]).copies, found.copies, atol=1e-5)
+    assert at_once.length == later.length == len(REQUEST) + 3
+    for one, other in zip(at_once.layers, later.layers, strict=True):
+        assert torch.allclose(one.keys[:, :, 0], other.keys[:, :, 0], atol=1e-5)
 
 
 @torch.inference_mode()
@@ -90,9 +107,8 @@ def test_an_assessment_reads_only_the_text_of_the_request_and_its_window():
     model = tiny_lm()
 
     def state(request: list[int], response: list[int]) -> torch.Tensor:
-        length = len(response)
-        covers = [(0, range(0)), (length, window(length, WINDOWS, is_malicious=False))]
-        return forward_training(model, signal(), [*request, *response], CONTENT, covers)[1][1]
+        spans = [BEFORE, span(len(response))]
+        return feed(model, signal(), ClsCache(CONTENT), [*request, *response], spans).copies[1]
 
     # One layer deep: what the row itself does not read can still reach it through tokens that it reads.
     model.model.layers = model.model.layers[:1]
@@ -106,15 +122,14 @@ def test_an_assessment_reads_only_the_text_of_the_request_and_its_window():
 @torch.inference_mode()
 def test_after_a_rollback_and_an_assessment_nothing_is_left_of_what_was_withdrawn():
     model = tiny_lm()
-    kept, cropped = (ClsCache(model, signal(), CONTENT) for _ in range(2))
+    kept, cropped = start(model)[0], start(model)[0]
     for cache in (kept, cropped):
-        cache.feed(REQUEST, read=range(0))
-        cache.feed(RESPONSE[:5])
-    cropped.feed(RESPONSE[5:9], read=range(5, 9))  # `[CLS]` has seen what is withdrawn
-    cropped.crop(len(REQUEST) + 5)
+        feed(model, signal(), cache, RESPONSE[:5])
+    feed(model, signal(), cropped, RESPONSE[5:9], [Span(9, range(5, 9))])  # `[CLS]` has seen what is withdrawn
+    cropped.shorten(len(REQUEST) + 5)
     for cache in (kept, cropped):
-        cache.feed([7], read=range(2, 6))
-    one, other = (cache.feed([8]) for cache in (kept, cropped))
+        feed(model, signal(), cache, [7], [span(6)])
+    one, other = (feed(model, signal(), cache, [8]) for cache in (kept, cropped))
     assert torch.allclose(one.logits, other.logits, atol=1e-5)
 
 
@@ -123,7 +138,7 @@ def test_after_a_rollback_and_an_assessment_nothing_is_left_of_what_was_withdraw
 def test_a_request_longer_than_the_sliding_window_is_read_as_the_plain_model_reads_it(family: str):
     model, request = tiny_lm(family), list(range(3, 43))
     assert sliding_window(model) == 16
-    found = ClsCache(model, signal(), [True] * 40).feed(request, read=range(0)).logits
+    found = start(model, [True] * 40, request)[1].logits
     assert torch.allclose(found, model(torch.tensor([request])).logits[0, -1], atol=1e-4)
 
 

@@ -34,8 +34,8 @@ class ListeningLM(ScriptedLM):
         self.covered: list[str] = []
         self._read = ""
 
-    def forward(self, token_ids, cache, *, states_of_last=0):
-        output = super().forward(token_ids, cache, states_of_last=states_of_last)
+    def forward(self, token_ids, cache, *, states_of_last=0, spans=()):
+        output = super().forward(token_ids, cache, states_of_last=states_of_last, spans=spans)
         if states_of_last:  # the head reads these states until there are newer ones
             self._read = self._split(list(cache))[1]
         return output

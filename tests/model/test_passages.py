@@ -55,8 +55,8 @@ class WatchedLM(GuardedLM):
         self.features: dict[Side, list[Tensor]] = {"request": [], "response": []}
         """What each assessment read."""
 
-    def forward(self, token_ids: Sequence[int], cache: Any, *, states_of_last: int = 0) -> StepOutput:
-        output = super().forward(token_ids, cache, states_of_last=states_of_last)
+    def forward(self, token_ids: Sequence[int], cache: Any, *, states_of_last: int = 0, spans: Any = ()) -> StepOutput:
+        output = super().forward(token_ids, cache, states_of_last=states_of_last, spans=spans)
         self.num_states.append(states_of_last)
         logits = torch.full((self.vocab_size,), -50.0)
         logits[self.script[max(0, cache.get_seq_length() - self.border)]] = 50.0

@@ -61,7 +61,7 @@ class Interrupt(TrainerCallback):
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(checkpoint.load_head(folder)[0].state_dict())
+    return dict(checkpoint.load(folder).head.state_dict())
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
@@ -79,7 +79,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(recipe: HeadRecipe, tiny:
 def test_a_finished_run_repeats_to_the_same_checkpoint(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
     train_head(recipe, "once")
     first = (tmp_path / "checkpoint" / checkpoint.CONFIG_FILE).read_text()
-    assert checkpoint.load_head(tmp_path / "checkpoint")[1].base.weights == checkpoint.fingerprint_weights(tiny.model)
+    assert checkpoint.load(tmp_path / "checkpoint").config.base.weights == checkpoint.fingerprint_weights(tiny.model)
     train_head(recipe, "once")
     assert (tmp_path / "checkpoint" / checkpoint.CONFIG_FILE).read_text() == first
 
@@ -96,7 +96,7 @@ def test_a_permissive_run_says_so(recipe: HeadRecipe, tiny: Pretrained):
     bound = ("own_answers", "alpaca", "refusals")
     free = {name: source for name, source in recipe.sources.items() if name not in bound}
     folder = train_head(replace(recipe, sources=free, is_permissive_only=True), "permissive")
-    assert checkpoint.load_head(folder)[1].licence == "Apache-2.0"
+    assert checkpoint.load(folder).config.licence == "Apache-2.0"
 
 
 def test_a_linear_head_on_two_layers_learns_capital_letters(recipe: HeadRecipe, tiny: Pretrained):
@@ -112,7 +112,7 @@ def test_a_linear_head_on_two_layers_learns_capital_letters(recipe: HeadRecipe, 
     }
     assert (len(losses["request"]), len(losses["response"])) == (3, 8)
     assert all(one[-1] < one[0] for one in losses.values())
-    assert checkpoint.load_head(folder)[1].token_head.layers == (0, -1)
+    assert checkpoint.load(folder).config.token_head.layers == (0, -1)
 
 
 def test_weights_of_unclear_licence_are_refused(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):

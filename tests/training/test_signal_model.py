@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.cls_signal import FILE, forward_training, load, sliding_window
+from model.cls_signal import FILE, ClsCache, feed, load, sliding_window
 from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
 from tests.training.tuning import Count, Interrupt, SeesCheckpointing, losses, recipe, weights
@@ -27,7 +27,7 @@ def examples() -> list[Example]:
 
 def test_assessments_begin_before_the_response_and_end_with_all_of_it():
     for example in examples():
-        covered = [covers for covers, _ in example.assessments]
+        covered = [span.covers for span in example.spans]
         assert covered[0] == 0
         assert covered[-1] == len(example.ids) - len(CONTENT)
         assert covered == sorted(set(covered))
@@ -37,7 +37,7 @@ def test_assessments_begin_before_the_response_and_end_with_all_of_it():
 def test_which_rule_reads_a_response_to_a_malicious_request_says_nothing_of_its_label(response_label: int):
     row = Encoded((1, 30, 31, 32, 2), tuple(range(40, 60)), (), CONTENT, 1, response_label)
     steps = Steps([EncodedPart("rows", [row], 1.0, 1, None)], 200, seed=0, signal=SETTINGS)
-    last = [steps[i].assessments[-1][1] for i in range(200)]
+    last = [steps[i].spans[-1].read for i in range(200)]
     assert set(last) == {range(3), range(16, 20)}
     assert 70 < sum(read == range(3) for read in last) < 130
 
@@ -45,7 +45,7 @@ def test_which_rule_reads_a_response_to_a_malicious_request_says_nothing_of_its_
 def test_a_benign_request_is_never_read_as_a_malicious_one():
     row = Encoded((1, 30, 31, 32, 2), tuple(range(40, 60)), (), CONTENT, 0, 0)
     steps = Steps([EncodedPart("rows", [row], 1.0, 1, None)], 50, seed=0, signal=SETTINGS)
-    assert {steps[i].assessments[-1][1] for i in range(50)} == {range(16, 20)}
+    assert {steps[i].spans[-1].read for i in range(50)} == {range(16, 20)}
 
 
 def test_a_refusal_after_a_harmful_prefix_teaches_nothing_about_responses():
@@ -53,7 +53,7 @@ def test_a_refusal_after_a_harmful_prefix_teaches_nothing_about_responses():
     part = EncodedPart("recovery", [row], 1.0, 1, Recovery(probability=1.0))
     example = Steps([part], 1, seed=0, signal=SETTINGS)[0]
     assert (example.request_label, example.response_label) == (1, None)
-    assert example.assessments[-1][0] == len(example.ids) - len(CONTENT)
+    assert example.spans[-1].covers == len(example.ids) - len(CONTENT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,9 +66,9 @@ def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str):
     of_signal = collate_signal(found, batch["input_ids"].shape[1], SETTINGS, sliding_window(model))
     logits, cls = whole(batch["input_ids"], of_signal.mask, of_signal.places)
     for row, example in enumerate(found):
-        alone, states = forward_training(model, whole.signal, example.ids, CONTENT, example.assessments)
-        assert torch.allclose(logits[row, : len(example.ids)], alone, atol=1e-4)
-        assert torch.allclose(cls[row, : len(states)], whole.signal(states), atol=1e-4)
+        alone = feed(model, whole.signal, ClsCache(CONTENT), example.ids, example.spans)
+        assert torch.allclose(logits[row, len(example.ids) - 1], alone.logits, atol=1e-4)
+        assert torch.allclose(cls[row, : len(alone.copies)], whole.signal(alone.copies), atol=1e-4)
 
 
 def test_the_request_loss_reads_the_first_copy_and_only_labelled_rows():
