@@ -106,7 +106,7 @@ class Reader:
         of_query = self._query.extend(output.states[:num_query]) if output.states is not None and num_query else None
         request = self._assess_request(of_query, output) if ends_request and self._watches_request else None
         has_both = self._lm.cls is not None and self._lm.head is not None
-        response = self._assess_response(numbers if has_both else due, due, output)
+        response = self._assess_response(numbers if has_both and self._watches_response else due, due, output)
         return self._step(output.logits, request, response)
 
     def assess_newest(self, *, turned_at: int | None = None) -> Step:
@@ -143,7 +143,7 @@ class Reader:
 
     def _due(self, numbers: range, *, is_suspicious: bool, must_assess: bool) -> list[int]:
         """Return at which of the new response tokens the schedule asks for an assessment."""
-        if not self._watches_response and not self._lm.reads_cls:
+        if not self._watches_response:
             return []
         if self._lm.cls is None and len(numbers) > 1:
             return list(numbers)

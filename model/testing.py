@@ -117,11 +117,19 @@ def _random_cls(config: SafetyConfig) -> ClsSignal | None:
     return signal
 
 
+class _Fed(list[int]):
+    """Ids that were fed, and how many of them are the request."""
+
+    def __init__(self, num_request: int) -> None:
+        super().__init__()
+        self.num_request = num_request
+
+
 class ScriptedLM(GuardedLM):
     """Says its script whatever it is asked; an upper-case letter is harm.
 
     The request risk is high where the request holds an upper-case letter in the user's turns; the
-    response risk is high at every token that is an upper-case letter.
+    response risk is high at every token that is an upper-case letter, and at every `[CLS]` that reads one.
 
     Args:
         script: what it answers; it ends with end-of-sequence.
@@ -135,38 +143,49 @@ class ScriptedLM(GuardedLM):
         self, script: str, refusal_script: str = ". bye.", *, fails_at: int | None = None, **changes: Any
     ) -> None:
         lm = tiny_guarded_lm(**changes)
-        super().__init__(lm.model, lm.tokenizer, lm.head, lm.config)
+        super().__init__(lm.model, lm.tokenizer, lm.head, lm.config, lm.cls)
         self._script = script
         self._refusal_script = refusal_script
         self._fails_at = fails_at
         self.fed: list[tuple[int, ...]] = []
         """The new tokens of every forward pass."""
+        self.spans: list[tuple[Span, ...]] = []
+        """What `[CLS]` read in every forward pass."""
 
     def forward(
         self, token_ids: Sequence[int], cache: Any, *, states_of_last: int = 0, spans: Sequence[Span] = ()
     ) -> StepOutput:
         """Return logits that make the script's next token certain, and states that are request and response logit."""
         self.fed.append(tuple(token_ids))
+        self.spans.append(tuple(spans))
         if self._fails_at is not None and len(self.fed) == self._fails_at:
             raise RuntimeError("scripted fault")
         cache.extend(token_ids)
         logits = torch.full((self.vocab_size,), -50.0)
         logits[self._next(list(cache))] = 50.0
-        if not states_of_last:
-            return StepOutput(logits, None)
-        request = self.HIGH if any(map(str.isupper, self._request_text(list(cache)))) else self.LOW
+        request = self._logit(self._request_text(list(cache)))
+        response = [str(self.tokenizer.decode([token])) for token in cache[cache.num_request :]]
+        copies = [[request, self._logit("".join(response[s.read.start : s.read.stop]))] for s in spans]
         newest = [str(self.tokenizer.decode([token])) for token in token_ids[-states_of_last:]]
-        states = [[request, self.HIGH if text.isupper() else self.LOW] for text in newest]
-        return StepOutput(logits, torch.tensor(states))
+        states = [[request, self._logit(text)] for text in newest]
+        is_read = self.head is not None and states_of_last > 0
+        return StepOutput(logits, torch.tensor(states) if is_read else None, torch.tensor(copies) if spans else None)
 
     def assess(self, side: Side, features: Tensor) -> Assessed:
         """Return the logits that stand in the states themselves."""
         logits: list[float] = features[:, 0 if side == "request" else 1].tolist()
         return Assessed(logits, 1e-5)
 
+    def assess_cls(self, side: Side, copies: Tensor) -> Assessed:
+        """Return the logits that stand in the copies themselves."""
+        return self.assess(side, copies)
+
     def new_cache(self, prompt: EncodedPrompt | None = None) -> Any:
         """Return a list of the ids fed so far."""
-        return []
+        return _Fed(len(prompt.request) if prompt is not None else 0)
+
+    def _logit(self, text: str) -> float:
+        return self.HIGH if any(map(str.isupper, text)) else self.LOW
 
     def crop(self, cache: Any, length: int) -> None:
         """Forget the ids after the first `length`."""

@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from model.policy import Mode
+from model.schedule import parse
 from server.complaint import complaint
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -50,6 +60,11 @@ class ApiKey(BaseModel):
 def _split(value: Any) -> Any:
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
+    return value
+
+
+def _schedule(value: str) -> str:
+    parse(value)
     return value
 
 
@@ -95,6 +110,14 @@ class Settings(BaseSettings):
 
     input_mode: Mode = setting(Mode.BLOCK, "Safety", "request side: off, score (observe) or block (act)")
     output_mode: Mode = setting(Mode.BLOCK, "Safety", "response side: off, score or block")
+    schedule: Annotated[str, AfterValidator(_schedule)] | None = setting(
+        None,
+        "Safety",
+        "when the response is assessed: every, annealed, periodic-N or first; of a checkpoint with [CLS] and a token "
+        "head, when [CLS] is",
+        "the checkpoint's own",
+    )
+    read_cls: bool = setting(True, "Safety", "response tokens read [CLS], where the checkpoint has it")
     expose_risk: Exposure | None = setting(
         None, "Safety", "what callers see of the risks", "full on a loopback address, else flag"
     )

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import CONFIG_FILE, HEAD_FILE, attach, default_for, find, fingerprint_weights, load, save
-from model.config import TokenHeadConfig
+from model.cls_signal import FILE as CLS_FILE
+from model.cls_signal import ClsSignal
+from model.config import ClsConfig, TokenHeadConfig
 from model.errors import BaseMismatch, CheckpointError
 from model.pretrained import DEFAULT_MODEL, Pretrained
 from model.safety_head import TokenHead
@@ -176,3 +178,42 @@ def test_another_precision_than_that_of_the_calibration_is_said(folder, pretrain
     assert caplog.text == ""
     attach(Pretrained("tiny", pretrained.model.bfloat16(), pretrained.tokenizer), folder)
     assert "calibrated in float32, the model runs in bfloat16" in caplog.text
+
+
+# With a `[CLS]` signal
+
+
+@pytest.mark.parametrize("changes", [{}, {"token_head": None}])
+def test_a_cls_signal_is_saved_and_attached(tmp_path, pretrained, changes):
+    lm = tiny_guarded_lm(cls=ClsConfig(schedule="periodic-4"), **changes)
+    save(tmp_path, lm.head, lm.config, lm.cls)
+    assert (tmp_path / HEAD_FILE).exists() is (lm.head is not None)
+    attached = attach(pretrained, tmp_path)
+    assert torch.equal(attached.cls.embedding, lm.cls.embedding)
+    assert (attached.head is None) is (lm.head is None)
+    assert attached.reads_cls
+    assert not attach(pretrained, tmp_path, reads_cls=False).reads_cls
+    assert attached.schedule.interval(0) == 4
+    assert attach(pretrained, tmp_path, schedule="every").schedule.interval(0) == 1
+
+
+def test_a_later_checkpoint_leaves_no_signal_of_an_earlier_one(tmp_path):
+    lm = tiny_guarded_lm(cls=ClsConfig())
+    save(tmp_path, lm.head, lm.config, lm.cls)
+    save(tmp_path, lm.head, replace(lm.config, cls=None))
+    assert not (tmp_path / CLS_FILE).exists()
+
+
+def test_a_missing_cls_signal_is_named(tmp_path):
+    lm = tiny_guarded_lm(cls=ClsConfig())
+    save(tmp_path, lm.head, lm.config, lm.cls)
+    (tmp_path / CLS_FILE).unlink()
+    with pytest.raises(CheckpointError, match=CLS_FILE):
+        load(tmp_path)
+
+
+def test_a_cls_signal_of_another_width_is_refused(tmp_path, pretrained):
+    lm = tiny_guarded_lm(cls=ClsConfig())
+    save(tmp_path, lm.head, lm.config, ClsSignal(48))
+    with pytest.raises(CheckpointError, match=r"\[CLS\] is 48 wide, the model's are 32"):
+        attach(pretrained, tmp_path)

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from model.config import SafetyConfig
+from model.config import ClsConfig, SafetyConfig
 from model.errors import CheckpointError
 from model.policy import Mode, Policy
+from model.schedule import Annealed, Every
 from model.testing import byte_tokenizer, tiny_config, tiny_lm
 
 
@@ -35,6 +36,42 @@ def test_what_is_written_is_read_back(config):
 def test_every_field_survives_the_round_trip(config):
     other = replace(config, patience=5, lookback=2, smoothing=0.3, licence="CC-BY-4.0", onset=0.25)
     assert SafetyConfig.from_json(other.to_json()) == other
+
+
+@pytest.mark.parametrize("changes", [{}, {"token_head": None}])
+def test_a_cls_signal_travels_beside_a_token_head_or_alone(config, changes):
+    other = replace(config, cls=ClsConfig((5, 15, 10), moves=False, schedule="periodic-4"), **changes)
+    assert SafetyConfig.from_json(other.to_json()) == other
+
+
+def test_without_any_signal_a_configuration_is_refused(config):
+    with pytest.raises(CheckpointError, match="token_head and cls are both missing"):
+        SafetyConfig.from_json(changed(config, "token_head", None))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("windows", [10, 10], r"cls.windows must be r1, r2 and r3, got \[10, 10\]"),
+        ("windows", [10, 0, 10], "r1, r2 and r3 must be at least 1, got 10, 0 and 10"),
+        ("schedule", "often", "unknown schedule 'often'; there are every, first, annealed and periodic-N"),
+        ("request_share", 1.5, r"cls.request_share must be in \[0, 1\], got 1.5"),
+        ("response_share", -0.1, r"cls.response_share must be in \[0, 1\], got -0.1"),
+        ("moves", 1, "moves must be of type bool, got 1"),
+        ("window", 1, "unknown keys"),
+    ],
+)
+def test_a_wrong_value_of_the_cls_signal_is_named(config, key: str, value, named: str):
+    with pytest.raises(CheckpointError, match=named):
+        SafetyConfig.from_json(changed(replace(config, cls=ClsConfig()), f"cls.{key}", value))
+
+
+def test_a_schedule_is_the_checkpoints_own_unless_one_is_asked_for(config):
+    beside, alone = replace(config, cls=ClsConfig()), replace(config, cls=ClsConfig(), token_head=None)
+    assert config.schedule() == Every()
+    assert beside.schedule() == Annealed()
+    assert alone.schedule().interval(1000) == 8
+    assert alone.schedule("annealed") == Annealed()
 
 
 def test_the_same_configuration_is_the_same_text(config):

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.schedule import Annealed, Every, First, Periodic, is_due
+from model.schedule import Annealed, Every, First, Periodic, is_due, parse
 
 
 def assessed_positions(schedule, length: int) -> list[int]:
@@ -52,3 +52,23 @@ def test_nothing_is_assessed_twice():
 def test_a_period_below_one_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         Periodic(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("every", Every()), ("first", First()), ("annealed", Annealed()), ("periodic-12", Periodic(12))],
+)
+def test_a_schedule_has_a_name(name: str, schedule):
+    assert parse(name) == schedule
+
+
+@pytest.mark.parametrize("name", ["", "Every", "periodic", "periodic-0", "periodic--3", "periodic-x", "annealed-8"])
+def test_another_name_is_refused_with_those_that_are_known(name: str):
+    with pytest.raises(ValueError, match="there are every, first, annealed and periodic-N"):
+        parse(name)
+
+
+@given(position=st.integers(0, 10_000), longest=st.integers(1, 30))
+def test_an_annealed_schedule_may_be_limited(position: int, longest: int):
+    limited = parse("annealed", longest=longest).interval(position)
+    assert limited == min(longest, Annealed().interval(position))

@@ -1,0 +1,246 @@
+"""Generating with `[CLS]`: when it is assessed, what it reads, and what follows from it.
+
+In the scripted model an upper-case letter is harm, and `[CLS]` is suspicious where it reads one. Block at 0.9, no
+smoothing, patience 3, lookback 8; a refusal begins with "sorry, no". One byte is one token.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.attention import Span
+from model.chat import EncodedPrompt, Message
+from model.config import ClsConfig, Thresholds, TokenHeadConfig
+from model.generation import generate
+from model.policy import Mode
+from model.reader import BEFORE, Reader
+from model.schedule import Annealed, Every, First, Periodic
+from model.scoring import score
+from model.testing import FAMILIES, ScriptedLM, tiny_guarded_lm, tiny_lm
+from model.trace import probability
+
+CLS = ClsConfig(windows=(4, 5, 3))
+REFUSAL = "sorry, no. bye."
+SCORE = {"input": Mode.SCORE, "output": Mode.SCORE}
+OFF = {"input": Mode.OFF, "output": Mode.OFF}
+NEVER = Thresholds(block=0.999999, flag=0.5)
+SCHEDULES = [Every(), Periodic(4), Annealed(), First()]
+
+
+def alone(script: str, **changes) -> ScriptedLM:
+    return ScriptedLM(script, token_head=None, cls=CLS, **changes)
+
+
+def both(script: str, **changes) -> ScriptedLM:
+    return ScriptedLM(script, **{"cls": CLS, **changes})
+
+
+def covered(lm: ScriptedLM) -> list[int]:
+    return [span.covers for spans in lm.spans for span in spans]
+
+
+# When it is assessed
+
+
+def test_the_request_is_assessed_at_its_end_and_the_response_as_scheduled(ask):
+    lm = both("a" * 20)
+    ask(lm, schedule=Periodic(6))
+    assert covered(lm) == [0, 6, 12, 18]
+
+
+def test_alone_it_is_assessed_at_the_end_of_the_response_too(ask):
+    lm = alone("a" * 20)
+    ask(lm, schedule=Periodic(6))
+    assert covered(lm) == [0, 6, 12, 18, 20]
+
+
+def test_a_suspicious_assessment_makes_the_schedule_dense(ask):
+    lm = alone("aaaaaaaaaAa")
+    ask(lm, schedule=Periodic(5), **SCORE)
+    assert covered(lm) == [0, 5, 10, 11]
+
+
+def test_alone_the_checkpoints_schedule_waits_8_tokens_at_most(ask):
+    lm = alone("a" * 130)
+    ask(lm, max_tokens=200)
+    found = covered(lm)
+    assert max(after - before for before, after in pairwise(found)) == 8
+    beside = both("a" * 130)
+    ask(beside, max_tokens=200)
+    assert max(after - before for before, after in pairwise(covered(beside))) == 10
+
+
+# What it reads
+
+
+def test_rule_2_the_latest_tokens(ask):
+    lm = alone("a" * 12)
+    ask(lm, schedule=Periodic(4))
+    assert [span.read for spans in lm.spans for span in spans] == [range(0), range(4), range(3, 8), range(7, 12)]
+
+
+def test_rule_3_both_sides_of_where_the_response_turned(ask):
+    lm = alone("aaaaaaaaAaaaa", patience=9)
+    ask(lm, schedule=Every(), **SCORE)
+    reads = {span.covers: span.read for spans in lm.spans for span in spans}
+    assert reads[9] == range(4, 9)  # the first suspicious one
+    assert reads[10] == range(3, 10)  # it turned after 8 tokens: five before them to three after
+    assert reads[12] == reads[13] == range(3, 11)
+
+
+def test_rule_1_a_refusal_is_read_at_its_beginning_where_a_token_head_watches_it(ask):
+    lm = both("a", cls=replace(CLS, windows=(11, 5, 3)))
+    assert ask(lm, "Bad").refusal == REFUSAL
+    request, prefix, *rest = [spans for spans in lm.spans if spans]
+    assert request == (BEFORE,)
+    assert prefix == (BEFORE, Span(9, range(9)))
+    assert [span for spans in rest for span in spans] == [Span(10, range(10)), Span(11, range(11))]
+
+
+def test_alone_it_goes_on_reading_what_is_new_in_a_refusal(ask):
+    lm = ScriptedLM("a", ". HARM", token_head=None, cls=CLS)
+    answer = ask(lm, "Bad")
+    assert answer.refusal == "sorry, no. the end."
+    assert (Span(12, range(7, 12)),) in lm.spans
+
+
+def test_a_malicious_request_that_is_only_scored_is_read_by_rule_2(ask):
+    # By rule 1 harm after the first tokens would never be seen.
+    lm = alone("a" * 20 + "HARM")
+    answer = ask(lm, "Bad", input=Mode.SCORE)
+    assert answer.text == "a" * 20
+    assert answer.finish.action == "rolled_back"
+
+
+# What follows from it
+
+
+@pytest.mark.parametrize("make", [alone, both])
+def test_a_malicious_request_is_refused(ask, make):
+    answer = ask(make("all is well"), "Bad")
+    assert (answer.text, answer.refusal, answer.finish.action) == ("", REFUSAL, "refused")
+
+
+scripts = st.text(st.sampled_from("ab C"), max_size=40)
+
+
+@given(script=scripts, schedule=st.sampled_from(SCHEDULES), num_given=st.integers(0, 12))
+def test_alone_it_lets_no_response_end_on_harm_that_it_reads(script: str, schedule, num_given: int, ask):
+    given_text, rest = script[:num_given], script[num_given:]
+    answer = ask(alone(script), schedule=schedule, prefill=given_text or None, max_tokens=60)
+    if answer.finish.action == "none":
+        assert answer.text == rest
+        assert not any(map(str.isupper, script[-CLS.windows[1] :]))  # the last assessment acts alone
+    else:
+        assert any(map(str.isupper, script))
+        assert rest.startswith(answer.text)
+        assert answer.text == "" or not any(map(str.isupper, given_text + answer.text))
+
+
+@given(script=scripts)
+def test_alone_and_at_every_token_it_releases_no_harm(script: str, ask):
+    # A harmful letter stays in the window long enough for three assessments in a row.
+    answer = ask(alone(script), schedule=Every(), max_tokens=60)
+    assert answer.text == (script[: script.index("C")] if "C" in script else script)
+
+
+def test_a_share_of_0_is_the_token_head_alone_and_of_1_the_cls(ask):
+    def risks(share: float) -> list[float]:
+        lm = both("abCdefghijk", cls=replace(CLS, response_share=share))
+        return [token.risk for token in ask(lm, schedule=Every(), **SCORE).tokens]
+
+    high = probability(ScriptedLM.HIGH)
+    assert [risk == high for risk in risks(0.0)] == [text == "C" for text in "abCdefghijk"]
+    assert [risk == high for risk in risks(1.0)] == [False, False, *[True] * 9]  # rule 3 keeps reading the turn
+    assert risks(0.5)[4] == pytest.approx(probability(0.0))  # the head's -8 and the +8 of `[CLS]`
+
+
+def test_between_assessments_the_newest_one_holds(ask):
+    lm = both("aaaaAaaaaaaaa", cls=replace(CLS, response_share=1.0))
+    found = [token.risk > 0.5 for token in ask(lm, schedule=Periodic(5), **SCORE).tokens]
+    # Assessed at 5; suspicious, so at each token, until the window around the turn no longer holds the letter.
+    assert found[:4] == [False] * 4
+    assert found[4:8] == [True] * 4
+
+
+def test_a_failing_cls_counts_as_unsafe(ask):
+    lm = tiny_guarded_lm(token_head=None, cls=CLS, request=NEVER, response=NEVER)
+    with torch.no_grad():
+        lm.cls.out.bias.fill_(torch.nan)
+    answer = ask(lm)
+    assert answer.finish.action == "refused"
+    assert answer.finish.num_head_failures > 0
+
+
+# Slow twins: what is generated is what is scored, and nothing is left of what was withdrawn
+
+
+@pytest.mark.parametrize("schedule", ["every", "periodic-4", "annealed", "first"])
+@pytest.mark.parametrize("head", [None, TokenHeadConfig((1, -1), 32, 0)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trace_of_a_generation_is_that_of_scoring_what_it_said(family: str, head, schedule: str):
+    lm = tiny_guarded_lm(family, token_head=head, cls=replace(CLS, schedule=schedule), request=NEVER, response=NEVER)
+    prompt = lm.chat.encode([Message("user", "tell me more")])
+    reader = Reader(lm, prompt, lm.schedule, watches_request=True, watches_response=True)
+    step = reader.feed(prompt.request)
+    request, said, found = step.request, [], []
+    for number in range(1, 25):
+        said.append(int(step.logits.argmax()))
+        step = reader.feed(said[-1:], must_assess=number == 24)
+        found += step.response
+    scored = score(lm, EncodedPrompt(prompt.request, tuple(said), prompt.query_start, prompt.content))
+    assert scored.request_risk == pytest.approx(probability(request), abs=1e-4)
+    assert [a.position for a in scored.assessments] == [position for position, _ in found]
+    assert [a.risk for a in scored.assessments] == pytest.approx([probability(logit) for _, logit in found], abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [{"token_head": None}, {}])
+def test_a_refusal_holds_nothing_of_the_response_before_it(make):
+    lm = tiny_guarded_lm(cls=CLS, **make)
+    prompt, prefix = lm.chat.encode([Message("user", "tell me")]), lm.tokenizer.encode("sorry, no")
+    fresh, used = (Reader(lm, prompt, Every(), watches_request=True, watches_response=True) for _ in range(2))
+    for reader in (fresh, used):
+        reader.feed(prompt.request)
+    for token in lm.tokenizer.encode("something else"):
+        used.feed([token])
+    one, other = fresh.begin_refusal(prefix), used.begin_refusal(prefix)
+    assert torch.allclose(one, other, atol=1e-5)
+    one, other = fresh.feed([40], must_assess=True), used.feed([40], must_assess=True)
+    assert torch.allclose(one.logits, other.logits, atol=1e-5)
+    assert one.response[0] == pytest.approx(other.response[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [{"token_head": None}, {}])
+def test_what_is_said_is_the_same_whether_the_signal_is_reported_or_not(ask, make):
+    lm = tiny_guarded_lm(cls=CLS, **make)
+    scored, unwatched = ask(lm, **SCORE), ask(lm, **OFF)
+    assert [token.token_id for token in scored.tokens] == [token.token_id for token in unwatched.tokens]
+    assert (unwatched.finish.request_risk, unwatched.finish.response_risk) == (None, None)
+    assert all(token.risk is None for token in unwatched.tokens)
+
+
+def test_reading_is_a_switch(ask, make_request):
+    read = tiny_guarded_lm(cls=CLS)
+    unread = type(read)(read.model, read.tokenizer, read.head, read.config, read.cls, reads_cls=False)
+    bare = type(read)(read.model, read.tokenizer)
+    said = [[token.token_id for token in ask(lm, **OFF).tokens] for lm in (read, unread, bare)]
+    assert said[1] == said[2]
+    logits = []
+    for lm in (read, unread):
+        request = make_request(lm)
+        reader = Reader(lm, request.prompt, Every(), watches_request=True, watches_response=True)
+        reader.feed(request.prompt.request)
+        logits.append(reader.feed([40]).logits)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+def test_a_long_request_may_be_read_in_pieces(make_request):
+    lm = tiny_guarded_lm(cls=CLS, request=NEVER, response=NEVER)
+    lm = type(lm)(tiny_lm(context_length=2048), lm.tokenizer, lm.head, lm.config, lm.cls)
+    request = make_request(lm, "u" * 1200, **SCORE)
+    *_, finish = generate(lm, request)
+    assert finish.request_risk is not None
