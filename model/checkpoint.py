@@ -106,7 +106,9 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(head, cls_signal.load(folder) if config.cls is not None else None, config)
 
 
-def attach(pretrained: Pretrained, folder: Path, *, reads_cls: bool = True, schedule: str | None = None) -> GuardedLM:
+def attach(
+    pretrained: Pretrained, folder: Path, *, reads_cls: bool | None = None, schedule: str | None = None
+) -> GuardedLM:
     """Return the model with the signal of the checkpoint `folder`, and with its adapter if it brings one.
 
     Args:

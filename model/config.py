@@ -49,6 +49,8 @@ class ClsConfig:
     """r1, r2 and r3."""
     moves: bool = True
     """A re-assessed `[CLS]` takes the position of the newest token that it covers, instead of position 0."""
+    is_read: bool = True
+    """Response tokens read it, unless the server is told otherwise."""
     schedule: str = "annealed"
     """When it is assessed, as `model.schedule.parse` reads it."""
     request_share: float = 0.5

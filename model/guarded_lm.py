@@ -57,7 +57,8 @@ class GuardedLM:
         head: the token head, or None.
         config: the safety configuration that belongs to the signal; None for a model without one.
         cls: the `[CLS]` signal, or None.
-        reads_cls: response tokens read `[CLS]` (strategic attention); off is the published ablation.
+        reads_cls: response tokens read `[CLS]` (strategic attention); off is the published ablation. None takes the
+            configuration's.
         schedule: when assessments are made, by name; None takes the configuration's.
 
     Raises:
@@ -73,7 +74,7 @@ class GuardedLM:
         config: SafetyConfig | None = None,
         cls: ClsSignal | None = None,
         *,
-        reads_cls: bool = True,
+        reads_cls: bool | None = None,
         schedule: str | None = None,
     ) -> None:
         if (head is None and cls is None) != (config is None):
@@ -83,9 +84,9 @@ class GuardedLM:
         self.head = head.to(model.device).eval() if head is not None else None
         self.config = config
         self.cls = cls.to(model.device).eval() if cls is not None else None
-        self.reads_cls = cls is not None and reads_cls
         self.schedule = config.schedule(schedule) if config is not None else Every()
         self.cls_config = (config.cls if config is not None else None) or ClsConfig()
+        self.reads_cls = cls is not None and (self.cls_config.is_read if reads_cls is None else reads_cls)
         self.windows = Windows(*self.cls_config.windows)
         self.chat = ChatTemplate(tokenizer, marks_content=cls is not None)
         text_config = model.config.get_text_config()

@@ -14,7 +14,7 @@ from model.chat import EncodedPrompt
 from model.events import HeadWork
 from model.guarded_lm import Assessed, GuardedLM, StepOutput
 from model.safety_head import Passage
-from model.schedule import Schedule, is_due
+from model.schedule import Schedule, due
 
 BEFORE = Span(0, range(0))
 """The assessment of the request alone."""
@@ -91,14 +91,14 @@ class Reader:
         first, stop, border = self._num_fed, self._num_fed + len(token_ids), self._num_request
         ends_request = first < border <= stop
         numbers = range(max(first, border) - border + 1, stop - border + 1)  # of the response tokens
-        due = self._due(numbers, is_suspicious=turned_at is not None, must_assess=must_assess)
+        asked = self._due(numbers, is_suspicious=turned_at is not None, must_assess=must_assess)
         num_query = max(0, min(stop, border) - max(first, self._watched_from))
         is_watched = num_query > 0 or (len(numbers) > 0 and self._watches_response)
         output = self._lm.forward(
             token_ids,
             self._cache,
             states_of_last=num_query + len(numbers) if is_watched else 0,
-            spans=self._spans(due, turned_at, is_first=ends_request),
+            spans=self._spans(asked, turned_at, is_first=ends_request),
         )
         self._num_fed = stop
         if output.states is not None and len(numbers):
@@ -106,7 +106,7 @@ class Reader:
         of_query = self._query.extend(output.states[:num_query]) if output.states is not None and num_query else None
         request = self._assess_request(of_query, output) if ends_request and self._watches_request else None
         has_both = self._lm.cls is not None and self._lm.head is not None
-        response = self._assess_response(numbers if has_both and self._watches_response else due, due, output)
+        response = self._assess_response(numbers if has_both and self._watches_response else asked, asked, output)
         return self._step(output.logits, request, response)
 
     def assess_newest(self, *, turned_at: int | None = None) -> Step:
@@ -147,30 +147,24 @@ class Reader:
             return []
         if self._lm.cls is None and len(numbers) > 1:
             return list(numbers)
-        due = []
-        for number in numbers:
-            is_asked = is_due(self._schedule, number, self._newest_due, is_suspicious=is_suspicious)
-            if self._follows_r1:
-                is_asked = number <= self._lm.windows.r1
-            elif must_assess and number == numbers[-1]:
-                is_asked = True
-            if is_asked:
-                due.append(number)
-                self._newest_due = number
-        return due
+        if self._follows_r1:
+            return [number for number in numbers if number <= self._lm.windows.r1]
+        found = due(self._schedule, numbers, self._newest_due, is_suspicious=is_suspicious, must_assess=must_assess)
+        self._newest_due = found[-1] if found else self._newest_due
+        return found
 
     @property
     def _follows_r1(self) -> bool:
         """Whether `[CLS]` reads the first tokens of a refusal, and the token head watches the others."""
         return self._is_refusal and self._lm.cls is not None and self._lm.head is not None
 
-    def _spans(self, due: Sequence[int], turned_at: int | None, *, is_first: bool = False) -> list[Span]:
+    def _spans(self, numbers: Sequence[int], turned_at: int | None, *, is_first: bool = False) -> list[Span]:
         """Return what `[CLS]` reads in this pass, if there is one."""
         if self._lm.cls is None:
             return []
         windows, is_r1 = self._lm.windows, self._follows_r1
-        read = [window(number, windows, is_malicious=is_r1, turned_at=turned_at) for number in due]
-        return [*([BEFORE] if is_first else []), *map(Span, due, read)]
+        read = [window(number, windows, is_malicious=is_r1, turned_at=turned_at) for number in numbers]
+        return [*([BEFORE] if is_first else []), *map(Span, numbers, read)]
 
     def _assess_request(self, features: Tensor | None, output: StepOutput) -> float:
         """Return the logit of the request from what the head and `[CLS]` read at its end."""
@@ -182,21 +176,21 @@ class Reader:
         return _mean(token, cls, self._lm.cls_config.request_share)
 
     def _assess_response(
-        self, numbers: Sequence[int], due: Sequence[int], output: StepOutput
+        self, numbers: Sequence[int], fresh: Sequence[int], output: StepOutput
     ) -> list[tuple[int, float]]:
-        """Return the logits of some new response tokens, those at which `[CLS]` was assessed being `due`."""
+        """Return the logits of some new response tokens, `[CLS]` being `fresh` at some of them."""
         if not numbers:
             return []
         token: Sequence[float | None] = [None] * len(numbers)
         if self._features is not None and self._lm.head is not None:
             token = self._timed(self._lm.assess("response", self._features[-len(numbers) :]))
-        fresh: dict[int, float] = {}
-        if output.copies is not None and due:
-            of_cls = self._timed(self._lm.assess_cls("response", output.copies[-len(due) :]))
-            fresh = dict(zip(due, of_cls, strict=True))
+        cls: dict[int, float] = {}
+        if output.copies is not None and fresh:
+            logits = self._timed(self._lm.assess_cls("response", output.copies[-len(fresh) :]))
+            cls = dict(zip(fresh, logits, strict=True))
         found = []
         for number, logit in zip(numbers, token, strict=True):
-            self._held = fresh.get(number, self._held)
+            self._held = cls.get(number, self._held)
             found.append((number, _mean(logit, self._held, self._lm.cls_config.response_share)))
         return found
 

@@ -117,7 +117,9 @@ class Settings(BaseSettings):
         "head, when [CLS] is",
         "the checkpoint's own",
     )
-    read_cls: bool = setting(True, "Safety", "response tokens read [CLS], where the checkpoint has it")
+    read_cls: bool | None = setting(
+        None, "Safety", "response tokens read [CLS], where there is one", "the checkpoint's own"
+    )
     expose_risk: Exposure | None = setting(
         None, "Safety", "what callers see of the risks", "full on a loopback address, else flag"
     )
