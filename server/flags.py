@@ -90,7 +90,7 @@ def _add(group: Any, name: str, field: FieldInfo, shown: Any) -> None:
     """Add one setting's flag. Values stay strings here; `Settings` checks them."""
     flag = "--" + name.replace("_", "-")
     text = f"{field.description} (default: {shown or _in_words(field.default)})"
-    if field.annotation is bool:
+    if bool in (field.annotation, *get_args(field.annotation)):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
         group.add_argument(flag, metavar=_metavar(name, field.annotation), help=text)

@@ -43,6 +43,15 @@ def run_head(arguments: argparse.Namespace, command: str) -> None:
     sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
 
 
+def run_calibrate(arguments: argparse.Namespace, command: str) -> None:
+    """Set thresholds anew."""
+    recipe = recipe_file.load(HeadRecipe, arguments.config, arguments.overrides)
+    from training.run import calibrate_checkpoint
+
+    folder = calibrate_checkpoint(recipe, command)
+    sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
+
+
 def run_tune(arguments: argparse.Namespace, command: str) -> None:
     """Fine-tune a language model."""
     recipe = recipe_file.load(TuneRecipe, arguments.config, arguments.overrides)
@@ -96,6 +105,16 @@ Interrupted? The same command goes on where it was. Every key of a recipe is exp
   ballast-train head data=/data sources.diasafety.limit=1000 head.layers=[20,-1]
 
 Interrupted? The same command goes on where it was. Every key of a recipe is explained in training/config.py.""",
+    ),
+    "calibrate": Command(
+        run_calibrate,
+        "head_all_rows",
+        "set the thresholds of a checkpoint anew, or those of a [CLS] signal without a token head",
+        """examples:
+  ballast-train calibrate checkpoint=checkpoints/mine output=checkpoints/stricter acting.request_false_positives=0.01
+  ballast-train calibrate adapter=runs/signal/adapter output=checkpoints/cls-alone schedule=periodic-8
+
+The recipe's sources are the rows that thresholds are set on. Every key is explained in training/config.py.""",
     ),
     "sft": Command(
         run_tune,

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.config import Side, Thresholds
 from model.safety_head import TokenHead
-from training.config import HeadRecipe
+from model.schedule import due
+from model.trace import Trace
+from training.config import Acting, HeadRecipe
 from training.errors import DataError
-from training.head import pad
+from training.head import SIDES, pad
 from training.metrics import (
     Array,
     Bin,
@@ -27,7 +30,8 @@ from training.metrics import (
 )
 from training.risk import request_risks, response_risks
 from training.rows import Row
-from training.states import States
+from training.states import RowStates, States
+from training.subject import schedule_of
 
 BATCH = 256
 
@@ -65,39 +69,67 @@ class Calibration:
     onset: float
     request_scores: Scored
     response_scores: Scored
+    request_share: float = 1.0
+    """Weight of the request logit of `[CLS]` beside that of the token head, where both are there."""
+    response_share: float = 1.0
+    """The same of the response logit."""
 
 
-def calibrate(head: TokenHead, rows: Sequence[Row], states: States, recipe: HeadRecipe) -> Calibration:
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Weights of `[CLS]` that are tried beside a token head."""
+
+
+def calibrate(head: TokenHead | None, rows: Sequence[Row], states: States, recipe: HeadRecipe) -> Calibration:
     """Return thresholds from the rows of the parts `validation` and `calibration`.
+
+    Where there are a token head and a `[CLS]` signal, each side takes the share with the best F1 on validation rows.
 
     Raises:
         DataError: if no benign or no harmful held-out row is there to set a threshold.
     """
-    request, response = score(head, rows, states, recipe)
-    request_report = _report(request, "request", recipe)
-    response_report = _report(response, "response", recipe)
-    return Calibration(request_report, response_report, onset(response_report.thresholds), request, response)
+    has_both = head is not None and any(states[index].cls_response is not None for index in range(min(1, len(states))))
+    found = {share: score(head, rows, states, recipe, share) for share in (SHARES if has_both else (1.0,))}
+    sides: list[tuple[float, Scored, SideReport]] = []
+    for place, side in enumerate(SIDES):
+        reports = {share: _report(both[place], side, recipe) for share, both in found.items()}
+        best = max(reports, key=lambda share: reports[share].flag_f1)
+        sides.append((best, found[best][place], reports[best]))
+    (request_share, request, request_report), (response_share, response, response_report) = sides
+    return Calibration(
+        request_report,
+        response_report,
+        onset(response_report.thresholds),
+        request,
+        response,
+        request_share,
+        response_share,
+    )
 
 
 @torch.inference_mode()
-def score(head: TokenHead, rows: Sequence[Row], states: States, recipe: HeadRecipe) -> tuple[Scored, Scored]:
+def score(
+    head: TokenHead | None, rows: Sequence[Row], states: States, recipe: HeadRecipe, share: float = 1.0
+) -> tuple[Scored, Scored]:
     """Return request risks and response risks of all labelled held-out rows.
 
     A prompt counts once per source and label on the request side.
+
+    Args:
+        head: the token head; None where `[CLS]` is alone.
+        rows: all rows.
+        states: theirs.
+        recipe: the policy that will act on the risks.
+        share: weight of `[CLS]` beside the token head.
     """
     held_out = [index for index, row in enumerate(rows) if row.part != "train"]
     of_request, of_response = np.zeros(len(rows)), np.zeros(len(rows))
     for start in range(0, len(held_out), BATCH):
         chosen = held_out[start : start + BATCH]
         batch = [states[index] for index in chosen]
-        request = torch.stack([one.request for one in batch]).float()  # (B, 2 * S)
-        of_request[chosen] = request_risks(head.request(request)).numpy()
-        response, mask = pad(batch)
-        found = head.response(response)  # (sum of T,)
-        logits = torch.zeros(mask.shape).masked_scatter(mask, found)  # (B, T)
-        lengths = mask.sum(dim=1).clamp(min=1)  # rows without a response are left out below
-        acting = recipe.acting
-        of_response[chosen] = response_risks(logits, lengths, acting.smoothing, acting.patience).numpy()
+        of_request[chosen] = request_risks(_request_logits(head, batch, share)).numpy()
+        of_response[chosen] = (
+            _alone(batch, recipe) if head is None else _response_risks(head, batch, share, recipe.acting)
+        )
     requests = {(rows[i].group, rows[i].key, rows[i].request_label): i for i in reversed(held_out)}
     request_rows = [i for i in sorted(requests.values()) if rows[i].request_label is not None]
     response_rows = [i for i in held_out if rows[i].response_label is not None and len(states[i].response)]
@@ -105,6 +137,41 @@ def score(head: TokenHead, rows: Sequence[Row], states: States, recipe: HeadReci
         _scored(of_request, rows, request_rows, "request"),
         _scored(of_response, rows, response_rows, "response"),
     )
+
+
+def _request_logits(head: TokenHead | None, batch: Sequence[RowStates], share: float) -> Tensor:
+    """Return the request logit of each row, (B,)."""
+    cls = torch.tensor([one.cls_request for one in batch])  # (B,)
+    if head is None:
+        return cls
+    token = head.request(torch.stack([one.request for one in batch]).float())
+    return torch.where(cls.isnan(), token, (1.0 - share) * token + share * cls)
+
+
+def _response_risks(head: TokenHead, batch: Sequence[RowStates], share: float, acting: Acting) -> Array:
+    """Return the response risk of each row, (B,), from a token head and perhaps `[CLS]` beside it."""
+    features, mask = pad(batch)
+    token = head.response(features)  # (sum of T,)
+    if batch[0].cls_response is not None:
+        cls = torch.cat([one.cls_response for one in batch if one.cls_response is not None])  # (sum of T,)
+        token = torch.where(cls.isnan(), token, (1.0 - share) * token + share * cls)
+    logits = torch.zeros(mask.shape).masked_scatter(mask, token)  # (B, T)
+    lengths = mask.sum(dim=1).clamp(min=1)  # rows without a response are left out later
+    found: Array = response_risks(logits, lengths, acting.smoothing, acting.patience).numpy()
+    return found
+
+
+def _alone(batch: Sequence[RowStates], recipe: HeadRecipe) -> Array:
+    """Return the response risk of each row, (B,), from `[CLS]` at the tokens that its schedule names."""
+    schedule, acting = schedule_of(recipe, has_head=False), recipe.acting
+    risks = np.zeros(len(batch))
+    for index, one in enumerate(batch):
+        trace = Trace(acting.smoothing)
+        assert one.cls_response is not None
+        for number in due(schedule, range(1, len(one.cls_response) + 1), 0, must_assess=True):
+            trace.add(number, float(one.cls_response[number - 1]))
+        risks[index] = trace.response_risk(acting.patience) or 0.0
+    return risks
 
 
 def onset(response: Thresholds) -> float:

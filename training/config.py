@@ -166,7 +166,12 @@ class HeadRecipe(Recipe):
     sources: Annotated[dict[str, Source], Field(min_length=1)]
     name: str = "head"
     adapter: str | None = None
-    """Folder of an adapter that is added to the model, and goes into the checkpoint; null takes the model as it is."""
+    """Folder of an adapter that is added to the model, and goes into the checkpoint, with a `[CLS]` signal if one lies
+    beside it; null takes the model as it is."""
+    checkpoint: str | None = None
+    """Of `ballast-train calibrate`: the checkpoint that gets new thresholds."""
+    schedule: str = "annealed"
+    """When a `[CLS]` signal will be assessed, as `model.schedule.parse` reads it."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     output: str = "runs/head/checkpoint"
     """Folder of the finished checkpoint."""

@@ -31,9 +31,12 @@ SIDES: tuple[Side, ...] = ("request", "response")
 class Trained:
     """A trained head and how its training went."""
 
-    head: TokenHead
+    head: TokenHead | None
+    """None where only `[CLS]` is calibrated."""
     history: dict[Side, tuple[dict[str, float], ...]]
-    """Per side, what the trainer logged: loss and learning rate per epoch, `eval_loss` on validation rows."""
+    """Empty where nothing was trained.
+
+    Per side, what the trainer logged: loss and learning rate per epoch, `eval_loss` on validation rows."""
 
 
 class LabelledStates(Dataset[tuple[RowStates, Row]]):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from model.config import SafetyConfig
+from model.config import ClsConfig, SafetyConfig, TokenHeadConfig
 from training.calibrate import Calibration, SideReport
 from training.config import HeadRecipe
 from training.metrics import Rate
@@ -35,16 +35,33 @@ def model_card(
 
 
 def _head(config: SafetyConfig, recipe: HeadRecipe, command: str) -> str:
-    shape = f"hidden layer of 2 x {recipe.head.hidden}" if recipe.head.hidden else "linear"
     note = _LICENCE_NOTES.get(config.licence, f"The licence of these weights is {config.licence}.")
+    parts = [_token_head(config.token_head)] if config.token_head is not None else []
+    parts += [_cls(config.cls, has_head=config.token_head is not None)] if config.cls is not None else []
+    tuned = "fine-tuned by the adapter beside this file" if config.base.adapter else "frozen"
+    base = config.base
     return (
-        f"# Safety head for {config.base.name}: {recipe.name}\n\n"
-        f"A Ballast token head ({shape}, layers {list(recipe.head.layers)}, each state beside the mean of its passage) "
-        "that reads a request risk at the end of "
-        f"the request and a response risk at every response token. The base model is frozen: `{config.base.name}`, "
-        f"weights fingerprint `{config.base.weights[:16]}`, calibrated in {config.base.dtype}.\n\n"
+        f"# Safety signal for {base.name}: {recipe.name}\n\n{' '.join(parts)} "
+        f"The base model is {tuned}: `{base.name}`, weights fingerprint `{base.weights[:16]}`, calibrated in "
+        f"{base.dtype}.\n\n"
         f"Licence: {config.licence}. {note}\n\n"
         f"Made by:\n\n```\n{command}\n```"
+    )
+
+
+def _token_head(head: TokenHeadConfig) -> str:
+    shape = f"hidden layer of 2 x {head.hidden}" if head.hidden else "linear"
+    return (
+        f"A Ballast token head ({shape}, layers {list(head.layers)}, each state beside the mean of its passage) that "
+        "reads a request risk at the end of the request and a response risk at every response token."
+    )
+
+
+def _cls(cls: ClsConfig, *, has_head: bool) -> str:
+    shares = f", its logits weighing {cls.request_share:g} (request) and {cls.response_share:g} (response)"
+    return (
+        f"A `[CLS]` signal (windows {list(cls.windows)}, schedule {cls.schedule}, "
+        f"{'read' if cls.is_read else 'not read'} by response tokens{shares if has_head else ''})."
     )
 
 

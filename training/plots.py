@@ -24,7 +24,8 @@ def draw(folder: Path, histories: Mapping[Side, Sequence[dict[str, float]]], cal
         ("response", calibration.response_scores, calibration.response),
     )
     with matplotlib.rc_context(STYLE):
-        _save(_loss(histories), folder / "loss.png")
+        if histories:
+            _save(_loss(histories), folder / "loss.png")
         for name, paint in (("scores", _scores), ("roc", _roc), ("reliability", _reliability)):
             figure = Figure(figsize=(10, 4), layout="constrained")
             for axes, (title, scored, report) in zip(figure.subplots(1, 2), sides, strict=True):

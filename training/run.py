@@ -1,26 +1,25 @@
-"""The command `ballast-train head`, top to bottom: rows, states, head, thresholds, checkpoint."""
+"""The commands `ballast-train head` and `calibrate`: rows, states, head, thresholds, checkpoint."""
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
 from model import adapter, checkpoint
-from model.chat import ChatTemplate
-from model.config import VERSION, BaseModel, SafetyConfig
-from model.pretrained import Pretrained, device_of, load
+from model.config import VERSION, SafetyConfig
+from model.pretrained import Pretrained
 from training import recipe_file
 from training.answers import answer
 from training.augment import augment
 from training.calibrate import Calibration, calibrate
-from training.config import HeadRecipe
+from training.config import Head, HeadRecipe
 from training.corpus import assemble
+from training.errors import RecipeError
 from training.head import Trained, train
 from training.logs import loggers
 from training.model_card import model_card
@@ -29,7 +28,8 @@ from training.rephrase import rephrased
 from training.report import calibration_report, checksums, count_sources, licence_for, metrics
 from training.rows import Row
 from training.shards import digest
-from training.states import compute
+from training.states import States, compute
+from training.subject import Subject, load_subject
 from training.surround import surrounded
 
 
@@ -47,33 +47,49 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded.
     """
-    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
-    base = BaseModel(
-        name=pretrained.name,
-        weights=checkpoint.fingerprint_weights(pretrained.model),
-        chat_template=ChatTemplate(pretrained.tokenizer).fingerprint,
-        dtype=recipe.dtype,
-        adapter=adapter.fingerprint(Path(recipe.adapter)) if recipe.adapter else "",
-    )
-    if recipe.adapter:
-        pretrained = adapter.merge(pretrained, Path(recipe.adapter))
-    rows = _rows(recipe, pretrained)
+    subject = load_subject(recipe, has_head=True)
+    rows, licence, states = _prepare(recipe, subject)
+    folder = Path(recipe.run) / f"trainer-{_identity(recipe, subject, rows)[:12]}"
+    width = int(subject.pretrained.model.config.get_text_config().hidden_size)
+    trained = train(rows, states, recipe, width, folder, (*loggers(Path(recipe.run)), *callbacks))
+    calibration = calibrate(trained.head, rows, states, recipe)
+    _write_checkpoint(recipe, subject, rows, trained, calibration, licence, command)
+    return Path(recipe.output)
+
+
+def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:
+    """Set the thresholds of a checkpoint anew, or those of an adapter with a `[CLS]` signal; return the new folder.
+
+    Raises:
+        TrainingError: if recipe or data do not fit, or there is no signal to calibrate.
+        ModelError: if model or checkpoint cannot be loaded.
+    """
+    subject = load_subject(recipe, has_head=False)
+    if subject.head is None and subject.cls is None:
+        raise RecipeError("set checkpoint, or adapter to a folder that ballast-train signal wrote")
+    if subject.head is not None:
+        recipe = replace(recipe, head=Head(subject.head.config.layers, subject.head.config.hidden))
+    rows, licence, states = _prepare(recipe, subject)
+    trained = Trained(subject.head, {})
+    _write_checkpoint(recipe, subject, rows, trained, calibrate(subject.head, rows, states, recipe), licence, command)
+    return Path(recipe.output)
+
+
+def _prepare(recipe: HeadRecipe, subject: Subject) -> tuple[list[Row], str, States]:
+    """Return the rows, the licence of what is made of them, and their states."""
+    rows = _rows(recipe, subject.pretrained)
     licence = licence_for(recipe, {row.licence for row in rows})
     _write_run(recipe, rows)
     states = compute(
-        pretrained,
+        subject.pretrained,
         rows,
         recipe.head.layers,
         recipe.cut,
         batch_tokens=recipe.batch_tokens,
         cache=Path(recipe.cache),
+        cls=subject.cls,
     )
-    folder = Path(recipe.run) / f"trainer-{_identity(recipe, pretrained, rows)[:12]}"
-    width = int(pretrained.model.config.get_text_config().hidden_size)
-    trained = train(rows, states, recipe, width, folder, (*loggers(Path(recipe.run)), *callbacks))
-    calibration = calibrate(trained.head, rows, states, recipe)
-    _write_checkpoint(recipe, base, rows, trained, calibration, licence, command)
-    return Path(recipe.output)
+    return rows, licence, states
 
 
 def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
@@ -113,7 +129,7 @@ def _write_run(recipe: HeadRecipe, rows: Sequence[Row]) -> None:
 
 def _write_checkpoint(
     recipe: HeadRecipe,
-    base: BaseModel,
+    subject: Subject,
     rows: Sequence[Row],
     trained: Trained,
     calibration: Calibration,
@@ -123,9 +139,13 @@ def _write_checkpoint(
     """Write everything beside the weights first, and the checkpoint itself last."""
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
+    cls = subject.cls.config if subject.cls is not None else None
+    if cls is not None:
+        cls = replace(cls, request_share=calibration.request_share, response_share=calibration.response_share)
     config = SafetyConfig(
-        base=base,
-        token_head=trained.head.config,
+        base=subject.base,
+        token_head=trained.head.config if trained.head is not None else None,
+        cls=cls,
         request=calibration.request.thresholds,
         response=calibration.response.thresholds,
         onset=calibration.onset,
@@ -143,17 +163,20 @@ def _write_checkpoint(
     for folder in (output, Path(recipe.run)):
         (folder / "metrics.json").write_text(numbers, encoding="utf-8")
     draw(output / "plots", trained.history, calibration)
-    shutil.rmtree(output / adapter.FOLDER, ignore_errors=True)
-    if recipe.adapter:
-        adapter.copy(Path(recipe.adapter), output / adapter.FOLDER)
-    checkpoint.save(output, trained.head, config)
+    if subject.adapter != output / adapter.FOLDER:
+        shutil.rmtree(output / adapter.FOLDER, ignore_errors=True)
+        if subject.adapter is not None:
+            adapter.copy(subject.adapter, output / adapter.FOLDER)
+    checkpoint.save(output, trained.head, config, subject.cls.signal if subject.cls is not None else None)
 
 
-def _identity(recipe: HeadRecipe, pretrained: Pretrained, rows: Sequence[Row]) -> str:
+def _identity(recipe: HeadRecipe, subject: Subject, rows: Sequence[Row]) -> str:
     """Return a SHA-256 of all that decides the head's weights, so that no other run's state is continued."""
     optimisers = (recipe.request_optimiser, recipe.response_optimiser)
     choices = [asdict(group) for group in (recipe.head, recipe.loss, *optimisers, recipe.cut)]
-    model = [VERSION, checkpoint.fingerprint_weights(pretrained.model), recipe.dtype]
+    model = [VERSION, checkpoint.fingerprint_weights(subject.pretrained.model), recipe.dtype]
+    if subject.cls is not None:
+        model.append([subject.cls.fingerprint, asdict(subject.cls.config)])
     return digest(model, choices, recipe.acting.smoothing, recipe.seed, [repr(row) for row in rows])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from transformers import PreTrainedModel, set_seed
 
-from model.attention import pass_mask, pass_places
+from model.attention import Span, pass_mask, pass_places
 from model.cls_signal import ClsSignal, forward
 from training.losses import softmax_weighted_loss
 from training.steps import Example
@@ -30,29 +30,58 @@ class SignalBatch(NamedTuple):
     """The same, (B,)."""
 
 
-def collate_signal(examples: Sequence[Example], longest: int, settings: Signal, window: int | None) -> SignalBatch:
-    """Return masks, positions and labels of a batch whose tokens are padded at the end to `longest`.
+def padded_masks(
+    contents: Sequence[Sequence[bool]],
+    lengths: Sequence[int],
+    spans: Sequence[Sequence[Span]],
+    *,
+    sliding_window: int | None,
+    is_read: bool,
+    moves: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mask, positions and real copies of a batch: T tokens padded at the end, then K copies of `[CLS]`.
+
+    Args:
+        contents: for every request token of each row, whether it is the client's text.
+        lengths: tokens of each row, the longest has T.
+        spans: assessments of each row, the first of which covers nothing.
+        sliding_window: of the model.
+        is_read: response tokens read `[CLS]`.
+        moves: as `pass_places` takes it.
+
+    Returns:
+        Where a row may read, (B, T + K, T + K); the position of every row, (B, T + K); which copies a row has, (B, K).
+    """
+    longest, most = max(lengths), max(map(len, spans))
+    size = longest + most
+    mask = torch.eye(size, dtype=torch.bool).repeat(len(lengths), 1, 1)  # padding reads itself: no empty row
+    places = torch.zeros(len(lengths), size, dtype=torch.long)
+    is_copy = torch.zeros(len(lengths), most, dtype=torch.bool)
+    for row, (content, length, found) in enumerate(zip(contents, lengths, spans, strict=True)):
+        one = pass_mask(content, 0, length, found, sliding_window=sliding_window, is_read=is_read)
+        kept = torch.cat([torch.arange(length), longest + torch.arange(len(found))])  # this row's places in the batch
+        mask[row, kept[:, None], kept[None]] = one[:, 1:]  # slot 0 is read by nobody: the first copy covers nothing
+        places[row, kept] = torch.tensor(pass_places(0, length, len(content), found, moves=moves))
+        is_copy[row, : len(found)] = True
+    return mask, places, is_copy
+
+
+def collate_signal(examples: Sequence[Example], settings: Signal, sliding_window: int | None) -> SignalBatch:
+    """Return masks, positions and labels of a batch whose tokens are padded at the end.
 
     Args:
         examples: what is in the batch.
-        longest: T.
         settings: whether `[CLS]` is read, and which positions it takes.
-        window: the model's sliding window, or None.
+        sliding_window: of the model, or None.
     """
-    most = max(len(example.spans) for example in examples)
-    size = longest + most
-    mask = torch.eye(size, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding reads itself: no empty row
-    places = torch.zeros(len(examples), size, dtype=torch.long)
-    is_copy = torch.zeros(len(examples), most, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length, num_copies = len(example.ids), len(example.spans)
-        one = pass_mask(example.content, 0, length, example.spans, sliding_window=window, is_read=settings.is_read)
-        kept = torch.cat([torch.arange(length), longest + torch.arange(num_copies)])  # this row's places in the batch
-        mask[row, kept[:, None], kept[None]] = one[:, 1:]  # slot 0 is read by nobody: the first copy covers nothing
-        places[row, kept] = torch.tensor(
-            pass_places(0, length, len(example.content), example.spans, moves=settings.moves)
-        )
-        is_copy[row, :num_copies] = True
+    mask, places, is_copy = padded_masks(
+        [example.content for example in examples],
+        [len(example.ids) for example in examples],
+        [example.spans for example in examples],
+        sliding_window=sliding_window,
+        is_read=settings.is_read,
+        moves=settings.moves,
+    )
 
     def labels(found: Sequence[int | None]) -> Tensor:
         return torch.tensor([-1 if label is None else label for label in found])

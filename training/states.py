@@ -5,12 +5,13 @@ token, from which `RowStates.passage` makes what the response head reads. Files 
 source and are named by what they were computed from, so a rerun, another recipe or a higher limit reuses them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from model.chat import ChatTemplate, EncodedPrompt, Message
 from model.checkpoint import fingerprint_weights
+from model.cls_signal import OUTPUTS, sliding_window
+from model.cls_signal import forward as forward_masked
 from model.pretrained import Pretrained
 from model.safety_head import Passage
 from training.config import Cut
@@ -25,6 +28,8 @@ from training.errors import RecipeError
 from training.progress import tracked
 from training.rows import Row
 from training.shards import digest, write_atomically
+from training.signal_model import padded_masks
+from training.subject import ClsReading
 
 SHARD_ROWS = 512
 """Rows per file: an interruption loses at most this many."""
@@ -37,6 +42,10 @@ class RowStates(NamedTuple):
 
     request: Tensor  # (2 * S,): the state of the last request token, and the mean over the query
     response: Tensor  # (T, S); T is 0 without a response
+    cls_request: float = math.nan
+    """Logit of the request that `[CLS]` gives; NaN without one."""
+    cls_response: Tensor | None = None
+    """The newest logit of `[CLS]` at each response token, (T,) in float32; NaN before the first. None without one."""
 
     def passage(self) -> Tensor:
         """Return what the response head reads at each response token, (T, 2 * S) in float32."""
@@ -49,6 +58,28 @@ class Shard(NamedTuple):
     request: Tensor  # (N, 2 * S)
     response: Tensor  # (sum of T, S)
     ends: Tensor  # (N,): where each row's response ends in `response`
+    cls_request: Tensor | None = None  # (N,); None without `[CLS]`, like the next
+    cls_response: Tensor | None = None  # (sum of T,)
+
+    def row(self, index: int) -> RowStates:
+        """Return the states of one row."""
+        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
+        request, response = self.request[index], self.response[start:end]
+        if self.cls_request is None or self.cls_response is None:
+            return RowStates(request, response)
+        return RowStates(request, response, float(self.cls_request[index]), self.cls_response[start:end])
+
+    @classmethod
+    def of(cls, rows: Sequence[RowStates]) -> "Shard":
+        """Return the rows one after another."""
+        found = [row.cls_response for row in rows if row.cls_response is not None]
+        return cls(
+            torch.stack([row.request for row in rows]),
+            torch.cat([row.response for row in rows]),
+            torch.tensor([len(row.response) for row in rows]).cumsum(0),
+            torch.tensor([row.cls_request for row in rows]) if found else None,
+            torch.cat(found) if found else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,9 +95,7 @@ class States:
 
     def __getitem__(self, index: int) -> RowStates:
         number, row = self.places[index]
-        shard = self.shards[number]
-        start = int(shard.ends[row - 1]) if row else 0
-        return RowStates(shard.request[row], shard.response[start : int(shard.ends[row])])
+        return self.shards[number].row(row)
 
 
 def encode(row: Row, template: ChatTemplate, cut: Cut) -> EncodedPrompt:
@@ -78,12 +107,22 @@ def encode(row: Row, template: ChatTemplate, cut: Cut) -> EncodedPrompt:
         encoded = template.encode((*messages, Message("assistant", row.response)), continue_final=True)
     num_cut = max(0, len(encoded.request) - cut.request_tokens)
     return EncodedPrompt(
-        encoded.request[num_cut:], encoded.prefill[: cut.response_tokens], max(0, encoded.query_start - num_cut)
+        encoded.request[num_cut:],
+        encoded.prefill[: cut.response_tokens],
+        max(0, encoded.query_start - num_cut),
+        encoded.content[num_cut:],
     )
 
 
 def compute(
-    pretrained: Pretrained, rows: Sequence[Row], layers: Sequence[int], cut: Cut, *, batch_tokens: int, cache: Path
+    pretrained: Pretrained,
+    rows: Sequence[Row],
+    layers: Sequence[int],
+    cut: Cut,
+    *,
+    batch_tokens: int,
+    cache: Path,
+    cls: ClsReading | None = None,
 ) -> States:
     """Return the states of `rows` at `layers`, from the cache as far as they are there.
 
@@ -94,14 +133,17 @@ def compute(
         cut: most tokens of a request and of a response.
         batch_tokens: tokens of one forward pass, padding included.
         cache: folder of the files.
+        cls: the model's `[CLS]` signal, which response tokens may read.
 
     Raises:
         RecipeError: if the model has no such layer, or its context cannot hold the cut.
     """
     _check(pretrained, layers, cut)
-    template = ChatTemplate(pretrained.tokenizer)
+    template = ChatTemplate(pretrained.tokenizer, marks_content=cls is not None)
     encoded = [encode(row, template, cut) for row in rows]
     identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), list(layers), asdict(cut)]
+    if cls is not None:
+        identity.append([cls.fingerprint, cls.config.windows, cls.config.moves, cls.config.is_read, repr(cls.schedule)])
     chunks = list(_chunks([row.group for row in rows]))
     shards = []
     for chunk in tracked(chunks, "states", unit=len):
@@ -112,26 +154,32 @@ def compute(
             / f"{digest(identity, [[p.request, p.prefill, p.query_start] for p in prompts])[:32]}.safetensors"
         )
         if not path.is_file():
-            shard = forward(pretrained, prompts, layers, batch_tokens)
-            write_atomically(path, partial(save_file, shard._asdict()))
+            shard = forward(pretrained, prompts, layers, batch_tokens, cls)
+            kept = {name: tensor for name, tensor in shard._asdict().items() if tensor is not None}
+            write_atomically(path, partial(save_file, kept))
         shards.append(Shard(**load_file(path)))
     places = tuple((number, row) for number, chunk in enumerate(chunks) for row in range(len(chunk)))
     return States(tuple(shards), places)
 
 
 def forward(
-    pretrained: Pretrained, prompts: Sequence[EncodedPrompt], layers: Sequence[int], batch_tokens: int
+    pretrained: Pretrained,
+    prompts: Sequence[EncodedPrompt],
+    layers: Sequence[int],
+    batch_tokens: int,
+    cls: ClsReading | None = None,
 ) -> Shard:
     """Return the states of some rows, running those of like length together."""
     states: dict[int, RowStates] = {}
     for batch in _batches(prompts, batch_tokens):
-        states.update(zip(batch, _forward_batch(pretrained, [prompts[index] for index in batch], layers), strict=True))
-    ordered = [states[index] for index in range(len(prompts))]
-    return Shard(
-        request=torch.stack([row.request for row in ordered]),
-        response=torch.cat([row.response for row in ordered]),
-        ends=torch.tensor([len(row.response) for row in ordered]).cumsum(0),
-    )
+        chosen = [prompts[index] for index in batch]
+        found = (
+            _forward_batch(pretrained, chosen, layers)
+            if cls is None
+            else _forward_cls_batch(pretrained, chosen, layers, cls)
+        )
+        states.update(zip(batch, found, strict=True))
+    return Shard.of([states[index] for index in range(len(prompts))])
 
 
 @torch.inference_mode()
@@ -149,6 +197,40 @@ def _forward_batch(pretrained: Pretrained, prompts: Sequence[EncodedPrompt], lay
     output = base(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True)
     picked = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)  # (B, T, S)
     return [_row_states(picked[row], prompt) for row, prompt in enumerate(prompts)]
+
+
+@torch.inference_mode()
+def _forward_cls_batch(
+    pretrained: Pretrained, prompts: Sequence[EncodedPrompt], layers: Sequence[int], cls: ClsReading
+) -> list[RowStates]:
+    """Return the same of a model with `[CLS]`: one pass with a copy for each assessment, as decoding makes them."""
+    model: Any = pretrained.model
+    tokens = [(*p.request, *p.prefill) for p in prompts]
+    spans = [cls.spans(len(p.prefill)) for p in prompts]
+    mask, places, _ = padded_masks(
+        [p.content for p in prompts],
+        list(map(len, tokens)),
+        spans,
+        sliding_window=sliding_window(model),
+        is_read=cls.config.is_read,
+        moves=cls.config.moves,
+    )
+    longest = max(map(len, tokens))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=model.device)  # (B, T)
+    embedded = model.get_input_embeddings()(ids)
+    copies = cls.signal.embedding.to(embedded).expand(len(prompts), mask.shape[1] - longest, -1)
+    output = forward_masked(model.base_model, torch.cat([embedded, copies], dim=1), mask, places, use_cache=False)
+    picked = torch.cat([output.hidden_states[layer][:, :longest] for layer in layers], dim=-1)  # (B, T, S)
+    logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu()  # (B, K, 2)
+    rows = []
+    for row, prompt in enumerate(prompts):
+        of_row = logits[row, : len(spans[row])]
+        held = torch.full((len(prompt.prefill),), math.nan)
+        for span, logit in zip(spans[row][1:], of_row[1:, OUTPUTS.index("response")].tolist(), strict=True):
+            held[span.covers - 1 :] = logit
+        request = float(of_row[0, OUTPUTS.index("request")])
+        rows.append(_row_states(picked[row], prompt)._replace(cls_request=request, cls_response=held))
+    return rows
 
 
 def _row_states(states: Tensor, prompt: EncodedPrompt) -> RowStates:

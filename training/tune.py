@@ -161,7 +161,7 @@ def _batch(
             found[place, example.num_given : len(example.ids)] = reference[example.row]
         batch["reference"] = found
     if signal is not None:
-        batch |= collate_signal(examples, batch["labels"].shape[1], signal, window)._asdict()
+        batch |= collate_signal(examples, signal, window)._asdict()
     return batch
 
 

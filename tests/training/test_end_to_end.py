@@ -15,11 +15,13 @@ from model.chat import Message
 from model.pretrained import Pretrained, load
 from model.scoring import score
 from model.testing import tiny_lm
+from tests.training.tuning import joint
 from training import recipe_file
 from training.__main__ import main
 from training.config import Head, HeadRecipe
 from training.errors import DataError, RecipeError
-from training.run import train_head
+from training.run import calibrate_checkpoint, train_head
+from training.tune import tune
 
 
 @pytest.fixture
@@ -138,3 +140,65 @@ def test_a_head_is_trained_on_the_tuned_model_and_brings_its_adapter(recipe: Hea
     assert lm.config is not None
     assert lm.config.base.weights == checkpoint.fingerprint_weights(tiny.model)
     assert checkpoint.fingerprint_weights(lm.model) != lm.config.base.weights
+
+
+@pytest.fixture
+def signal(saved_model: Path, data: Path, tmp_path: Path) -> Path:
+    """Folder of an adapter with a `[CLS]` signal."""
+    choices = {"windows": (3, 4, 5), "moves": False}
+    return tune(joint(saved_model, data, tmp_path / "signal", steps=1, signal=choices), "")
+
+
+def test_a_head_beside_a_cls_signal_makes_a_checkpoint_of_both(recipe: HeadRecipe, signal: Path, tmp_path: Path):
+    folder = train_head(replace(recipe, adapter=str(signal), schedule="periodic-6"), "ballast-train head")
+    lm = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), folder)
+    assert (lm.head is None, lm.cls is None) == (False, False)
+    assert lm.config.cls.windows == (3, 4, 5)
+    assert not lm.config.cls.moves
+    assert lm.schedule.interval(0) == 6
+    card = (folder / "README.md").read_text()
+    assert "A Ballast token head" in card
+    assert "A `[CLS]` signal (windows [3, 4, 5], schedule periodic-6" in card
+
+
+def test_a_cls_signal_is_calibrated_without_a_head(
+    recipe: HeadRecipe, signal: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    recipe_file.dump(recipe, tmp_path / "recipe.yaml")
+    assert main(["calibrate", "--config", str(tmp_path / "recipe.yaml"), f"adapter={signal}"]) == 0
+    lm = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), tmp_path / "checkpoint")
+    assert (lm.head is None, lm.cls is None) == (True, False)
+    trace = score(lm, lm.chat.encode([Message("user", "Hello"), Message("assistant", "Hi.")], continue_final=True))
+    assert trace.assessments
+    assert not (tmp_path / "checkpoint" / "plots" / "loss.png").exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_checkpoint_is_calibrated_anew_and_keeps_its_weights(recipe: HeadRecipe, signal: Path, tmp_path: Path):
+    first = train_head(replace(recipe, adapter=str(signal)), "")
+    looser = replace(recipe.acting, request_false_positives=0.5, response_false_positives=0.5)
+    again = replace(recipe, checkpoint=str(first), acting=looser, output=str(tmp_path / "looser"))
+    second = calibrate_checkpoint(again, "")
+    before, after = checkpoint.load(first), checkpoint.load(second)
+    assert after.config.request.block < before.config.request.block
+    assert torch.equal(before.head.request.out.weight, after.head.request.out.weight)
+    assert torch.equal(before.cls.embedding, after.cls.embedding)
+    assert before.config.base == after.config.base
+    checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), second)
+
+
+def test_without_a_signal_there_is_nothing_to_calibrate(recipe: HeadRecipe, tiny: Pretrained):
+    with pytest.raises(RecipeError, match="set checkpoint, or adapter"):
+        calibrate_checkpoint(recipe, "")
+
+
+def test_a_checkpoint_of_another_model_is_not_calibrated(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    first = train_head(recipe, "")
+    tiny_lm(seed=5).save_pretrained(tmp_path / "model")
+    with pytest.raises(RecipeError, match="made for another model"):
+        calibrate_checkpoint(replace(recipe, checkpoint=str(first)), "")
+
+
+def test_an_unknown_schedule_is_named(recipe: HeadRecipe, signal: Path):
+    with pytest.raises(RecipeError, match="recipe key schedule: unknown schedule 'often'"):
+        train_head(replace(recipe, adapter=str(signal), schedule="often"), "")

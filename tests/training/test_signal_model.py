@@ -1,7 +1,6 @@
 """Training `[CLS]` together with the language model."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from model.cls_signal import FILE, ClsCache, feed, load, sliding_window
 from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
-from tests.training.tuning import Count, Interrupt, SeesCheckpointing, losses, recipe, weights
+from tests.training.tuning import Count, Interrupt, SeesCheckpointing, joint, losses, weights
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
 from training.steps import Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
@@ -63,7 +62,7 @@ def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str):
     whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1))
     found = examples()
     batch = collate(found, pad_id=0)
-    of_signal = collate_signal(found, batch["input_ids"].shape[1], SETTINGS, sliding_window(model))
+    of_signal = collate_signal(found, SETTINGS, sliding_window(model))
     logits, cls = whole(batch["input_ids"], of_signal.mask, of_signal.places)
     for row, example in enumerate(found):
         alone = feed(model, whole.signal, ClsCache(CONTENT), example.ids, example.spans)
@@ -89,24 +88,6 @@ def test_the_response_loss_leaves_the_benign_opening_of_a_harmful_response_alone
     response_loss(logits, torch.ones(1, 3, dtype=torch.bool), torch.tensor([1]), tau=1.0).sum().backward()
     assert logits.grad is not None
     assert logits.grad[0, 1].abs() < 1e-6
-
-
-def joint(saved_model: Path, data: Path, out: Path, **changes: Any) -> Any:
-    parts = {
-        "refusals": {"sources": {"t": {"path": "triplets.jsonl", "kind": "triplets"}}, "share": 0.2, "per_step": 2},
-        "harmful": {
-            "sources": {"t": {"path": "triplets.jsonl", "kind": "triplets", "response": "harmful_response"}},
-            "share": 0.0,
-            "per_step": 2,
-        },
-        "benign": {
-            "sources": {"i": {"path": "instructions.jsonl", "request_label": 0, "response_label": 0}},
-            "share": 0.8,
-            "per_step": 4,
-        },
-    }
-    signal = {"request_weight": 1.0, "response_weight": 1.0, "learning_rate": 0.05}
-    return recipe(saved_model, data, out, **{"parts": parts, "signal": signal, **changes})
 
 
 def test_the_signal_learns_to_tell_malicious_requests(saved_model: Path, data: Path, tmp_path: Path):

@@ -33,6 +33,25 @@ def recipe(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneReci
     return TypeAdapter(TuneRecipe).validate_python({**values, **changes})
 
 
+def joint(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneRecipe:
+    """Return a recipe that trains a `[CLS]` signal too."""
+    parts = {
+        "refusals": {"sources": {"t": {"path": "triplets.jsonl", "kind": "triplets"}}, "share": 0.2, "per_step": 2},
+        "harmful": {
+            "sources": {"t": {"path": "triplets.jsonl", "kind": "triplets", "response": "harmful_response"}},
+            "share": 0.0,
+            "per_step": 2,
+        },
+        "benign": {
+            "sources": {"i": {"path": "instructions.jsonl", "request_label": 0, "response_label": 0}},
+            "share": 0.8,
+            "per_step": 4,
+        },
+    }
+    signal = {"request_weight": 1.0, "response_weight": 1.0, "learning_rate": 0.05}
+    return recipe(saved_model, data, out, **{"parts": parts, "signal": signal, **changes})
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
