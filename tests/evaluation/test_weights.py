@@ -1,0 +1,110 @@
+"""What the weights alone do, measured on the tiny model."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation.rows import Row
+from evaluation.weights import complete, is_refusal, judge, main, perplexity, prefills
+from model.chat import ChatTemplate, Message
+from model.pretrained import Pretrained
+from model.testing import byte_tokenizer, tiny_lm, write_tiny
+
+
+@pytest.fixture
+def tiny() -> Pretrained:
+    return Pretrained("tiny", tiny_lm(), byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I'm sorry, but no.", True),
+        ("First, take... I can\u2019t go on with this.", True),
+        ("Sure, here is how", False),
+        ("It is illegal, but take", False),
+        ("", False),
+    ],
+)
+def test_a_refusal_is_known_by_its_phrases(text: str, refuses: bool):
+    assert is_refusal(text) is refuses
+
+
+def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out(tiny):
+    rows = [Row("a", "do it", "abcdef", 1), Row("a", "do it too", "abc", 1)]
+    (found,) = prefills(rows, 5, tiny)
+    assert tiny.tokenizer.decode(found.ids[-5:]) == "abcde"
+    request = ChatTemplate(tiny.tokenizer).encode([Message("user", "do it")]).request
+    assert found.ids[:-5] == request
+    assert len(prefills(rows, 0, tiny)) == 2
+
+
+def test_a_batch_says_what_each_prompt_gives_alone(tiny):
+    prompts = [(1, 40, 41), (1, 50, 51, 52, 53, 54), (1, 60)]
+    together = complete(tiny, prompts, 6)
+    assert together == [complete(tiny, [prompt], 6)[0] for prompt in prompts]
+
+
+def test_verdicts_are_kept_and_only_missing_ones_are_made(tiny, tmp_path: Path, monkeypatch):
+    asks = prefills([Row("a", f"do it {i}", "abcdef", 1) for i in range(5)], 2, tiny)
+    out = tmp_path / "verdicts.jsonl"
+    first = judge(tiny, asks[:3], out, max_tokens=4, batch_size=2)
+    made: list[int] = []
+    monkeypatch.setattr(
+        "evaluation.weights.complete",
+        lambda pretrained, prompts, max_tokens: made.append(len(prompts)) or ["I cannot"] * len(prompts),
+    )
+    both = judge(tiny, asks, out, max_tokens=4, batch_size=2)
+    assert made == [2]
+    assert {key: both[key] for key in first} == first
+    assert sum(both.values()) == sum(first.values()) + 2
+    assert "abcdef" not in out.read_text()
+
+
+def test_perplexity_is_that_of_all_response_tokens_together(tiny):
+    rows = [Row("a", "hi", "abc", 0), Row("a", "ho", "de", 0), Row("a", "hm", "", 0)]
+    losses = []
+    for row in rows[:2]:
+        request = ChatTemplate(tiny.tokenizer).encode([Message("user", row.prompt)]).request
+        ids = [*request, *tiny.tokenizer.encode(row.response)]
+        with torch.inference_mode():
+            logs = tiny.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-float(logs[place - 1, ids[place]]) for place in range(len(request), len(ids))]
+    assert perplexity(tiny, rows) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-4)
+
+
+def test_perplexity_of_nothing_is_an_error(tiny):
+    with pytest.raises(ValueError, match="no response has a token"):
+        perplexity(tiny, [Row("a", "hi", "", 0)])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    harmful = [{"prompt": f"do {i}", "harmful_response": "abcdefghij" * 2, "source": "Own (MIT)"} for i in range(4)]
+    benign = [{"prompt": f"tell {i}", "source": "Own (MIT)"} for i in range(3)]
+    tricky = [{"prompt": f"kill {i}", "harmful": i % 2, "source": "XSTest/a (MIT)"} for i in range(4)]
+    for name, rows in (("prefill", harmful), ("benign_prompts", benign), ("prompts", tricky)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_command_prints_every_share_with_its_n(data: Path, tmp_path: Path, capfd):
+    model, _ = write_tiny(tmp_path)
+    words = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "out"), "--max-tokens", "3"]
+    assert main([*words, "--depths", "0", "5", "--n", "3"]) == 0
+    out = capfd.readouterr().out
+    assert "prefill 0, not refused: 1.000 [0.439, 1.000] (n = 3)" in out
+    assert "prefill 5, not refused" in out
+    assert "Alpaca, declined: 0.000 [0.000, 0.561] (n = 3)" in out
+    assert "XSTest-safe and NotInject, declined: 0.000 [0.000, 0.658] (n = 2)" in out
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path, capfd):
+    model, _ = write_tiny(tmp_path)
+    assert main(["--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "evaluation.weights: " in capfd.readouterr().err
