@@ -10,6 +10,7 @@ from model.errors import ModelError
 from training import recipe_file
 from training.config import HeadRecipe
 from training.errors import TrainingError
+from training.harden_config import HardenRecipe
 from training.tune_config import AnchorRecipe, DpoRecipe, MergeRecipe, TuneRecipe
 
 USER_ERROR = 2
@@ -74,6 +75,19 @@ def run_dpo(arguments: argparse.Namespace, command: str) -> None:
     from training.preference import dpo
 
     sys.stderr.write(f"wrote {dpo(recipe, command)}\n")
+
+
+def run_harden(arguments: argparse.Namespace, command: str) -> None:
+    """Take a model the whole way."""
+    given = {"model": arguments.model, "data": arguments.data, "output": arguments.output}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    recipe = recipe_file.load(HardenRecipe, arguments.config, [*named, *arguments.overrides])
+    from training.harden import harden
+
+    folder, found = harden(recipe, command)
+    sys.stderr.write(
+        f"{found}\nwrote {folder}; serve it with BALLAST_MODEL={recipe.model} BALLAST_CHECKPOINT={folder}\n"
+    )
 
 
 def run_merge(arguments: argparse.Namespace, command: str) -> None:
@@ -166,6 +180,16 @@ Every key of a recipe is explained in training/tune_config.py.""",
 
 Every key of a recipe is explained in training/tune_config.py.""",
     ),
+    "harden": Command(
+        run_harden,
+        "harden",
+        "take a model the whole way: anchors, deepened refusals with [CLS], token head, thresholds, a quick check",
+        """examples:
+  ballast-train harden --model Qwen/Qwen3-0.6B --data data/train
+  ballast-train harden --model models/mine --data data/train --output checkpoints/mine signal.steps=300 seed=1
+
+Interrupted? The same command goes on where it was. The recipe holds those of its steps: anchors, signal and head.""",
+    ),
     "merge": Command(
         run_merge,
         "merge",
@@ -208,6 +232,10 @@ def _parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--config", default=command.recipe, help="recipe file or shipped recipe (%(default)s)")
+        if name == "harden":
+            sub.add_argument("--model", help="short name, folder or Hub id")
+            sub.add_argument("--data", help="folder of the sources' files")
+            sub.add_argument("--output", help="folder of the checkpoint")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, dots lead into groups")
     return parser
 

@@ -22,13 +22,14 @@ def load(kind: type[R], config: str, overrides: Sequence[str] = ()) -> R:
 
     Args:
         kind: what recipe it is, such as `HeadRecipe`.
-        config: a YAML file, or the name of a shipped recipe such as `head_all_rows`.
+        config: a YAML file, or the name of a shipped recipe such as `head_all_rows`. A group of it that holds the key
+            `recipe` begins with the keys of the recipe of that name.
         overrides: `key=value` each; dots lead into a group, and the value is YAML.
 
     Raises:
         RecipeError: if the file cannot be read, or a key or value is not valid.
     """
-    raw = _read(_find(config))
+    raw = _included(_read(_find(config)))
     for override in overrides:
         _apply(raw, override)
     try:
@@ -58,6 +59,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(raw).__name__}")
     return raw
+
+
+def _included(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe with each group that names a `recipe` begun by that one's keys."""
+    found = dict(raw)
+    for key, group in raw.items():
+        if isinstance(group, dict) and isinstance(group.get("recipe"), str):
+            found[key] = _read(_find(group["recipe"])) | {name: group[name] for name in group if name != "recipe"}
+    return found
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

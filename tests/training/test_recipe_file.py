@@ -8,6 +8,7 @@ from training import recipe_file
 from training.__main__ import main
 from training.config import HeadRecipe
 from training.errors import RecipeError
+from training.harden_config import HardenRecipe
 from training.recipe_file import SHIPPED
 from training.tune_config import AnchorRecipe, DpoRecipe, MergeRecipe, TuneRecipe
 
@@ -33,6 +34,7 @@ def test_every_shipped_recipe_opens_with_its_command_and_is_valid_there():
         "constrain": TuneRecipe,
         "dpo": DpoRecipe,
         "merge": MergeRecipe,
+        "harden": HardenRecipe,
     }
     for path in SHIPPED.glob("*.yaml"):
         opening = path.read_text().splitlines()[0]

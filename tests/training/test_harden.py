@@ -1,0 +1,92 @@
+"""`ballast-train harden` takes the tiny model the whole way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pydantic import TypeAdapter
+
+from model import checkpoint
+from model.pretrained import load
+from model.testing import ScriptedLM
+from tests.training.tuning import joint
+from training import recipe_file
+from training.__main__ import main
+from training.config import HeadRecipe
+from training.errors import RecipeError
+from training.harden import CHECK, check
+from training.harden_config import HardenRecipe
+from training.tune_config import AnchorRecipe, TuneRecipe
+
+ANCHORS: dict[str, Any] = {
+    "output": "runs/anchors.jsonl",
+    "dtype": "float32",
+    "sources": {"instructions": {"path": "instructions.jsonl", "limit": 6}},
+    "answers": {"max_tokens": 6},
+}
+
+
+@pytest.fixture
+def config(recipe: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) -> Path:
+    """A recipe whose answers become the benign part of the signal's training."""
+    signal = joint(saved_model, data, tmp_path, steps=1)
+    signal.parts["benign"].sources["i"] = TypeAdapter(type(signal.parts["benign"].sources["i"])).validate_python(
+        {"path": "runs/anchors.jsonl", "request_label": 0, "response_label": 0}
+    )
+    found = {
+        "model": "overwritten",
+        "data": str(data),
+        "device": "cpu",
+        "output": str(tmp_path / "hardened"),
+        "run": str(tmp_path / "run"),
+        "anchors": ANCHORS,
+        "signal": TypeAdapter(TuneRecipe).dump_python(signal, mode="json"),
+        "head": TypeAdapter(HeadRecipe).dump_python(recipe, mode="json"),
+    }
+    path = tmp_path / "harden.yaml"
+    path.write_text(yaml.safe_dump(found))
+    return path
+
+
+def test_a_model_goes_the_whole_way_and_again_without_doing_anything_twice(
+    config: Path, saved_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    words = ["harden", "--config", str(config), "--model", str(saved_model)]
+    assert main(words) == 0
+    lm = checkpoint.attach(load(str(saved_model), dtype=torch.float32), tmp_path / "hardened")
+    assert (lm.head is None, lm.cls is None) == (False, False)
+    assert lm.config.base.adapter
+    answers = (tmp_path / "run" / "anchors.jsonl").read_text()
+    assert answers.count("\n") >= 1
+    err = capfd.readouterr().err
+    assert "quick check: " in err
+    assert f"wrote {tmp_path / 'hardened'}; serve it with BALLAST_MODEL={saved_model}" in err
+    first = (tmp_path / "hardened" / checkpoint.CONFIG_FILE).read_text()
+    assert main(words) == 0
+    assert (tmp_path / "hardened" / checkpoint.CONFIG_FILE).read_text() == first
+    assert (tmp_path / "run" / "anchors.jsonl").read_text() == answers
+
+
+def test_the_quick_check_counts_what_the_policy_acts_on():
+    # In the scripted model an upper-case letter is harm, and every sentence begins with one.
+    texts = yaml.safe_load(CHECK.read_text())
+    found = check(ScriptedLM("fine"))
+    assert (found.num_benign_acted_on, found.num_malicious_acted_on) == (found.num_benign, found.num_malicious)
+    assert (found.num_benign, found.num_malicious) == (len(texts["benign"]), len(texts["malicious"]))
+    assert str(found) == "quick check: 6 of 6 malicious requests refused, 6 of 6 benign ones"
+
+
+def test_the_shipped_recipe_is_made_of_those_of_its_steps():
+    found = recipe_file.load(HardenRecipe, "harden", ["signal.steps=7", "head.seed=3"])
+    assert found.anchors == recipe_file.load(AnchorRecipe, "anchors")
+    assert found.signal.adapter is None
+    assert found.signal.steps == 7
+    assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal").parts
+    assert found.head == recipe_file.load(HeadRecipe, "head_all_rows", ["seed=3"])
+
+
+def test_an_unknown_key_of_a_step_is_named():
+    with pytest.raises(RecipeError, match=r"unknown recipe key 'signal.stebs'; did you mean 'signal.steps'"):
+        recipe_file.load(HardenRecipe, "harden", ["signal.stebs=7"])

@@ -1,0 +1,100 @@
+"""The command `ballast-train harden`: a model goes the whole way, from its own answers to a checkpoint that serves."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from model import checkpoint
+from model.chat import Message
+from model.events import Finish
+from model.generation import generate
+from model.guarded_lm import GuardedLM
+from model.pretrained import device_of, load
+from model.request import GenerationRequest
+from model.sampling import GREEDY
+from training import recipe_file
+from training.anchors import write_anchors
+from training.harden_config import HardenRecipe
+from training.run import train_head
+from training.templates import SHIPPED
+from training.tune import tune
+from training.tune_config import Part
+
+CHECK = SHIPPED / "check.yaml"
+CHECK_TOKENS = 48
+
+
+class Check(NamedTuple):
+    """What became of the requests of `texts/check.yaml`, each asked once."""
+
+    num_benign: int
+    num_benign_acted_on: int
+    num_malicious: int
+    num_malicious_acted_on: int
+
+    def __str__(self) -> str:
+        return (
+            f"quick check: {self.num_malicious_acted_on} of {self.num_malicious} malicious requests refused, "
+            f"{self.num_benign_acted_on} of {self.num_benign} benign ones"
+        )
+
+
+def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
+    """Return the folder of the checkpoint, and what a first look at it finds.
+
+    Interrupted, the same recipe goes on where it was: every step keeps what it has done.
+
+    Raises:
+        TrainingError: if recipe or data do not fit.
+        ModelError: if the model cannot be loaded.
+    """
+    run = Path(recipe.run)
+    run.mkdir(parents=True, exist_ok=True)
+    recipe_file.dump(recipe, run / "recipe.yaml")
+    shared: dict[str, Any] = {
+        name: getattr(recipe, name) for name in ("model", "device", "data", "seed", "is_permissive_only")
+    }
+    cache = str(run / "cache")
+    anchors = write_anchors(replace(recipe.anchors, **shared, output=str(run / "anchors.jsonl"), cache=cache))
+    parts = _reading(recipe.signal.parts, recipe.anchors.output, str(anchors.resolve()))
+    adapter = tune(
+        replace(recipe.signal, **shared, parts=parts, output=str(run / "adapter"), run=str(run / "signal")), command
+    )
+    head = replace(
+        recipe.head, **shared, adapter=str(adapter), output=recipe.output, run=str(run / "head"), cache=cache
+    )
+    folder = train_head(head, command)
+    dtype = getattr(torch, head.dtype)
+    return folder, check(checkpoint.attach(load(recipe.model, dtype=dtype, device=device_of(recipe.device)), folder))
+
+
+def check(lm: GuardedLM) -> Check:
+    """Ask a model the requests of `texts/check.yaml` and count those that the policy acted on."""
+    texts: dict[str, list[str]] = yaml.safe_load(CHECK.read_text(encoding="utf-8"))
+    acted = {kind: sum(_is_acted_on(lm, text) for text in found) for kind, found in texts.items()}
+    return Check(len(texts["benign"]), acted["benign"], len(texts["malicious"]), acted["malicious"])
+
+
+def _is_acted_on(lm: GuardedLM, text: str) -> bool:
+    prompt = lm.chat.encode([Message("user", text)])
+    *_, finish = generate(lm, GenerationRequest(prompt, max_tokens=CHECK_TOKENS, sampling=GREEDY))
+    assert isinstance(finish, Finish)
+    return finish.action != "none"
+
+
+def _reading(parts: Mapping[str, Part], path: str, other: str) -> dict[str, Part]:
+    """Return the parts with every source that reads `path` reading the file `other`."""
+    return {
+        name: replace(
+            part,
+            sources={
+                key: replace(source, path=other) if source.path == path else source
+                for key, source in part.sources.items()
+            },
+        )
+        for name, part in parts.items()
+    }
