@@ -11,7 +11,7 @@ from training.records import credit, label_of, records, text_of
 from training.refusals import refusal_of
 from training.rows import is_permissive
 from training.shards import digest
-from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, Part
+from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, Onset, Part
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,15 @@ def read_part(name: str, part: Part, recipe: Recipe) -> list[Dialogue]:
         DataError: if a source cannot be read, a row misses a field, or no row is left.
     """
     return _read(_dialogues, part.sources, recipe, f"row is left in the part {name!r}")
+
+
+def read_openings(name: str, onset: Onset, recipe: Recipe) -> list[Dialogue]:
+    """Return the dialogues whose responses open made onsets.
+
+    Raises:
+        DataError: as `read_part`.
+    """
+    return _read(_dialogues, {"openings": onset.openings}, recipe, f"opening is left for the part {name!r}")
 
 
 def read_prompts(recipe: AnchorRecipe) -> list[Prompt]:

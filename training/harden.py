@@ -22,7 +22,7 @@ from training.harden_config import HardenRecipe
 from training.run import train_head
 from training.templates import SHIPPED
 from training.tune import tune
-from training.tune_config import Part
+from training.tune_config import DialogueSource, Part
 
 CHECK = SHIPPED / "check.yaml"
 CHECK_TOKENS = 48
@@ -88,13 +88,15 @@ def _is_acted_on(lm: GuardedLM, text: str) -> bool:
 
 def _reading(parts: Mapping[str, Part], path: str, other: str) -> dict[str, Part]:
     """Return the parts with every source that reads `path` reading the file `other`."""
+
+    def moved(source: DialogueSource) -> DialogueSource:
+        return replace(source, path=other) if source.path == path else source
+
     return {
         name: replace(
             part,
-            sources={
-                key: replace(source, path=other) if source.path == path else source
-                for key, source in part.sources.items()
-            },
+            sources={key: moved(source) for key, source in part.sources.items()},
+            onset=replace(part.onset, openings=moved(part.onset.openings)) if part.onset is not None else None,
         )
         for name, part in parts.items()
     }

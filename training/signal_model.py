@@ -28,6 +28,8 @@ class SignalBatch(NamedTuple):
     """0 or 1, (B,); -1 where nothing is known."""
     response_labels: Tensor
     """The same, (B,)."""
+    span_labels: Tensor
+    """The same of each copy, for responses that turn, (B, K)."""
 
 
 def padded_masks(
@@ -92,6 +94,7 @@ def collate_signal(examples: Sequence[Example], settings: Signal, sliding_window
         is_copy,
         labels([example.request_label for example in examples]),
         labels([example.response_label for example in examples]),
+        torch.stack([labels([*e.span_labels, *[None] * (is_copy.shape[1] - len(e.span_labels))]) for e in examples]),
     )
 
 
@@ -124,6 +127,19 @@ def response_loss(logits: Tensor, is_copy: Tensor, labels: Tensor, tau: float) -
     targets = labels.clamp(min=0).float()
     found = softmax_weighted_loss(logits, is_response, targets, tau=tau, is_weight_detached=True)
     return found * (labels >= 0) * is_response.any(dim=1)
+
+
+def turn_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of every response that turns, (B,): the mean over its labelled assessments; 0 without any.
+
+    Args:
+        logits: response logits of all copies, (B, K).
+        labels: 0, 1 or -1 of each, (B, K).
+    """
+    is_known = labels >= 0
+    is_known[:, 0] = False  # the first copy has read no response
+    found = bce(logits, labels.clamp(min=0).float(), reduction="none") * is_known
+    return found.sum(dim=1) / is_known.sum(dim=1).clamp(min=1)
 
 
 class SignalModel(nn.Module):

@@ -50,6 +50,8 @@ class Example(NamedTuple):
     """The part and the number of its row."""
     spans: tuple[Span, ...] = ()
     """The assessments of `[CLS]`. A harmful prefix is response."""
+    span_labels: tuple[int | None, ...] = ()
+    """What each assessment finds, where that is known; empty where one label is of the whole response."""
     request_label: int | None = None
     response_label: int | None = None
     content: tuple[bool, ...] = ()
@@ -64,6 +66,13 @@ class EncodedPart:
     share: float
     per_step: int
     recovery: Recovery | None
+    openings: Sequence[tuple[int, ...]] = ()
+    """Harmless responses, with one of which each of the part's harmful responses begins."""
+    longest_opening: int = 0
+
+
+SETTLED = 8
+"""Tokens of harm after which an assessment must find it."""
 
 
 def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cut: Cut) -> list[Encoded]:
@@ -164,17 +173,19 @@ class Steps(Dataset[Example]):
                     probability=part.recovery.probability,
                     deepest=part.recovery.deepest,
                 )
+            opening = _opening(part, _generator(self._seed, "opening", part.name, place))
             given = (*row.request, *row.harmful[:depth])
-            example = Example((*given, *row.response), len(given), 0.0, (part.name, number))
-            examples.append(self._assessed(example, row, depth, place))
+            response = (*opening, *row.response)[: max(len(row.response), len(opening) + SETTLED)]
+            example = Example((*given, *response), len(given), 0.0, (part.name, number))
+            examples.append(self._assessed(example, row, place, depth, len(opening)))
         return examples
 
-    def _assessed(self, example: Example, row: Encoded, depth: int, place: int) -> Example:
+    def _assessed(self, example: Example, row: Encoded, place: int, depth: int, num_opening: int) -> Example:
         """Return the example with the assessments that `[CLS]` is trained on: none of the response, and random depths.
 
         Responses to malicious requests are read by rule R1 or R2, whichever a coin says: a rule that followed from the
-        response's label would give the label away. A refusal after a harmful prefix teaches nothing about responses:
-        it is neither harmful nor harmless.
+        response's label would give the label away. A response that turns has no label as a whole: what is known of it
+        is where it turns.
         """
         if self._signal is None:
             return example
@@ -183,12 +194,13 @@ class Steps(Dataset[Example]):
         drawn = torch.randint(1, length + 1, (self._signal.depths - 1,), generator=generator).tolist()
         windows = Windows(*self._signal.windows)
         is_r1 = bool(torch.rand((), generator=generator) < 0.5) and row.request_label == 1
+        covered = sorted({0, *drawn, length})
+        turns = depth > 0 or num_opening > 0
         return example._replace(
-            spans=tuple(
-                Span(covers, window(covers, windows, is_malicious=is_r1)) for covers in sorted({0, *drawn, length})
-            ),
+            spans=tuple(Span(covers, window(covers, windows, is_malicious=is_r1)) for covers in covered),
+            span_labels=tuple(_span_label(covers, depth, num_opening) for covers in covered) if turns else (),
             request_label=row.request_label,
-            response_label=row.response_label if depth == 0 else None,
+            response_label=None if turns else row.response_label,
             content=row.content,
         )
 
@@ -196,6 +208,28 @@ class Steps(Dataset[Example]):
     def _order(self, name: str, num_rows: int, times_round: int) -> list[int]:
         order: list[int] = torch.randperm(num_rows, generator=_generator(self._seed, name, times_round)).tolist()
         return order
+
+
+def _opening(part: EncodedPart, generator: torch.Generator) -> tuple[int, ...]:
+    """Return the beginning of a harmless response, if the part's responses shall turn."""
+    if not part.openings:
+        return ()
+    chosen = part.openings[int(torch.randint(len(part.openings), (), generator=generator))]
+    longest = max(1, min(len(chosen), part.longest_opening))
+    return chosen[: int(torch.randint(1, longest + 1, (), generator=generator))]
+
+
+def _span_label(covers: int, num_harmful: int, num_opening: int) -> int | None:
+    """Return what is known of the first `covers` tokens of a response that turns: 1 for harm, 0 for none, or None.
+
+    Args:
+        covers: how many tokens an assessment covers.
+        num_harmful: tokens of a harmful prefix, after which the response refuses; 0 without one.
+        num_opening: tokens of a harmless opening, after which the response harms; 0 without one.
+    """
+    if num_opening:
+        return 0 if covers <= num_opening else 1 if covers >= num_opening + SETTLED else None
+    return 1 if SETTLED <= covers <= num_harmful else None
 
 
 def _generator(*key: object) -> torch.Generator:

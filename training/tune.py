@@ -5,7 +5,7 @@ The loop is that of transformers' `Trainer`. The loss of a step is a sum over it
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from model.cls_signal import save as save_signal
 from model.cls_signal import sliding_window
 from model.pretrained import Pretrained, device_of, load
 from training import fit, lora, recipe_file
-from training.dialogues import Dialogue, read_part
+from training.dialogues import Dialogue, read_openings, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.logs import loggers
 from training.objectives import betas, constrained_loss, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
 from training.report import licence_for
-from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
+from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
 from training.tune_config import Constraint, Signal, TuneRecipe
 
@@ -49,7 +49,9 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
     licence = licence_for(recipe, {row.licence for rows in dialogues.values() for row in rows})
     parts = _encoded(recipe, dialogues, pretrained)
-    identity = fit.identity(recipe, pretrained, recipe.adapter, [[part.name, part.rows] for part in parts])
+    identity = fit.identity(
+        recipe, pretrained, recipe.adapter, [[part.name, part.rows, part.openings] for part in parts]
+    )
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
@@ -139,9 +141,9 @@ class ObjectiveTrainer(Trainer):
     def _signal_loss(self, logits: Tensor, inputs: dict[str, Tensor], settings: Signal) -> Tensor:
         """Return the batch's share of both lambda-weighted signal losses, each a mean over the step's rows."""
         request = request_loss(logits[..., 0], inputs["request_labels"])  # (B,)
-        response = response_loss(
-            logits[..., 1], inputs["is_copy"], inputs["response_labels"], settings.softmax_tau
-        )  # (B,)
+        of_copies = logits[..., 1]  # (B, K)
+        response = response_loss(of_copies, inputs["is_copy"], inputs["response_labels"], settings.softmax_tau)
+        response = response + turn_loss(of_copies, inputs["span_labels"])  # (B,): a row has labels of one kind only
         return (settings.request_weight * request + settings.response_weight * response).sum() / self._per_step
 
 
@@ -184,7 +186,13 @@ def _encoded(
         if part.recovery is not None and any(row.harmful is None for row in dialogues[name]):
             raise RecipeError(f"parts.{name}.recovery needs triplets; set recovery: null for pairs")
         rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
-        parts.append(EncodedPart(name, rows, part.share, part.per_step, part.recovery))
+        encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery)
+        if part.onset is not None:
+            if part.share > 0 or part.recovery is not None:
+                raise RecipeError(f"parts.{name}.onset is for the signal alone: set share: 0 and recovery: null")
+            openings = encode(read_openings(name, part.onset, recipe), pretrained.tokenizer, recipe.cut)
+            encoded = replace(encoded, openings=[row.response for row in openings], longest_opening=part.onset.longest)
+        parts.append(encoded)
     return parts
 
 

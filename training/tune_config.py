@@ -61,6 +61,16 @@ class Recovery:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Onset:
+    """A made onset: each harmful response begins with the first tokens of a harmless one."""
+
+    openings: DialogueSource
+    """Where the harmless responses come from."""
+    longest: AtLeastOne = 100
+    """Of an opening, in tokens."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Part:
     """Rows that share one weight in the loss."""
 
@@ -71,6 +81,8 @@ class Part:
     """Examples in one optimiser step."""
     recovery: Recovery | None = None
     """Begin each refusal after a harmful prefix of random length; needs triplets. Null never does."""
+    onset: Onset | None = None
+    """Begin each harmful response with a harmless opening; the signal learns where it turns. Null never does."""
 
 
 @dataclass(frozen=True, config=STRICT)

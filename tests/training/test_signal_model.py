@@ -9,8 +9,8 @@ from model.cls_signal import FILE, ClsCache, feed, load, sliding_window
 from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
 from tests.training.tuning import Count, Interrupt, SeesCheckpointing, joint, losses, weights
-from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss
-from training.steps import Encoded, EncodedPart, Example, Steps, collate
+from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
+from training.steps import SETTLED, Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
 from training.tune_config import Recovery, Signal
 
@@ -47,12 +47,59 @@ def test_a_benign_request_is_never_read_as_a_malicious_one():
     assert {steps[i].spans[-1].read for i in range(50)} == {range(16, 20)}
 
 
-def test_a_refusal_after_a_harmful_prefix_teaches_nothing_about_responses():
+def test_a_refusal_after_a_harmful_prefix_has_no_label_and_the_prefix_has():
     row = Encoded((1, 30, 31, 32, 2), (40, 41), (50, 51, 52), CONTENT, 1, 0)
     part = EncodedPart("recovery", [row], 1.0, 1, Recovery(probability=1.0))
     example = Steps([part], 1, seed=0, signal=SETTINGS)[0]
     assert (example.request_label, example.response_label) == (1, None)
     assert example.spans[-1].covers == len(example.ids) - len(CONTENT)
+    assert len(example.span_labels) == len(example.spans)
+
+
+def test_of_a_refusal_that_comes_late_the_harm_before_it_is_labelled():
+    row = Encoded((1, 30, 31, 32, 2), (40, 41), tuple(range(50, 90)), CONTENT, 1, 0)
+    steps = Steps([EncodedPart("recovery", [row], 1.0, 1, Recovery(probability=1.0, deepest=40))], 60, 0, SETTINGS)
+    labels = {}
+    for example in (steps[i] for i in range(60)):
+        depth = example.num_given - len(CONTENT)
+        for span, label in zip(example.spans, example.span_labels, strict=True):
+            labels.setdefault((span.covers >= SETTLED, span.covers <= depth), set()).add(label)
+    assert labels[True, True] == {1}
+    assert labels[True, False] == labels[False, True] == {None}
+
+
+def onsets(longest: int = 20) -> Steps:
+    row = Encoded((1, 30, 31, 32, 2), tuple(range(50, 90)), (), CONTENT, 1, 1)
+    openings = [tuple(range(100, 130)), tuple(range(200, 203))]
+    part = EncodedPart("onsets", [row], 0.0, 1, None, openings, longest)
+    return Steps([part], 80, seed=0, signal=SETTINGS)
+
+
+def test_a_made_onset_begins_harmless_and_is_labelled_where_it_turned():
+    seen = set()
+    for example in (onsets()[i] for i in range(80)):
+        response = example.ids[len(CONTENT) :]
+        turn = next(place for place, token in enumerate(response) if token < 100)
+        assert 1 <= turn <= 20
+        assert response[turn:] == tuple(range(50, 50 + len(response) - turn))
+        assert len(response) == 40  # no longer than the harmful response alone
+        assert (example.request_label, example.response_label) == (1, None)
+        for span, label in zip(example.spans, example.span_labels, strict=True):
+            assert label == (0 if span.covers <= turn else 1 if span.covers >= turn + SETTLED else None)
+            seen.add(label)
+    assert seen == {0, 1, None}
+
+
+def test_openings_and_their_depths_are_drawn_anew():
+    drawn = [tuple(token for token in onsets()[i].ids if token >= 100) for i in range(80)]
+    assert {opening[0] for opening in drawn} == {100, 200}
+    assert len(set(drawn)) > 10
+
+
+def test_the_turn_loss_is_the_mean_over_the_labelled_copies_of_each_row():
+    logits = torch.tensor([[9.0, 0.0, 2.0, 5.0], [9.0, 0.0, 0.0, 0.0]])
+    labels = torch.tensor([[1, 0, 1, -1], [-1, -1, -1, -1]])
+    assert turn_loss(logits, labels).tolist() == pytest.approx([(0.6931 + 0.1269) / 2, 0.0], abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from model.errors import CheckpointError
 from model.pretrained import load
-from tests.training.tuning import ANCHORS, Count, Interrupt, SeesCheckpointing, losses, recipe, weights
+from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, losses, recipe, weights
 from training import recipe_file
 from training.anchors import write_anchors
 from training.errors import DataError, RecipeError
@@ -102,6 +102,12 @@ def test_harmful_responses_are_never_learned(saved_model: Path, data: Path, tmp_
     harmful = {"sources": {"r": {"path": "responses.jsonl", "kind": "responses"}}, "share": 1.0, "per_step": 8}
     with pytest.raises(RecipeError, match=r"parts\.task holds harmful responses: set share: 0"):
         tune(recipe(saved_model, data, tmp_path, parts={"task": harmful}), "")
+
+
+def test_made_onsets_are_for_the_signal_alone(saved_model: Path, data: Path, tmp_path: Path):
+    part = {**RECOVERY, "onset": {"openings": {"path": "instructions.jsonl"}}}
+    with pytest.raises(RecipeError, match=r"parts\.task\.onset is for the signal alone: set share: 0"):
+        tune(recipe(saved_model, data, tmp_path, parts={"task": {**part, "per_step": 8}}), "")
 
 
 @pytest.mark.parametrize("field", ["prompt", "response"])

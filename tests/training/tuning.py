@@ -42,10 +42,16 @@ def joint(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneRecip
             "share": 0.0,
             "per_step": 2,
         },
+        "onsets": {
+            "sources": {"t": {"path": "triplets.jsonl", "kind": "triplets", "response": "harmful_response"}},
+            "onset": {"openings": {"path": "instructions.jsonl"}, "longest": 12},
+            "share": 0.0,
+            "per_step": 4,
+        },
         "benign": {
             "sources": {"i": {"path": "instructions.jsonl", "request_label": 0, "response_label": 0}},
             "share": 0.8,
-            "per_step": 4,
+            "per_step": 8,
         },
     }
     signal = {"request_weight": 1.0, "response_weight": 1.0, "learning_rate": 0.05}
