@@ -84,7 +84,7 @@ def ask(client: OpenAI, model: str, row: Row, patience: int) -> Score:
     score = Score(row.source, row.label, risk, thresholds["flag"], thresholds["block"])
     if row.response is None:
         return score
-    smoothed = [token["smoothed_risk"] for token in answer["trace"]]
+    smoothed = [token["smoothed_risk"] for token in answer["trace"] if token["smoothed_risk"] is not None]
     if not isclose(own := response_risk(smoothed, patience), risk, abs_tol=1e-9):
         raise ValueError(
             f"with patience {patience} the response risk is {own}, but the server says {risk}; "

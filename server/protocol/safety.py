@@ -44,13 +44,16 @@ class ScoreThresholds(ResponseModel):
 
 
 class ScoredToken(ResponseModel):
-    """One token of the response. It covers the request and the response up to here."""
+    """One token of the response, with the assessment that covers the request and the response up to here.
+
+    Both risks are null where none was made: a `[CLS]` signal without a token head assesses as scheduled.
+    """
 
     token_id: int
     token: str
-    risk: float
+    risk: float | None
     """Raw response risk."""
-    smoothed_risk: float
+    smoothed_risk: float | None
     """What is compared with the `block` threshold."""
 
 

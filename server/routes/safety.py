@@ -80,13 +80,14 @@ def _thresholds(config: SafetyConfig) -> ScoreThresholds:
 
 
 def _tokens(lm: GuardedLM, prompt: EncodedPrompt, trace: Trace) -> list[ScoredToken]:
-    """Return every token of the response with its risks."""
+    """Return every token of the response with its risks, where it was assessed."""
+    found = {assessment.position: assessment for assessment in trace.assessments}
     return [
         ScoredToken(
             token_id=token_id,
             token=token_text(lm.tokenizer, token_id),
-            risk=assessment.risk,
-            smoothed_risk=assessment.smoothed,
+            risk=found[number].risk if number in found else None,
+            smoothed_risk=found[number].smoothed if number in found else None,
         )
-        for token_id, assessment in zip(prompt.prefill, trace.assessments, strict=True)
+        for number, token_id in enumerate(prompt.prefill, start=1)
     ]
