@@ -49,6 +49,12 @@ class ClsSignal(nn.Module):
         return logits
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers names them."""
+Masks = dict[str, Tensor]
+"""Masks by kind of layer: those with a sliding window need another than those without."""
+
+
 class ClsCache(DynamicCache):
     """The keys and values of one sequence with `[CLS]` in slot 0.
 
@@ -118,24 +124,25 @@ def feed(
     """
     first, num_tokens = cache.length, len(token_ids)
     stop, num_request = first + num_tokens, len(cache.content)
-    window = sliding_window(model)
+    windows = sliding_windows(model)
     places = pass_places(first, stop, num_request, spans, moves=moves)
     rows = embed(model, token_ids)  # (T, D)
     is_empty = cache.get_seq_length() == 0
-    mask: Tensor | None = None
-    if is_empty or spans or num_tokens > 1 or window is not None or not is_read or first < num_request:
-        mask = pass_mask(cache.content, first, stop, spans, sliding_window=window, is_read=is_read)
+    masks: Masks = {}
+    if is_empty or spans or num_tokens > 1 or any(windows.values()) or not is_read or first < num_request:
+        for kind, window in windows.items():
+            mask = pass_mask(cache.content, first, stop, spans, sliding_window=window, is_read=is_read)
+            if is_empty:  # one more row: slot 0, which holds something before it is read
+                mask = torch.cat([torch.eye(1, mask.shape[1], dtype=torch.bool), mask])
+            masks[kind] = mask[None]
         copies = signal.embedding.to(rows).expand(len(spans) + is_empty, -1)
-        rows = torch.cat([copies[:is_empty], rows, copies[is_empty:]])  # slot 0 holds something before it is read
-        if is_empty:
-            mask = torch.cat([torch.zeros(1, mask.shape[1], dtype=torch.bool), mask])
-            mask[0, 0] = True
-            places = [0, *places]
+        rows = torch.cat([copies[:is_empty], rows, copies[is_empty:]])
+        places = [0] * is_empty + places
     newest = is_empty + max(0, num_tokens - 1)
     output = forward(
         model,
         rows[None],
-        mask[None] if mask is not None else None,
+        masks,
         torch.tensor([places]),
         past_key_values=cache,
         use_cache=True,
@@ -147,23 +154,26 @@ def feed(
     return ClsPass(output.logits[0, -1], states, output.hidden_states[-1][0, is_empty + num_tokens :])
 
 
-def forward(model: PreTrainedModel, embeddings: Tensor, mask: Tensor | None, places: Tensor, **more: Any) -> Any:
+def forward(model: PreTrainedModel, embeddings: Tensor, masks: Masks, places: Tensor, **more: Any) -> Any:
     """Run the model over sequences of embeddings with masks of our own, and return its output.
 
     Args:
         model: any causal LM that takes 4-D attention masks.
         embeddings: (B, T, D).
-        mask: true where a row may read a slot, (B, T, S); None where the only row reads all slots.
+        masks: true where a row may read a slot, (B, T, S), by kind of layer; none where the only row reads all slots.
         places: position of every row, (B, T).
         more: further arguments of the model.
     """
     dtype = model.dtype
-    if mask is not None:
-        mask = mask.to(model.device)[:, None]
+    if masks:
         # Additive floats: every attention implementation takes them.
-        more["attention_mask"] = torch.zeros(mask.shape, dtype=dtype, device=model.device).masked_fill(
-            ~mask, torch.finfo(dtype).min
-        )
+        added = {
+            kind: torch.zeros(mask.shape, dtype=dtype, device=model.device).masked_fill(
+                ~mask.to(model.device), torch.finfo(dtype).min
+            )[:, None]
+            for kind, mask in masks.items()
+        }
+        more["attention_mask"] = added if len(added) > 1 else next(iter(added.values()))
     return model(
         inputs_embeds=embeddings.to(model.device, dtype),
         position_ids=places.to(model.device),
@@ -179,22 +189,20 @@ def embed(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     return embedded
 
 
-def sliding_window(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a token reads in the model's sliding-window layers; None if it has none.
+def sliding_windows(model: PreTrainedModel) -> dict[str, int | None]:
+    """Return how many tokens a token reads, by kind of layer; None for all of them.
 
     Raises:
-        ModelError: if some layers have a window and others none: one mask cannot serve both yet.
+        ModelError: if some layers are of a kind that no mask describes.
     """
     config = model.config.get_text_config()
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
     window: int | None = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window is None or kinds == {"full_attention"}:
-        return None
-    if len(kinds) > 1:
-        raise ModelError(f"[CLS] cannot be read yet by a model whose layers mix {sorted(kinds)}")
-    return window
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return {FULL: None}
+    kinds = sorted(set(getattr(config, "layer_types", None) or [SLIDING]))
+    if unknown := set(kinds) - {FULL, SLIDING}:
+        raise ModelError(f"[CLS] cannot be read by a model with layers of {sorted(unknown)}")
+    return {kind: window if kind == SLIDING else None for kind in kinds}
 
 
 def check(signal: ClsSignal, model: PreTrainedModel) -> None:
@@ -202,12 +210,12 @@ def check(signal: ClsSignal, model: PreTrainedModel) -> None:
 
     Raises:
         CheckpointError: if its embedding is not as wide as the model's.
-        ModelError: as `sliding_window`.
+        ModelError: as `sliding_windows`.
     """
     width = int(model.config.get_text_config().hidden_size)
     if len(signal.embedding) != width:
         raise CheckpointError(f"the embedding of [CLS] is {len(signal.embedding)} wide, the model's are {width}")
-    sliding_window(model)
+    sliding_windows(model)
 
 
 def save(signal: ClsSignal, folder: Path) -> None:

@@ -45,8 +45,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_lm(model_type: str = "llama", *, seed: int = 0, context_length: int = 512) -> PreTrainedModel:
-    """Return a random model of the given type: 3 layers, width 32, a vocabulary for `byte_tokenizer`."""
+def tiny_lm(model_type: str = "llama", *, seed: int = 0, context_length: int = 512, **changes: Any) -> PreTrainedModel:
+    """Return a random model of the given type: 3 layers, width 32, a vocabulary for `byte_tokenizer`.
+
+    `changes` replace settings of its configuration.
+    """
     settings: dict[str, Any] = {
         "vocab_size": 259,
         "hidden_size": 32,
@@ -66,7 +69,7 @@ def tiny_lm(model_type: str = "llama", *, seed: int = 0, context_length: int = 5
         settings["sliding_window"] = 16
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
-        config = CONFIG_MAPPING[model_type](**settings)
+        config = CONFIG_MAPPING[model_type](**settings | changes)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
     return model.eval()  # type: ignore[no-any-return]  # untyped in transformers
 

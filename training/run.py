@@ -69,17 +69,19 @@ def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:
         raise RecipeError("set checkpoint, or adapter to a folder that ballast-train signal wrote")
     if subject.head is not None:
         recipe = replace(recipe, head=Head(subject.head.config.layers, subject.head.config.hidden))
-    rows, licence, states = _prepare(recipe, subject)
+    rows, licence, states = _prepare(recipe, subject, is_held_out_only=True)
     trained = Trained(subject.head, {})
     _write_checkpoint(recipe, subject, rows, trained, calibrate(subject.head, rows, states, recipe), licence, command)
     return Path(recipe.output)
 
 
-def _prepare(recipe: HeadRecipe, subject: Subject) -> tuple[list[Row], str, States]:
-    """Return the rows, the licence of what is made of them, and their states."""
+def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = False) -> tuple[list[Row], str, States]:
+    """Return the rows, or those that nothing is trained on, the licence of what is made of all, and their states."""
     rows = _rows(recipe, subject.pretrained)
     licence = licence_for(recipe, {row.licence for row in rows})
     _write_run(recipe, rows)
+    if is_held_out_only:
+        rows = [row for row in rows if row.part != "train"]
     states = compute(
         subject.pretrained,
         rows,

@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from transformers import PreTrainedModel, set_seed
 
 from model.attention import Span, pass_mask, pass_places
-from model.cls_signal import ClsSignal, forward
+from model.cls_signal import ClsSignal, Masks, forward
 from training.losses import softmax_weighted_loss
 from training.steps import Example
 from training.tune_config import Signal
@@ -18,8 +18,8 @@ from training.tune_config import Signal
 class SignalBatch(NamedTuple):
     """What the pass of a padded batch needs, T tokens before K copies of `[CLS]`."""
 
-    mask: Tensor
-    """(B, T + K, T + K), true where a row may read."""
+    masks: Masks
+    """(B, T + K, T + K) by kind of layer, true where a row may read."""
     places: Tensor
     """Position of every row, (B, T + K)."""
     is_copy: Tensor
@@ -37,50 +37,53 @@ def padded_masks(
     lengths: Sequence[int],
     spans: Sequence[Sequence[Span]],
     *,
-    sliding_window: int | None,
+    windows: Mapping[str, int | None],
     is_read: bool,
     moves: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mask, positions and real copies of a batch: T tokens padded at the end, then K copies of `[CLS]`.
+) -> tuple[Masks, Tensor, Tensor]:
+    """Return masks, positions and real copies of a batch: T tokens padded at the end, then K copies of `[CLS]`.
 
     Args:
         contents: for every request token of each row, whether it is the client's text.
         lengths: tokens of each row, the longest has T.
         spans: assessments of each row, the first of which covers nothing.
-        sliding_window: of the model.
+        windows: the model's sliding windows, by kind of layer.
         is_read: response tokens read `[CLS]`.
         moves: as `pass_places` takes it.
 
     Returns:
-        Where a row may read, (B, T + K, T + K); the position of every row, (B, T + K); which copies a row has, (B, K).
+        Where a row may read, (B, T + K, T + K) by kind of layer; the position of every row, (B, T + K); which copies a
+        row has, (B, K).
     """
     longest, most = max(lengths), max(map(len, spans))
     size = longest + most
-    mask = torch.eye(size, dtype=torch.bool).repeat(len(lengths), 1, 1)  # padding reads itself: no empty row
+    # Padding reads itself: no empty row.
+    masks = {kind: torch.eye(size, dtype=torch.bool).repeat(len(lengths), 1, 1) for kind in windows}
     places = torch.zeros(len(lengths), size, dtype=torch.long)
     is_copy = torch.zeros(len(lengths), most, dtype=torch.bool)
     for row, (content, length, found) in enumerate(zip(contents, lengths, spans, strict=True)):
-        one = pass_mask(content, 0, length, found, sliding_window=sliding_window, is_read=is_read)
         kept = torch.cat([torch.arange(length), longest + torch.arange(len(found))])  # this row's places in the batch
-        mask[row, kept[:, None], kept[None]] = one[:, 1:]  # slot 0 is read by nobody: the first copy covers nothing
+        for kind, window in windows.items():
+            one = pass_mask(content, 0, length, found, sliding_window=window, is_read=is_read)
+            masks[kind][row, kept[:, None], kept[None]] = one[:, 1:]  # nobody reads slot 0: the first copy is newer
         places[row, kept] = torch.tensor(pass_places(0, length, len(content), found, moves=moves))
         is_copy[row, : len(found)] = True
-    return mask, places, is_copy
+    return masks, places, is_copy
 
 
-def collate_signal(examples: Sequence[Example], settings: Signal, sliding_window: int | None) -> SignalBatch:
+def collate_signal(examples: Sequence[Example], settings: Signal, windows: Mapping[str, int | None]) -> SignalBatch:
     """Return masks, positions and labels of a batch whose tokens are padded at the end.
 
     Args:
         examples: what is in the batch.
         settings: whether `[CLS]` is read, and which positions it takes.
-        sliding_window: of the model, or None.
+        windows: the model's sliding windows, by kind of layer.
     """
-    mask, places, is_copy = padded_masks(
+    masks, places, is_copy = padded_masks(
         [example.content for example in examples],
         [len(example.ids) for example in examples],
         [example.spans for example in examples],
-        sliding_window=sliding_window,
+        windows=windows,
         is_read=settings.is_read,
         moves=settings.moves,
     )
@@ -89,7 +92,7 @@ def collate_signal(examples: Sequence[Example], settings: Signal, sliding_window
         return torch.tensor([-1 if label is None else label for label in found])
 
     return SignalBatch(
-        mask,
+        masks,
         places,
         is_copy,
         labels([example.request_label for example in examples]),
@@ -161,19 +164,19 @@ class SignalModel(nn.Module):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
-    def forward(self, input_ids: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, masks: Masks, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return next-token logits (B, T, V) and the logits of the copies (B, K, 2).
 
         Args:
             input_ids: tokens, (B, T).
-            mask: true where a row may read, (B, T + K, T + K).
+            masks: true where a row may read, (B, T + K, T + K), by kind of layer.
             places: position of every row, (B, T + K).
         """
         language_model: Any = self.model
         tokens = language_model.get_input_embeddings()(input_ids)  # (B, T, D)
         longest = input_ids.shape[1]
-        copies = self.signal.embedding.to(tokens).expand(len(input_ids), mask.shape[1] - longest, -1)
-        output = forward(language_model, torch.cat([tokens, copies], dim=1), mask, places, use_cache=False)
+        copies = self.signal.embedding.to(tokens).expand(len(input_ids), places.shape[1] - longest, -1)
+        output = forward(language_model, torch.cat([tokens, copies], dim=1), masks, places, use_cache=False)
         return output.logits[:, :longest], self.signal(output.hidden_states[-1][:, longest:])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there

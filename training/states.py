@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.chat import ChatTemplate, EncodedPrompt, Message
 from model.checkpoint import fingerprint_weights
-from model.cls_signal import OUTPUTS, sliding_window
+from model.cls_signal import OUTPUTS, sliding_windows
 from model.cls_signal import forward as forward_masked
 from model.pretrained import Pretrained
 from model.safety_head import Passage
@@ -207,19 +207,19 @@ def _forward_cls_batch(
     model: Any = pretrained.model
     tokens = [(*p.request, *p.prefill) for p in prompts]
     spans = [cls.spans(len(p.prefill)) for p in prompts]
-    mask, places, _ = padded_masks(
+    masks, places, _ = padded_masks(
         [p.content for p in prompts],
         list(map(len, tokens)),
         spans,
-        sliding_window=sliding_window(model),
+        windows=sliding_windows(model),
         is_read=cls.config.is_read,
         moves=cls.config.moves,
     )
     longest = max(map(len, tokens))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=model.device)  # (B, T)
     embedded = model.get_input_embeddings()(ids)
-    copies = cls.signal.embedding.to(embedded).expand(len(prompts), mask.shape[1] - longest, -1)
-    output = forward_masked(model.base_model, torch.cat([embedded, copies], dim=1), mask, places, use_cache=False)
+    copies = cls.signal.embedding.to(embedded).expand(len(prompts), places.shape[1] - longest, -1)
+    output = forward_masked(model.base_model, torch.cat([embedded, copies], dim=1), masks, places, use_cache=False)
     picked = torch.cat([output.hidden_states[layer][:, :longest] for layer in layers], dim=-1)  # (B, T, S)
     logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu()  # (B, K, 2)
     rows = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from model.cls_signal import save as save_signal
-from model.cls_signal import sliding_window
+from model.cls_signal import sliding_windows
 from model.pretrained import Pretrained, device_of, load
 from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_openings, read_part
@@ -66,15 +66,15 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
     folder = run / f"trainer-{identity[:12]}"
     whole: nn.Module = model
-    window = None
+    windows: dict[str, int | None] = {}
     if recipe.signal is not None:
         whole = SignalModel(model, fresh_signal(pretrained.model, recipe.signal, recipe.seed))
-        window = sliding_window(pretrained.model)
+        windows = sliding_windows(pretrained.model)
     trainer = ObjectiveTrainer(
         model=whole,
         args=_arguments(recipe, steps.per_step, folder),
         data_collator=partial(
-            _batch, pad_id=pretrained.pad_id, reference=reference, signal=recipe.signal, window=window
+            _batch, pad_id=pretrained.pad_id, reference=reference, signal=recipe.signal, windows=windows
         ),
         train_dataset=steps,
         callbacks=[*loggers(run), *callbacks],
@@ -124,7 +124,7 @@ class ObjectiveTrainer(Trainer):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
             logits = outputs.logits  # (B, T, V)
         else:
-            outputs = model(input_ids=inputs["input_ids"], mask=inputs["mask"], places=inputs["places"])
+            outputs = model(input_ids=inputs["input_ids"], masks=inputs["masks"], places=inputs["places"])
             logits = outputs[0]
         logprobs = token_logprobs(logits, labels)  # (B, T - 1)
         per_token = -logprobs
@@ -153,7 +153,7 @@ def _batch(
     pad_id: int,
     reference: Reference | None,
     signal: Signal | None,
-    window: int | None,
+    windows: Mapping[str, int | None],
 ) -> dict[str, Tensor]:
     """Return a padded batch, with what the constraint and the signal need of it, where there are any."""
     batch = collate(examples, pad_id)
@@ -163,7 +163,7 @@ def _batch(
             found[place, example.num_given : len(example.ids)] = reference[example.row]
         batch["reference"] = found
     if signal is not None:
-        batch |= collate_signal(examples, signal, window)._asdict()
+        batch |= collate_signal(examples, signal, windows)._asdict()
     return batch
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.attention import Span, Windows, window
-from model.cls_signal import ClsCache, ClsPass, ClsSignal, feed, sliding_window
+from model.cls_signal import ClsCache, ClsPass, ClsSignal, feed, sliding_windows
 from model.errors import ModelError
 from model.testing import FAMILIES, tiny_lm
 
@@ -137,16 +137,34 @@ def test_after_a_rollback_and_an_assessment_nothing_is_left_of_what_was_withdraw
 @torch.inference_mode()
 def test_a_request_longer_than_the_sliding_window_is_read_as_the_plain_model_reads_it(family: str):
     model, request = tiny_lm(family), list(range(3, 43))
-    assert sliding_window(model) == 16
+    assert sliding_windows(model) == {"sliding_attention": 16}
     found = start(model, [True] * 40, request)[1].logits
     assert torch.allclose(found, model(torch.tensor([request])).logits[0, -1], atol=1e-4)
 
 
-def test_a_model_that_mixes_kinds_of_layers_is_refused():
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("family", ["gemma2", "qwen2"])
+@torch.inference_mode()
+def test_layers_with_and_without_a_window_have_masks_of_their_own(family: str, moves: bool):
+    model, covered, request = mixed_lm(family), {1, 2, 5, 13, 29}, list(range(3, 43))
+    assert sliding_windows(model) == {"full_attention": None, "sliding_attention": 16}
+    found = start(model, [True] * 40, request)[1].logits
+    assert torch.allclose(found, model(torch.tensor([request])).logits[0, -1], atol=1e-4)
+    one, other = decode(model, covered, moves=moves), at_once(model, covered, moves=moves)
+    assert torch.allclose(one[1], other[1], atol=1e-4)
+
+
+def mixed_lm(family: str):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    more = {"use_sliding_window": True} if family == "qwen2" else {"head_dim": 8}
+    return tiny_lm(family, sliding_window=16, layer_types=kinds, **more)
+
+
+def test_a_kind_of_layer_without_a_mask_is_refused():
     model = tiny_lm("mistral")
-    model.config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
-    with pytest.raises(ModelError, match="layers mix"):
-        sliding_window(model)
+    model.config.layer_types = ["full_attention", "linear_attention", "sliding_attention"]
+    with pytest.raises(ModelError, match=r"layers of \['linear_attention'\]"):
+        sliding_windows(model)
 
 
 def test_the_head_gives_two_logits_in_float32_whatever_the_states():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.cls_signal import FILE, ClsCache, feed, load, sliding_window
+from model.cls_signal import FILE, ClsCache, feed, load, sliding_windows
 from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
 from tests.training.tuning import Count, Interrupt, SeesCheckpointing, joint, losses, weights
@@ -109,8 +109,8 @@ def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str):
     whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1))
     found = examples()
     batch = collate(found, pad_id=0)
-    of_signal = collate_signal(found, SETTINGS, sliding_window(model))
-    logits, cls = whole(batch["input_ids"], of_signal.mask, of_signal.places)
+    of_signal = collate_signal(found, SETTINGS, sliding_windows(model))
+    logits, cls = whole(batch["input_ids"], of_signal.masks, of_signal.places)
     for row, example in enumerate(found):
         alone = feed(model, whole.signal, ClsCache(CONTENT), example.ids, example.spans)
         assert torch.allclose(logits[row, len(example.ids) - 1], alone.logits, atol=1e-4)
