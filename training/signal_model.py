@@ -164,20 +164,28 @@ class SignalModel(nn.Module):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
-    def forward(self, input_ids: Tensor, masks: Masks, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return next-token logits (B, T, V) and the logits of the copies (B, K, 2).
+    def forward(self, input_ids: Tensor, masks: Masks, places: Tensor, logits_to_keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return next-token logits (B, T', V) and the logits of the copies (B, K, 2).
 
         Args:
             input_ids: tokens, (B, T).
             masks: true where a row may read, (B, T + K, T + K), by kind of layer.
             places: position of every row, (B, T + K).
+            logits_to_keep: tokens whose next-token logits are returned, (T',).
         """
         language_model: Any = self.model
         tokens = language_model.get_input_embeddings()(input_ids)  # (B, T, D)
         longest = input_ids.shape[1]
         copies = self.signal.embedding.to(tokens).expand(len(input_ids), places.shape[1] - longest, -1)
-        output = forward(language_model, torch.cat([tokens, copies], dim=1), masks, places, use_cache=False)
-        return output.logits[:, :longest], self.signal(output.hidden_states[-1][:, longest:])
+        output = forward(
+            language_model,
+            torch.cat([tokens, copies], dim=1),
+            masks,
+            places,
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+        )
+        return output.logits, self.signal(output.hidden_states[-1][:, longest:])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there
         """Return the trained parameters by name."""

@@ -23,7 +23,7 @@ from training.dialogues import Dialogue, read_openings, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.logs import loggers
-from training.objectives import betas, constrained_loss, positions, token_logprobs
+from training.objectives import IGNORED, betas, constrained_loss, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
 from training.report import licence_for
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
@@ -119,19 +119,20 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the batch's share of the step's loss, and with `return_outputs` the model's output too."""
-        labels = inputs["labels"]
+        kept = _predicting(inputs["labels"], inputs["weights"])  # (T',): a large vocabulary makes logits dear
+        labels = inputs["labels"][:, kept]  # (B, T')
         if self._signal is None:
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            logits = outputs.logits  # (B, T, V)
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=kept)
+            logits = outputs.logits  # (B, T', V)
         else:
-            outputs = model(input_ids=inputs["input_ids"], masks=inputs["masks"], places=inputs["places"])
+            outputs = model(inputs["input_ids"], masks=inputs["masks"], places=inputs["places"], logits_to_keep=kept)
             logits = outputs[0]
-        logprobs = token_logprobs(logits, labels)  # (B, T - 1)
+        logprobs = token_logprobs(logits, labels)  # (B, T' - 1)
         per_token = -logprobs
         if self._constraint is not None:
-            place = positions(labels)[:, 1:]  # (B, T - 1)
+            place = positions(labels)[:, 1:]  # (B, T' - 1)
             beta = betas(place, **asdict(self._constraint))
-            per_token = constrained_loss(logprobs, inputs["reference"][:, 1:], beta) * (place > 0)
+            per_token = constrained_loss(logprobs, inputs["reference"][:, kept][:, 1:], beta) * (place > 0)
         loss = (inputs["weights"][:, None] * per_token).sum()
         if self._signal is not None:
             loss = loss + self._signal_loss(outputs[1], inputs, self._signal)
@@ -145,6 +146,18 @@ class ObjectiveTrainer(Trainer):
         response = response_loss(of_copies, inputs["is_copy"], inputs["response_labels"], settings.softmax_tau)
         response = response + turn_loss(of_copies, inputs["span_labels"])  # (B,): a row has labels of one kind only
         return (settings.request_weight * request + settings.response_weight * response).sum() / self._per_step
+
+
+def _predicting(labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the positions from which something is predicted that is learned, to the end, (T',) with T' >= 1.
+
+    Args:
+        labels: (B, T).
+        weights: of each row's tokens in the loss, (B,).
+    """
+    is_learned = ((labels != IGNORED) & (weights > 0)[:, None]).any(dim=0)  # (T,)
+    first = int(is_learned.int().argmax()) if is_learned.any() else labels.shape[1]
+    return torch.arange(max(0, first - 1), labels.shape[1], device=labels.device)
 
 
 def _batch(

@@ -110,7 +110,8 @@ def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str):
     found = examples()
     batch = collate(found, pad_id=0)
     of_signal = collate_signal(found, SETTINGS, sliding_windows(model))
-    logits, cls = whole(batch["input_ids"], of_signal.masks, of_signal.places)
+    every = torch.arange(batch["input_ids"].shape[1])
+    logits, cls = whole(batch["input_ids"], of_signal.masks, of_signal.places, every)
     for row, example in enumerate(found):
         alone = feed(model, whole.signal, ClsCache(CONTENT), example.ids, example.spans)
         assert torch.allclose(logits[row, len(example.ids) - 1], alone.logits, atol=1e-4)

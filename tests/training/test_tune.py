@@ -20,7 +20,8 @@ from training import recipe_file
 from training.anchors import write_anchors
 from training.errors import DataError, RecipeError
 from training.merge import merge
-from training.tune import tune
+from training.objectives import IGNORED
+from training.tune import _predicting, tune
 from training.tune_config import AnchorRecipe, MergeRecipe
 
 
@@ -32,6 +33,14 @@ def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Pat
     assert metrics["licence"] == "Apache-2.0"
     assert metrics["rows"]["recovery"] == {"Own sentences (MIT)": 24}
     assert set(metrics["data_sha256"]) == {"triplets.jsonl", "instructions.jsonl"}
+
+
+def test_logits_are_made_from_the_first_learned_token_on():
+    labels = torch.full((3, 8), IGNORED)
+    labels[0, 4:6], labels[1, 5:], labels[2, 1:] = 7, 7, 7
+    assert _predicting(labels, torch.tensor([1.0, 1.0, 0.0])).tolist() == [3, 4, 5, 6, 7]
+    assert _predicting(labels, torch.tensor([1.0, 1.0, 0.5])).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert _predicting(labels, torch.zeros(3)).tolist() == [7]
 
 
 def test_the_adapter_changes_the_model_when_it_is_loaded(saved_model: Path, data: Path, tmp_path: Path):
