@@ -11,7 +11,7 @@ from pathlib import Path
 
 from training.config import HeadRecipe, Source
 from training.errors import DataError
-from training.rows import Part, Row, is_permissive
+from training.rows import Part, Row, is_permissive, is_validation
 from training.sources import read
 
 Answer = Callable[[Sequence[Row]], list[str]]
@@ -63,8 +63,7 @@ def assign_parts(rows: Sequence[Row], recipe: HeadRecipe) -> list[Row]:
     def part(row: Row) -> Part:
         if row.key in reserved:
             return "calibration"
-        position = int(_digest(recipe.seed, "part", row.key)[:8], 16) / 2**32
-        return "validation" if position < recipe.validation else "train"
+        return "validation" if is_validation(row.key, recipe.seed, recipe.validation) else "train"
 
     placed = [replace(row, part=part(row)) for row in rows]
     for name in ("train", "validation"):

@@ -1,7 +1,7 @@
 """Rows for fine-tuning: a request with the response to learn, and perhaps with a harmful one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,9 +9,9 @@ from training.config import Recipe
 from training.errors import DataError
 from training.records import credit, label_of, records, text_of
 from training.refusals import refusal_of
-from training.rows import is_permissive
+from training.rows import is_permissive, is_validation, key_of
 from training.shards import digest
-from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, Onset, Part
+from training.tune_config import AnchorRecipe, DialogueKind, DialogueSource, FitRecipe, Onset, Part
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Prompt:
     source: str
     licence: str
     text: str
+
+    @property
+    def key(self) -> str:
+        """As `training.rows.Row.key`."""
+        return key_of(self.text)
 
 
 @dataclass(frozen=True)
@@ -42,26 +47,33 @@ class Dialogue:
     where: str = field(default="", compare=False, repr=False)
     """File and line, for error messages."""
 
+    @property
+    def key(self) -> str:
+        """As `training.rows.Row.key`."""
+        return key_of(self.prompt or self.response)
+
 
 L = TypeVar("L", Prompt, Dialogue)
 
 
-def read_part(name: str, part: Part, recipe: Recipe) -> list[Dialogue]:
-    """Return the dialogues of one part, in the order of its sources.
+def read_part(name: str, part: Part, recipe: FitRecipe) -> list[Dialogue]:
+    """Return the dialogues of one part, in the order of its sources, but for prompts that a head validates on.
 
     Raises:
         DataError: if a source cannot be read, a row misses a field, or no row is left.
     """
-    return _read(_dialogues, part.sources, recipe, f"row is left in the part {name!r}")
+    return _read(_dialogues, part.sources, recipe, f"row is left in the part {name!r}", recipe.validation)
 
 
-def read_openings(name: str, onset: Onset, recipe: Recipe) -> list[Dialogue]:
+def read_openings(name: str, onset: Onset, recipe: FitRecipe) -> list[Dialogue]:
     """Return the dialogues whose responses open made onsets.
 
     Raises:
         DataError: as `read_part`.
     """
-    return _read(_dialogues, {"openings": onset.openings}, recipe, f"opening is left for the part {name!r}")
+    sources = {"openings": onset.openings}
+    found = _read(_dialogues, sources, recipe, f"opening is left for the part {name!r}", recipe.validation)
+    return [replace(row, is_complete=False) for row in found]  # what ends a response would give the turn away
 
 
 def read_prompts(recipe: AnchorRecipe) -> list[Prompt]:
@@ -78,10 +90,12 @@ def _read(
     sources: Mapping[str, DialogueSource],
     recipe: Recipe,
     what: str,
+    held_out: float = 0.0,
 ) -> list[L]:
-    """Return the allowed rows of all sources, or raise a DataError that no `what`."""
+    """Return the allowed rows of all sources but for a share of the prompts, or raise a DataError that no `what`."""
     folder = Path(recipe.data)
     found = [row for source in sources.values() for row in _sampled(rows_of(source, folder), source, recipe)]
+    found = [row for row in found if not is_validation(row.key, recipe.seed, held_out)]
     if not found:
         raise DataError(f"no {what}; the sources are {sorted(sources)}")
     return found

@@ -40,14 +40,24 @@ class Row:
 
         Rows of equal key are one prompt and never stand in two parts.
         """
-        text = self.prompt or self.response or ""
-        letters = "".join(filter(str.isalpha, text.casefold()))
-        return hashlib.sha256((letters or text).encode()).hexdigest()
+        return key_of(self.prompt or self.response or "")
 
     @property
     def has_label(self) -> bool:
         """Whether there is anything to learn from it."""
         return self.request_label is not None or self.response_label is not None
+
+
+def key_of(text: str) -> str:
+    """Return the SHA-256 of a text's letters, or of the text where it has none."""
+    letters = "".join(filter(str.isalpha, text.casefold()))
+    return hashlib.sha256((letters or text).encode()).hexdigest()
+
+
+def is_validation(key: str, seed: int, share: float) -> bool:
+    """Tell whether a prompt is among the share that nothing is trained on; the seed and its key alone decide."""
+    digest = hashlib.sha256("\x00".join((str(seed), "part", key)).encode()).hexdigest()
+    return int(digest[:8], 16) / 2**32 < share
 
 
 def split_source(text: str) -> tuple[str, str] | None:

@@ -36,6 +36,8 @@ class Encoded(NamedTuple):
     """For every request token, whether it is the client's text."""
     request_label: int | None = None
     response_label: int | None = None
+    is_ended: bool = False
+    """The response ends with the token that ends one."""
 
 
 class Example(NamedTuple):
@@ -112,6 +114,7 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cu
             prompt.content[-cut.request_tokens :],
             dialogue.request_label,
             dialogue.response_label,
+            end in response[: cut.response_tokens],
         )
 
     return [encoded(dialogue) for dialogue in dialogues]
@@ -189,11 +192,13 @@ class Steps(Dataset[Example]):
         """
         if self._signal is None:
             return example
-        length = len(example.ids) - len(row.request)
+        # What ends a response is never fed when it is served.
+        length = max(1, len(example.ids) - len(row.request) - row.is_ended)
         generator = _generator(self._seed, "assessments", example.row[0], place)
         drawn = torch.randint(1, length + 1, (self._signal.depths - 1,), generator=generator).tolist()
         windows = Windows(*self._signal.windows)
-        is_r1 = bool(torch.rand((), generator=generator) < 0.5) and row.request_label == 1
+        # By R1 a harmless opening would be all that is read, and labelled by what follows it.
+        is_r1 = bool(torch.rand((), generator=generator) < 0.5) and row.request_label == 1 and not num_opening
         covered = sorted({0, *drawn, length})
         turns = depth > 0 or num_opening > 0
         return example._replace(

@@ -192,6 +192,8 @@ def _encoded(
     for name, part in recipe.parts.items():
         if part.recovery is not None and recipe.constraint is not None:
             raise RecipeError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
+        if recipe.signal is not None and recipe.lora is None:
+            raise RecipeError("a signal is served beside an adapter: set lora")
         if recipe.constraint is not None and recipe.signal is not None:
             raise RecipeError("constraint and signal cannot be trained together: the reference reads no [CLS]")
         if part.share > 0 and any(row.response_label == 1 for row in dialogues[name]):
@@ -201,8 +203,10 @@ def _encoded(
         rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
         encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery)
         if part.onset is not None:
-            if part.share > 0 or part.recovery is not None:
-                raise RecipeError(f"parts.{name}.onset is for the signal alone: set share: 0 and recovery: null")
+            if recipe.signal is None or part.share > 0 or part.recovery is not None:
+                raise RecipeError(f"parts.{name}.onset is for the signal alone: set signal, share: 0, recovery: null")
+            if any(row.response_label != 1 for row in dialogues[name]):
+                raise RecipeError(f"parts.{name}.onset needs harmful responses: set response: harmful_response")
             openings = encode(read_openings(name, part.onset, recipe), pretrained.tokenizer, recipe.cut)
             encoded = replace(encoded, openings=[row.response for row in openings], longest_opening=part.onset.longest)
         parts.append(encoded)

@@ -153,6 +153,8 @@ class FitRecipe(Recipe):
     """Precision of the arithmetic; what is trained is kept in float32."""
     licence: str | None = None
     """Licence of the weights; null derives it from the rows."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the prompts that are left out: those on which a head with this seed and share validates."""
     steps: AtLeastOne = 160
     """Optimiser steps."""
     batch_size: AtLeastOne

@@ -48,12 +48,19 @@ def test_a_benign_request_is_never_read_as_a_malicious_one():
 
 
 def test_a_refusal_after_a_harmful_prefix_has_no_label_and_the_prefix_has():
-    row = Encoded((1, 30, 31, 32, 2), (40, 41), (50, 51, 52), CONTENT, 1, 0)
-    part = EncodedPart("recovery", [row], 1.0, 1, Recovery(probability=1.0))
+    row = Encoded((1, 30, 31, 32, 2), (40, 41), tuple(range(50, 90)), CONTENT, 1, 0)
+    part = EncodedPart("recovery", [row], 1.0, 1, Recovery(probability=1.0, deepest=40))
     example = Steps([part], 1, seed=0, signal=SETTINGS)[0]
     assert (example.request_label, example.response_label) == (1, None)
     assert example.spans[-1].covers == len(example.ids) - len(CONTENT)
     assert len(example.span_labels) == len(example.spans)
+
+
+def test_the_token_that_ends_a_response_is_not_assessed():
+    # The server never feeds it.
+    row = Encoded((1, 30, 31, 32, 2), (40, 41, 42, 2), (), CONTENT, 0, 0, is_ended=True)
+    steps = Steps([EncodedPart("rows", [row], 1.0, 1, None)], 20, seed=0, signal=SETTINGS)
+    assert {steps[i].spans[-1].covers for i in range(20)} == {3}
 
 
 def test_of_a_refusal_that_comes_late_the_harm_before_it_is_labelled():
@@ -86,6 +93,7 @@ def test_a_made_onset_begins_harmless_and_is_labelled_where_it_turned():
         assert (example.request_label, example.response_label) == (1, None)
         for span, label in zip(example.spans, example.span_labels, strict=True):
             assert label == (0 if span.covers <= turn else 1 if span.covers >= turn + SETTLED else None)
+            assert label != 1 or span.read.stop > turn  # it reads what it is to find
             seen.add(label)
     assert seen == {0, 1, None}
 

@@ -15,9 +15,13 @@ from pydantic import TypeAdapter
 
 from model.errors import CheckpointError
 from model.pretrained import load
+from tests.training.conftest import SOURCES
 from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, losses, recipe, weights
 from training import recipe_file
 from training.anchors import write_anchors
+from training.config import HeadRecipe
+from training.corpus import assemble
+from training.dialogues import read_part
 from training.errors import DataError, RecipeError
 from training.merge import merge
 from training.objectives import IGNORED
@@ -115,8 +119,25 @@ def test_harmful_responses_are_never_learned(saved_model: Path, data: Path, tmp_
 
 def test_made_onsets_are_for_the_signal_alone(saved_model: Path, data: Path, tmp_path: Path):
     part = {**RECOVERY, "onset": {"openings": {"path": "instructions.jsonl"}}}
-    with pytest.raises(RecipeError, match=r"parts\.task\.onset is for the signal alone: set share: 0"):
-        tune(recipe(saved_model, data, tmp_path, parts={"task": {**part, "per_step": 8}}), "")
+    parts = {"task": {**part, "per_step": 8}}
+    with pytest.raises(RecipeError, match=r"parts\.task\.onset is for the signal alone: set signal, share: 0"):
+        tune(recipe(saved_model, data, tmp_path, parts=parts), "")
+    parts["task"]["share"] = 0.0
+    with pytest.raises(RecipeError, match=r"parts\.task\.onset needs harmful responses"):
+        tune(recipe(saved_model, data, tmp_path, parts=parts, signal={}), "")
+
+
+def test_prompts_that_a_head_validates_on_teach_nothing(saved_model: Path, data: Path, tmp_path: Path):
+    made = recipe(saved_model, data, tmp_path, validation=0.4, seed=3)
+    head = TypeAdapter(HeadRecipe).validate_python(
+        {"sources": SOURCES, "data": str(data), "validation": 0.4, "seed": 3}
+    )
+    held_out = {row.key for row in assemble(head, lambda rows: ["yes"] * len(rows)) if row.part == "validation"}
+    for name, part in made.parts.items():
+        keys = {row.key for row in read_part(name, part, made)}
+        assert keys
+        assert not keys & held_out
+        assert len(read_part(name, part, recipe(saved_model, data, tmp_path))) > len(keys)
 
 
 @pytest.mark.parametrize("field", ["prompt", "response"])

@@ -23,6 +23,7 @@ def recipe(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneReci
         "data": str(data),
         "output": str(out / "adapter"),
         "run": str(out / "run"),
+        "validation": 0.0,
         "steps": 4,
         "batch_size": 4,
         "save_steps": 1,
