@@ -143,4 +143,6 @@ def attach(
         )
     if tuned:
         pretrained = adapter.merge(pretrained, folder / adapter.FOLDER)
+    if config.cls is not None and (reads_cls not in (None, config.cls.is_read) or schedule is not None):
+        logger.warning("the thresholds were calibrated with the checkpoint's own way of reading [CLS]")
     return GuardedLM(pretrained.model, pretrained.tokenizer, head, config, cls, reads_cls=reads_cls, schedule=schedule)

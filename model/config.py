@@ -125,8 +125,9 @@ class SafetyConfig:
     def schedule(self, name: str | None = None) -> Schedule:
         """Return when assessments are made: by the named schedule, or by the checkpoint's own.
 
-        A token head assesses every token, so `[CLS]` beside it may be sparse; alone and by its own schedule it waits
-        `LONGEST_ALONE` tokens at most, because a response is held back until it is assessed.
+        A token head assesses every token, so `[CLS]` beside it may be sparse. Alone and by its own schedule it waits
+        `LONGEST_ALONE` tokens at most, because a response is held back until it is assessed, and never longer than
+        its window, so that no token goes unread.
 
         Raises:
             ValueError: if there is no such schedule.
@@ -135,7 +136,8 @@ class SafetyConfig:
             return parse(name)
         if self.cls is None:
             return parse("every")
-        return parse(self.cls.schedule, longest=LONGEST_ALONE if self.token_head is None else None)
+        longest = None if self.token_head is not None else min(LONGEST_ALONE, self.cls.windows[1])
+        return parse(self.cls.schedule, longest=longest)
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON with sorted keys."""

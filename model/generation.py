@@ -157,8 +157,9 @@ class Generation:
 
     def _noted(self, step: Step) -> Step:
         """Return the step, having counted what the head did for the response."""
-        self._response_head += step.work
-        self._untold_head += step.work
+        if self._policy.output is not Mode.OFF:  # otherwise it only decides what `[CLS]` reads
+            self._response_head += step.work
+            self._untold_head += step.work
         return step
 
     def _roll_back(self, decision: Rollback) -> Iterator[Event]:

@@ -1,7 +1,8 @@
 """Feeds one sequence to the model and says what the signal finds: what generating and scoring have in common.
 
-Where a checkpoint carries both, the logit of a token is the mean, weighted by the checkpoint's shares, of the token
-head's and of the newest `[CLS]`'s that covers no later token. So one trace, one threshold and one policy serve both.
+Where a checkpoint carries both, the logit of a token at which `[CLS]` was assessed is the mean of both, weighted by the
+checkpoint's shares. Between assessments the newest `[CLS]` still counts, but only where it raises the risk: what it has
+not read it cannot clear. So one trace, one threshold and one policy serve both.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from model.chat import EncodedPrompt
 from model.events import HeadWork
 from model.guarded_lm import Assessed, GuardedLM, StepOutput
 from model.safety_head import Passage
-from model.schedule import Schedule, due
+from model.schedule import Schedule, is_due
 
 BEFORE = Span(0, range(0))
 """The assessment of the request alone."""
@@ -79,14 +80,13 @@ class Reader:
     def feed(self, token_ids: Sequence[int], *, turned_at: int | None = None, must_assess: bool = False) -> Step:
         """Feed new tokens, of the request, of the response or of both, and assess them where that is due.
 
-        Of several response tokens at once, which are given ones, the token head assesses each, and `[CLS]` those that
-        the schedule asks for, all by rule R2.
+        Several response tokens at once are given ones: each is assessed, whatever the schedule, `[CLS]` by rule R2.
 
         Args:
             token_ids: the new tokens, at least one.
             turned_at: response tokens before the first suspicious one of the current run; None where the newest
                 assessment is clear. A run makes every schedule dense.
-            must_assess: assess the newest token, whatever the schedule.
+            must_assess: assess a single token too, whatever the schedule.
         """
         first, stop, border = self._num_fed, self._num_fed + len(token_ids), self._num_request
         ends_request = first < border <= stop
@@ -145,11 +145,12 @@ class Reader:
         """Return at which of the new response tokens the schedule asks for an assessment."""
         if not self._watches_response:
             return []
-        if self._lm.cls is None and len(numbers) > 1:
-            return list(numbers)
         if self._follows_r1:
             return [number for number in numbers if number <= self._lm.windows.r1]
-        found = due(self._schedule, numbers, self._newest_due, is_suspicious=is_suspicious, must_assess=must_assess)
+        if len(numbers) > 1 or must_assess:
+            found = list(numbers)
+        else:
+            found = [n for n in numbers if is_due(self._schedule, n, self._newest_due, is_suspicious=is_suspicious)]
         self._newest_due = found[-1] if found else self._newest_due
         return found
 
@@ -173,7 +174,7 @@ class Reader:
             (token,) = self._timed(self._lm.assess("request", features[-1:]))
         if output.copies is not None:
             (cls,) = self._timed(self._lm.assess_cls("request", output.copies[:1]))
-        return _mean(token, cls, self._lm.cls_config.request_share)
+        return combine(token, cls, self._lm.cls_config.request_share, is_fresh=True)
 
     def _assess_response(
         self, numbers: Sequence[int], fresh: Sequence[int], output: StepOutput
@@ -191,7 +192,8 @@ class Reader:
         found = []
         for number, logit in zip(numbers, token, strict=True):
             self._held = cls.get(number, self._held)
-            found.append((number, _mean(logit, self._held, self._lm.cls_config.response_share)))
+            share = self._lm.cls_config.response_share
+            found.append((number, combine(logit, self._held, share, is_fresh=number in cls)))
         return found
 
     def _timed(self, found: Assessed) -> list[float]:
@@ -204,10 +206,20 @@ class Reader:
         return Step(logits, request, response, HeadWork.of(found, seconds))
 
 
-def _mean(token: float | None, cls: float | None, share: float) -> float:
-    """Return the mean of two logits, that of `[CLS]` having the weight `share`; or the one that is there."""
+def combine(token: float | None, cls: float | None, share: float, *, is_fresh: bool) -> float:
+    """Return one logit of the token head's and of `[CLS]`'s, or the one that is there.
+
+    Args:
+        token: of the token head.
+        cls: the newest one of `[CLS]`.
+        share: weight of `[CLS]`; at 0 and at 1 the other has no say.
+        is_fresh: `[CLS]` was assessed here; otherwise it may only raise the risk.
+    """
     if token is None or cls is None:
         alone = token if cls is None else cls
         assert alone is not None
         return alone
-    return (1.0 - share) * token + share * cls
+    if share == 0.0:
+        return token
+    mean = cls if share == 1.0 else (1.0 - share) * token + share * cls
+    return mean if is_fresh or not token > mean else token

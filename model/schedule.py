@@ -87,27 +87,6 @@ def parse(name: str, *, longest: int | None = None) -> Schedule:
     raise ValueError(f"unknown schedule {name!r}; there are every, first, annealed and periodic-N, as in periodic-8")
 
 
-def due(
-    schedule: Schedule, numbers: range, assessed: int, *, is_suspicious: bool = False, must_assess: bool = False
-) -> list[int]:
-    """Return which of some new tokens are assessed, by number.
-
-    Args:
-        schedule: that asks.
-        numbers: of the new tokens.
-        assessed: the newest one that was assessed before.
-        is_suspicious: as `is_due`.
-        must_assess: assess the last one in any case.
-    """
-    found: list[int] = []
-    for number in numbers:
-        newest = found[-1] if found else assessed
-        is_last = must_assess and number == numbers[-1]
-        if is_last or is_due(schedule, number, newest, is_suspicious=is_suspicious):
-            found.append(number)
-    return found
-
-
 def is_due(schedule: Schedule, position: int, assessed: int, *, is_suspicious: bool) -> bool:
     """Tell whether an assessment is due at `position`, the newest one being at `assessed`.
 

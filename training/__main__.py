@@ -122,7 +122,7 @@ Interrupted? The same command goes on where it was. Every key of a recipe is exp
     ),
     "calibrate": Command(
         run_calibrate,
-        "head_all_rows",
+        "calibrate",
         "set the thresholds of a checkpoint anew, or those of a [CLS] signal without a token head",
         """examples:
   ballast-train calibrate checkpoint=checkpoints/mine output=checkpoints/stricter acting.request_false_positives=0.01

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from model.config import Side, Thresholds
 from model.safety_head import TokenHead
-from model.schedule import due
-from model.trace import Trace
 from training.config import Acting, HeadRecipe
 from training.errors import DataError
 from training.head import SIDES, pad
@@ -31,7 +29,6 @@ from training.metrics import (
 from training.risk import request_risks, response_risks
 from training.rows import Row
 from training.states import RowStates, States
-from training.subject import schedule_of
 
 BATCH = 256
 
@@ -87,7 +84,7 @@ def calibrate(head: TokenHead | None, rows: Sequence[Row], states: States, recip
     Raises:
         DataError: if no benign or no harmful held-out row is there to set a threshold.
     """
-    has_both = head is not None and any(states[index].cls_response is not None for index in range(min(1, len(states))))
+    has_both = head is not None and len(states) > 0 and states[0].cls_response is not None
     found = {share: score(head, rows, states, recipe, share) for share in (SHARES if has_both else (1.0,))}
     sides: list[tuple[float, Scored, SideReport]] = []
     for place, side in enumerate(SIDES):
@@ -127,9 +124,7 @@ def score(
         chosen = held_out[start : start + BATCH]
         batch = [states[index] for index in chosen]
         of_request[chosen] = request_risks(_request_logits(head, batch, share)).numpy()
-        of_response[chosen] = (
-            _alone(batch, recipe) if head is None else _response_risks(head, batch, share, recipe.acting)
-        )
+        of_response[chosen] = _response_risks(head, batch, share, recipe.acting)
     requests = {(rows[i].group, rows[i].key, rows[i].request_label): i for i in reversed(held_out)}
     request_rows = [i for i in sorted(requests.values()) if rows[i].request_label is not None]
     response_rows = [i for i in held_out if rows[i].response_label is not None and len(states[i].response)]
@@ -144,34 +139,23 @@ def _request_logits(head: TokenHead | None, batch: Sequence[RowStates], share: f
     cls = torch.tensor([one.cls_request for one in batch])  # (B,)
     if head is None:
         return cls
-    token = head.request(torch.stack([one.request for one in batch]).float())
-    return torch.where(cls.isnan(), token, (1.0 - share) * token + share * cls)
+    token: Tensor = head.request(torch.stack([one.request for one in batch]).float())
+    return (1.0 - share) * token + share * cls if batch[0].cls_response is not None else token
 
 
-def _response_risks(head: TokenHead, batch: Sequence[RowStates], share: float, acting: Acting) -> Array:
-    """Return the response risk of each row, (B,), from a token head and perhaps `[CLS]` beside it."""
+def _response_risks(head: TokenHead | None, batch: Sequence[RowStates], share: float, acting: Acting) -> Array:
+    """Return the response risk of each row, (B,), from a token head, from `[CLS]`, or from both."""
     features, mask = pad(batch)
-    token = head.response(features)  # (sum of T,)
-    if batch[0].cls_response is not None:
-        cls = torch.cat([one.cls_response for one in batch if one.cls_response is not None])  # (sum of T,)
-        token = torch.where(cls.isnan(), token, (1.0 - share) * token + share * cls)
-    logits = torch.zeros(mask.shape).masked_scatter(mask, token)  # (B, T)
+    cls = [one.cls_response for one in batch if one.cls_response is not None]
+    if head is None:
+        logits = torch.cat(cls)  # (sum of T,)
+    else:
+        logits = head.response(features)
+        logits = (1.0 - share) * logits + share * torch.cat(cls) if cls else logits
+    padded = torch.zeros(mask.shape).masked_scatter(mask, logits)  # (B, T)
     lengths = mask.sum(dim=1).clamp(min=1)  # rows without a response are left out later
-    found: Array = response_risks(logits, lengths, acting.smoothing, acting.patience).numpy()
+    found: Array = response_risks(padded, lengths, acting.smoothing, acting.patience).numpy()
     return found
-
-
-def _alone(batch: Sequence[RowStates], recipe: HeadRecipe) -> Array:
-    """Return the response risk of each row, (B,), from `[CLS]` at the tokens that its schedule names."""
-    schedule, acting = schedule_of(recipe, has_head=False), recipe.acting
-    risks = np.zeros(len(batch))
-    for index, one in enumerate(batch):
-        trace = Trace(acting.smoothing)
-        assert one.cls_response is not None
-        for number in due(schedule, range(1, len(one.cls_response) + 1), 0, must_assess=True):
-            trace.add(number, float(one.cls_response[number - 1]))
-        risks[index] = trace.response_risk(acting.patience) or 0.0
-    return risks
 
 
 def onset(response: Thresholds) -> float:

@@ -170,8 +170,9 @@ class HeadRecipe(Recipe):
     beside it; null takes the model as it is."""
     checkpoint: str | None = None
     """Of `ballast-train calibrate`: the checkpoint that gets new thresholds."""
-    schedule: str = "annealed"
-    """When a `[CLS]` signal will be assessed, as `model.schedule.parse` reads it."""
+    schedule: str | None = None
+    """When a `[CLS]` signal will be assessed while a response is generated, as `model.schedule.parse` reads it; null
+    takes the checkpoint's, or `annealed`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     output: str = "runs/head/checkpoint"
     """Folder of the finished checkpoint."""

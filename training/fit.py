@@ -18,7 +18,7 @@ from training import recipe_file
 from training.dialogues import Dialogue
 from training.report import checksums
 from training.shards import digest
-from training.tune_config import FitRecipe, Part
+from training.tune_config import DialogueSource, FitRecipe, Part
 
 UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing")
 """Keys of a recipe that do not change the weights."""
@@ -86,9 +86,12 @@ def write(
         "rows": {
             name: dict(Counter(f"{row.source} ({row.licence})" for row in rows)) for name, (_, rows) in parts.items()
         },
-        "data_sha256": checksums(
-            (source for part, _ in parts.values() for source in part.sources.values()), recipe.data
-        ),
+        "data_sha256": checksums((source for part, _ in parts.values() for source in _origins(part)), recipe.data),
         "log": list(history),
     }
     (output / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _origins(part: Part) -> list[DialogueSource]:
+    """Return where the rows of a part come from, and the openings of its made onsets."""
+    return [*part.sources.values(), *([part.onset.openings] if part.onset is not None else [])]

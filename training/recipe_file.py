@@ -22,8 +22,8 @@ def load(kind: type[R], config: str, overrides: Sequence[str] = ()) -> R:
 
     Args:
         kind: what recipe it is, such as `HeadRecipe`.
-        config: a YAML file, or the name of a shipped recipe such as `head_all_rows`. A group of it that holds the key
-            `recipe` begins with the keys of the recipe of that name.
+        config: a YAML file, or the name of a shipped recipe such as `head_all_rows`. Where it, or a group
+            of it, holds the key `recipe`, the keys of the recipe of that name hold too.
         overrides: `key=value` each; dots lead into a group, and the value is YAML.
 
     Raises:
@@ -62,8 +62,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _included(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe with each group that names a `recipe` begun by that one's keys."""
+    """Return the recipe with its `recipe`'s keys, and each group that names one with that one's, where it has none."""
     found = dict(raw)
+    if isinstance(name := found.pop("recipe", None), str):
+        found = _read(_find(name)) | found
     for key, group in raw.items():
         if isinstance(group, dict) and isinstance(group.get("recipe"), str):
             found[key] = _read(_find(group["recipe"])) | {name: group[name] for name in group if name != "recipe"}

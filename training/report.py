@@ -1,5 +1,6 @@
 """What a run says about itself: counts, checksums and numbers, as plain values."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,13 @@ def licence_for(recipe: HeadRecipe | FitRecipe, licences: set[str]) -> str:
     if licence is None:
         raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
     return licence
+
+
+def licence_beside(folder: Path) -> set[str]:
+    """Return the licence that a fine-tuning noted beside its adapter; of a stranger's adapter nothing is known."""
+    path = folder / "metrics.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("licence") if path.is_file() else None
+    return {str(found)} if found is not None else set()
 
 
 def calibration_report(rows: Sequence[Row], calibration: Calibration, recipe: HeadRecipe) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded.
     """
-    subject = load_subject(recipe, has_head=True)
+    if recipe.checkpoint is not None:
+        raise RecipeError("checkpoint is for ballast-train calibrate; a head is trained on the model, or on adapter")
+    subject = load_subject(recipe)
     rows, licence, states = _prepare(recipe, subject)
     folder = Path(recipe.run) / f"trainer-{_identity(recipe, subject, rows)[:12]}"
     width = int(subject.pretrained.model.config.get_text_config().hidden_size)
@@ -64,21 +66,22 @@ def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:
         TrainingError: if recipe or data do not fit, or there is no signal to calibrate.
         ModelError: if model or checkpoint cannot be loaded.
     """
-    subject = load_subject(recipe, has_head=False)
-    if subject.head is None and subject.cls is None:
+    subject = load_subject(recipe)
+    if subject.brought.head is None and subject.brought.cls is None:
         raise RecipeError("set checkpoint, or adapter to a folder that ballast-train signal wrote")
-    if subject.head is not None:
-        recipe = replace(recipe, head=Head(subject.head.config.layers, subject.head.config.hidden))
+    if subject.brought.head is not None:
+        recipe = replace(recipe, head=Head(subject.brought.head.config.layers, subject.brought.head.config.hidden))
     rows, licence, states = _prepare(recipe, subject, is_held_out_only=True)
-    trained = Trained(subject.head, {})
-    _write_checkpoint(recipe, subject, rows, trained, calibrate(subject.head, rows, states, recipe), licence, command)
+    trained = Trained(subject.brought.head, {})
+    calibration = calibrate(trained.head, rows, states, recipe)
+    _write_checkpoint(recipe, subject, rows, trained, calibration, licence, command)
     return Path(recipe.output)
 
 
 def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = False) -> tuple[list[Row], str, States]:
     """Return the rows, or those that nothing is trained on, the licence of what is made of all, and their states."""
     rows = _rows(recipe, subject.pretrained)
-    licence = licence_for(recipe, {row.licence for row in rows})
+    licence = licence_for(recipe, {row.licence for row in rows} | subject.brought.licences)
     _write_run(recipe, rows)
     if is_held_out_only:
         rows = [row for row in rows if row.part != "train"]
@@ -89,7 +92,7 @@ def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = F
         recipe.cut,
         batch_tokens=recipe.batch_tokens,
         cache=Path(recipe.cache),
-        cls=subject.cls,
+        cls=subject.brought.cls,
     )
     return rows, licence, states
 
@@ -141,7 +144,8 @@ def _write_checkpoint(
     """Write everything beside the weights first, and the checkpoint itself last."""
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
-    cls = subject.cls.config if subject.cls is not None else None
+    brought = subject.brought
+    cls = brought.cls.config if brought.cls is not None else None
     if cls is not None:
         cls = replace(cls, request_share=calibration.request_share, response_share=calibration.response_share)
     config = SafetyConfig(
@@ -154,6 +158,7 @@ def _write_checkpoint(
         smoothing=recipe.acting.smoothing,
         patience=recipe.acting.patience,
         lookback=recipe.acting.lookback,
+        refusal=brought.refusal,
         licence=licence,
         calibration=calibration_report(rows, calibration, recipe),
     )
@@ -165,11 +170,11 @@ def _write_checkpoint(
     for folder in (output, Path(recipe.run)):
         (folder / "metrics.json").write_text(numbers, encoding="utf-8")
     draw(output / "plots", trained.history, calibration)
-    if subject.adapter != output / adapter.FOLDER:
+    if brought.adapter is None or brought.adapter.resolve() != (output / adapter.FOLDER).resolve():
         shutil.rmtree(output / adapter.FOLDER, ignore_errors=True)
-        if subject.adapter is not None:
-            adapter.copy(subject.adapter, output / adapter.FOLDER)
-    checkpoint.save(output, trained.head, config, subject.cls.signal if subject.cls is not None else None)
+        if brought.adapter is not None:
+            adapter.copy(brought.adapter, output / adapter.FOLDER)
+    checkpoint.save(output, trained.head, config, brought.cls.signal if brought.cls is not None else None)
 
 
 def _identity(recipe: HeadRecipe, subject: Subject, rows: Sequence[Row]) -> str:
@@ -177,8 +182,8 @@ def _identity(recipe: HeadRecipe, subject: Subject, rows: Sequence[Row]) -> str:
     optimisers = (recipe.request_optimiser, recipe.response_optimiser)
     choices = [asdict(group) for group in (recipe.head, recipe.loss, *optimisers, recipe.cut)]
     model = [VERSION, checkpoint.fingerprint_weights(subject.pretrained.model), recipe.dtype]
-    if subject.cls is not None:
-        model.append([subject.cls.fingerprint, asdict(subject.cls.config)])
+    if subject.brought.cls is not None:
+        model.append([subject.brought.cls.fingerprint, asdict(subject.brought.cls.config)])
     return digest(model, choices, recipe.acting.smoothing, recipe.seed, [repr(row) for row in rows])
 
 

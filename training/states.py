@@ -45,7 +45,7 @@ class RowStates(NamedTuple):
     cls_request: float = math.nan
     """Logit of the request that `[CLS]` gives; NaN without one."""
     cls_response: Tensor | None = None
-    """The newest logit of `[CLS]` at each response token, (T,) in float32; NaN before the first. None without one."""
+    """Logit of `[CLS]` at each response token, (T,) in float32; None without one."""
 
     def passage(self) -> Tensor:
         """Return what the response head reads at each response token, (T, 2 * S) in float32."""
@@ -143,7 +143,7 @@ def compute(
     encoded = [encode(row, template, cut) for row in rows]
     identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), list(layers), asdict(cut)]
     if cls is not None:
-        identity.append([cls.fingerprint, cls.config.windows, cls.config.moves, cls.config.is_read, repr(cls.schedule)])
+        identity.append([cls.fingerprint, cls.config.windows, cls.config.moves, cls.config.is_read])
     chunks = list(_chunks([row.group for row in rows]))
     shards = []
     for chunk in tracked(chunks, "states", unit=len):
@@ -224,12 +224,12 @@ def _forward_cls_batch(
     logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu()  # (B, K, 2)
     rows = []
     for row, prompt in enumerate(prompts):
-        of_row = logits[row, : len(spans[row])]
-        held = torch.full((len(prompt.prefill),), math.nan)
-        for span, logit in zip(spans[row][1:], of_row[1:, OUTPUTS.index("response")].tolist(), strict=True):
-            held[span.covers - 1 :] = logit
-        request = float(of_row[0, OUTPUTS.index("request")])
-        rows.append(_row_states(picked[row], prompt)._replace(cls_request=request, cls_response=held))
+        of_row = logits[row, : len(spans[row])]  # (1 + T, 2)
+        found = {
+            "cls_request": float(of_row[0, OUTPUTS.index("request")]),
+            "cls_response": of_row[1:, OUTPUTS.index("response")].clone(),
+        }
+        rows.append(_row_states(picked[row], prompt)._replace(**found))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -9,14 +10,15 @@ from model import adapter, checkpoint, cls_signal
 from model.attention import Span, Windows, window
 from model.chat import ChatTemplate
 from model.cls_signal import ClsSignal
-from model.config import LONGEST_ALONE, BaseModel, ClsConfig
+from model.config import BaseModel, ClsConfig, RefusalConfig
 from model.pretrained import Pretrained, device_of, load, sha256_of
 from model.reader import BEFORE
 from model.safety_head import TokenHead
-from model.schedule import Schedule, due, parse
+from model.schedule import parse
 from training import recipe_file
 from training.config import HeadRecipe
 from training.errors import RecipeError
+from training.report import licence_beside
 from training.tune_config import TuneRecipe
 
 
@@ -26,15 +28,25 @@ class ClsReading:
 
     signal: ClsSignal
     config: ClsConfig
-    schedule: Schedule
     fingerprint: str
     """SHA-256 of the signal's weights."""
 
     def spans(self, length: int) -> list[Span]:
-        """Return the assessments of a request and of a clear response of `length` tokens, its end included."""
-        numbers = due(self.schedule, range(1, length + 1), 0, must_assess=True)
+        """Return the assessments of a request and of a given response of `length` tokens: at each, by rule R2."""
         windows = Windows(*self.config.windows)
-        return [BEFORE, *(Span(number, window(number, windows, is_malicious=False)) for number in numbers)]
+        return [BEFORE, *(Span(n, window(n, windows, is_malicious=False)) for n in range(1, length + 1))]
+
+
+class Brought(NamedTuple):
+    """What an adapter's folder, or a checkpoint, adds to the model."""
+
+    adapter: Path | None = None
+    cls: ClsReading | None = None
+    head: TokenHead | None = None
+    """Only of a checkpoint."""
+    refusal: RefusalConfig = RefusalConfig()
+    licences: frozenset[str] = frozenset()
+    """Of these weights."""
 
 
 @dataclass(frozen=True)
@@ -44,64 +56,78 @@ class Subject:
     pretrained: Pretrained
     """With the adapter in its weights."""
     base: BaseModel
-    adapter: Path | None
-    cls: ClsReading | None
-    head: TokenHead | None = None
-    """Of the checkpoint that is calibrated anew."""
+    brought: Brought
 
 
-def load_subject(recipe: HeadRecipe, *, has_head: bool) -> Subject:
+def load_subject(recipe: HeadRecipe) -> Subject:
     """Return the model that the recipe names, with what lies in `adapter` or in `checkpoint`.
 
-    Args:
-        recipe: all choices.
-        has_head: a token head will be trained; otherwise that of the checkpoint is taken, if it has one.
-
     Raises:
-        TrainingError: if the recipe beside a `[CLS]` signal cannot be read, or the checkpoint is another model's.
+        TrainingError: if the recipe beside a `[CLS]` signal cannot be read, the checkpoint is another model's, or both
+            an adapter and a checkpoint are named.
         ModelError: if model, adapter, signal or checkpoint cannot be loaded.
     """
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
-    folder = Path(recipe.adapter) if recipe.adapter is not None else None
-    head, signal, config, place = None, None, None, None
+    brought = Brought()
     if recipe.checkpoint is not None:
-        place = checkpoint.find(recipe.checkpoint)
-        head, signal, found = checkpoint.load(place)
-        if found.base.weights != checkpoint.fingerprint_weights(pretrained.model):
-            raise RecipeError(f"checkpoint {place} was made for another model than {pretrained.name}")
-        config = found.cls
-        folder = place / adapter.FOLDER if found.base.adapter else None
-    elif folder is not None and (folder / cls_signal.FILE).is_file():
-        place, signal = folder, cls_signal.load(folder)
-        trained = recipe_file.load(TuneRecipe, str(folder / "recipe.yaml")).signal
-        config = ClsConfig(trained.windows, trained.moves, trained.is_read) if trained is not None else None
-    reading = None
-    if place is not None and signal is not None and config is not None:
-        schedule = schedule_of(recipe, has_head=has_head or head is not None)
-        config = replace(config, schedule=recipe.schedule)
-        reading = ClsReading(signal, config, schedule, sha256_of(place / cls_signal.FILE))
+        brought = _of_checkpoint(recipe, checkpoint.find(recipe.checkpoint), pretrained)
+    elif recipe.adapter is not None:
+        brought = _of_adapter(recipe, Path(recipe.adapter))
     base = BaseModel(
         name=pretrained.name,
         weights=checkpoint.fingerprint_weights(pretrained.model),
         chat_template=ChatTemplate(pretrained.tokenizer).fingerprint,
         dtype=recipe.dtype,
-        adapter=adapter.fingerprint(folder) if folder is not None else "",
+        adapter=adapter.fingerprint(brought.adapter) if brought.adapter is not None else "",
     )
-    if folder is not None:
-        pretrained = adapter.merge(pretrained, folder)
-    if reading is not None:
-        cls_signal.check(reading.signal, pretrained.model)
-        reading.signal.to(pretrained.model.device)
-    return Subject(pretrained, base, folder, reading, head)
+    if brought.adapter is not None:
+        pretrained = adapter.merge(pretrained, brought.adapter)
+    if brought.cls is not None:
+        cls_signal.check(brought.cls.signal, pretrained.model)
+        brought.cls.signal.to(pretrained.model.device)
+    return Subject(pretrained, base, brought)
 
 
-def schedule_of(recipe: HeadRecipe, *, has_head: bool) -> Schedule:
-    """Return when `[CLS]` will be assessed beside a token head, or without one.
+def _of_checkpoint(recipe: HeadRecipe, folder: Path, pretrained: Pretrained) -> Brought:
+    if recipe.adapter is not None:
+        raise RecipeError("adapter and checkpoint are both set: a checkpoint brings its own adapter")
+    head, signal, config = checkpoint.load(folder)
+    if config.base.weights != checkpoint.fingerprint_weights(pretrained.model):
+        raise RecipeError(f"checkpoint {folder} was made for another model than {pretrained.name}")
+    return Brought(
+        adapter=folder / adapter.FOLDER if config.base.adapter else None,
+        cls=_reading(recipe, folder, signal, config.cls),
+        head=head,
+        refusal=config.refusal,
+        licences=frozenset({config.licence}),
+    )
+
+
+def _of_adapter(recipe: HeadRecipe, folder: Path) -> Brought:
+    reading = None
+    if (folder / cls_signal.FILE).is_file():
+        trained = recipe_file.load(TuneRecipe, str(folder / "recipe.yaml")).signal
+        config = ClsConfig(trained.windows, trained.moves, trained.is_read) if trained is not None else None
+        reading = _reading(recipe, folder, cls_signal.load(folder), config)
+    return Brought(folder, reading, licences=frozenset(licence_beside(folder)))
+
+
+def _reading(recipe: HeadRecipe, folder: Path, signal: ClsSignal | None, config: ClsConfig | None) -> ClsReading | None:
+    if signal is None or config is None:
+        return None
+    return ClsReading(signal, _scheduled(config, recipe), sha256_of(folder / cls_signal.FILE))
+
+
+def _scheduled(config: ClsConfig, recipe: HeadRecipe) -> ClsConfig:
+    """Return the configuration with the recipe's schedule, if it names one.
 
     Raises:
         RecipeError: if there is no such schedule.
     """
+    if recipe.schedule is None:
+        return config
     try:
-        return parse(recipe.schedule, longest=None if has_head else LONGEST_ALONE)
+        parse(recipe.schedule)
     except ValueError as error:
         raise RecipeError(f"recipe key schedule: {error}") from error
+    return replace(config, schedule=recipe.schedule)

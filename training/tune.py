@@ -25,7 +25,7 @@ from training.head import newest_checkpoint
 from training.logs import loggers
 from training.objectives import IGNORED, betas, constrained_loss, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
-from training.report import licence_for
+from training.report import licence_beside, licence_for
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
 from training.tune_config import Constraint, Signal, TuneRecipe
@@ -47,7 +47,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     """
     pretrained = load(recipe.model, dtype=_storage(recipe), device=device_of(recipe.device))
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
-    licence = licence_for(recipe, {row.licence for rows in dialogues.values() for row in rows})
+    licences = {row.licence for rows in dialogues.values() for row in rows} | _inherited(recipe)
+    licence = licence_for(recipe, licences)
     parts = _encoded(recipe, dialogues, pretrained)
     identity = fit.identity(
         recipe, pretrained, recipe.adapter, [[part.name, part.rows, part.openings] for part in parts]
@@ -211,6 +212,19 @@ def _encoded(
             encoded = replace(encoded, openings=[row.response for row in openings], longest_opening=part.onset.longest)
         parts.append(encoded)
     return parts
+
+
+def _inherited(recipe: TuneRecipe) -> set[str]:
+    """Return the licences of what training begins with: the adapter's, and those of the openings of made onsets.
+
+    Raises:
+        DataError: as `read_openings`.
+    """
+    found = licence_beside(Path(recipe.adapter)) if recipe.adapter is not None else set()
+    for name, part in recipe.parts.items():
+        if part.onset is not None:
+            found |= {row.licence for row in read_openings(name, part.onset, recipe)}
+    return found
 
 
 def _trainable(pretrained: Pretrained, recipe: TuneRecipe) -> PreTrainedModel | PeftModel:

@@ -4,6 +4,7 @@ In the scripted model an upper-case letter is harm, and `[CLS]` is suspicious wh
 smoothing, patience 3, lookback 8; a refusal begins with "sorry, no". One byte is one token.
 """
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from model.attention import Span
 from model.chat import EncodedPrompt, Message
-from model.config import ClsConfig, Thresholds, TokenHeadConfig
+from model.config import ClsConfig, RefusalConfig, Thresholds, TokenHeadConfig
 from model.generation import generate
 from model.policy import Mode
-from model.reader import BEFORE, Reader
+from model.reader import BEFORE, Reader, combine
 from model.schedule import Annealed, Every, First, Periodic
 from model.scoring import score
 from model.testing import FAMILIES, ScriptedLM, tiny_guarded_lm, tiny_lm
@@ -32,7 +33,7 @@ SCHEDULES = [Every(), Periodic(4), Annealed(), First()]
 
 
 def alone(script: str, **changes) -> ScriptedLM:
-    return ScriptedLM(script, token_head=None, cls=CLS, **changes)
+    return ScriptedLM(script, **{"token_head": None, "cls": CLS, **changes})
 
 
 def both(script: str, **changes) -> ScriptedLM:
@@ -64,11 +65,11 @@ def test_a_suspicious_assessment_makes_the_schedule_dense(ask):
     assert covered(lm) == [0, 5, 10, 11]
 
 
-def test_alone_the_checkpoints_schedule_waits_8_tokens_at_most(ask):
-    lm = alone("a" * 130)
+@pytest.mark.parametrize(("r2", "longest"), [(5, 5), (20, 8)])
+def test_alone_the_checkpoints_schedule_waits_8_tokens_at_most_and_leaves_none_unread(ask, r2: int, longest: int):
+    lm = alone("a" * 130, cls=replace(CLS, windows=(4, r2, 3)))
     ask(lm, max_tokens=200)
-    found = covered(lm)
-    assert max(after - before for before, after in pairwise(found)) == 8
+    assert max(after - before for before, after in pairwise(covered(lm))) == longest
     beside = both("a" * 130)
     ask(beside, max_tokens=200)
     assert max(after - before for before, after in pairwise(covered(beside))) == 10
@@ -159,12 +160,53 @@ def test_a_share_of_0_is_the_token_head_alone_and_of_1_the_cls(ask):
     assert risks(0.5)[4] == pytest.approx(probability(0.0))  # the head's -8 and the +8 of `[CLS]`
 
 
-def test_between_assessments_the_newest_one_holds(ask):
+def test_between_assessments_a_suspicious_cls_raises_the_risk(ask):
+    # Assessed at 5, and by rule 3 at each token after it; in the first schedule never, but for the request.
     lm = both("aaaaAaaaaaaaa", cls=replace(CLS, response_share=1.0))
     found = [token.risk > 0.5 for token in ask(lm, schedule=Periodic(5), **SCORE).tokens]
-    # Assessed at 5; suspicious, so at each token, until the window around the turn no longer holds the letter.
-    assert found[:4] == [False] * 4
-    assert found[4:8] == [True] * 4
+    assert found == [False] * 4 + [True] * 9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("schedule", [Every(), Annealed(), First()])
+def test_what_cls_has_not_read_it_does_not_clear(ask, share: float, schedule):
+    # 310 harmless tokens make the annealed schedule as sparse as it gets.
+    lm = both("a" * 310 + "HARMHARMHARM", cls=replace(CLS, response_share=share))
+    answer = ask(lm, schedule=schedule, max_tokens=400)
+    assert answer.finish.action == "rolled_back"
+    assert "H" not in answer.text
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_harm_deep_in_a_refusal_is_found_beside_a_token_head(ask, share: float):
+    words = RefusalConfig(prefix="sorry, no", ending=". the end.", max_tokens=60)
+    lm = ScriptedLM("a", " this goes on and then HARM HARM so", cls=replace(CLS, response_share=share), refusal=words)
+    assert "HARM" not in ask(lm, "Bad").refusal
+
+
+@pytest.mark.parametrize(
+    ("token", "cls", "share", "is_fresh", "logit"),
+    [
+        (8.0, -8.0, 0.5, True, 0.0),
+        (8.0, -8.0, 0.5, False, 8.0),
+        (-8.0, 8.0, 0.5, False, 0.0),
+        (8.0, -8.0, 1.0, False, 8.0),
+        (8.0, -8.0, 1.0, True, -8.0),
+        (2.0, 4.0, 0.25, True, 2.5),
+        (None, 4.0, 0.25, True, 4.0),
+        (2.0, None, 0.25, False, 2.0),
+        (2.0, math.nan, 0.0, True, 2.0),
+        (math.nan, 2.0, 1.0, True, 2.0),
+    ],
+)
+def test_how_two_logits_become_one(token, cls, share: float, is_fresh: bool, logit: float):
+    assert combine(token, cls, share, is_fresh=is_fresh) == logit
+
+
+@pytest.mark.parametrize(("token", "cls"), [(2.0, math.nan), (math.nan, 2.0)])
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_a_failure_of_either_is_a_failure_of_both(token, cls, is_fresh: bool):
+    assert math.isnan(combine(token, cls, 0.5, is_fresh=is_fresh))
 
 
 def test_a_failing_cls_counts_as_unsafe(ask):
@@ -179,23 +221,29 @@ def test_a_failing_cls_counts_as_unsafe(ask):
 # Slow twins: what is generated is what is scored, and nothing is left of what was withdrawn
 
 
-@pytest.mark.parametrize("schedule", ["every", "periodic-4", "annealed", "first"])
 @pytest.mark.parametrize("head", [None, TokenHeadConfig((1, -1), 32, 0)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_trace_of_a_generation_is_that_of_scoring_what_it_said(family: str, head, schedule: str):
-    lm = tiny_guarded_lm(family, token_head=head, cls=replace(CLS, schedule=schedule), request=NEVER, response=NEVER)
+def test_assessed_at_every_token_a_generation_has_the_trace_of_scoring_what_it_said(family: str, head):
+    lm = tiny_guarded_lm(family, token_head=head, cls=CLS, request=NEVER, response=NEVER)
     prompt = lm.chat.encode([Message("user", "tell me more")])
-    reader = Reader(lm, prompt, lm.schedule, watches_request=True, watches_response=True)
+    reader = Reader(lm, prompt, Every(), watches_request=True, watches_response=True)
     step = reader.feed(prompt.request)
     request, said, found = step.request, [], []
-    for number in range(1, 25):
+    for _ in range(24):
         said.append(int(step.logits.argmax()))
-        step = reader.feed(said[-1:], must_assess=number == 24)
+        step = reader.feed(said[-1:])
         found += step.response
     scored = score(lm, EncodedPrompt(prompt.request, tuple(said), prompt.query_start, prompt.content))
     assert scored.request_risk == pytest.approx(probability(request), abs=1e-4)
-    assert [a.position for a in scored.assessments] == [position for position, _ in found]
+    assert [a.position for a in scored.assessments] == [position for position, _ in found] == list(range(1, 25))
     assert [a.risk for a in scored.assessments] == pytest.approx([probability(logit) for _, logit in found], abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [alone, both])
+def test_every_token_of_a_prefill_is_assessed_whatever_the_schedule(ask, make):
+    lm = make("abcdefghijkl and on")
+    ask(lm, prefill="abcdefghijkl", schedule=Annealed(), **SCORE)
+    assert covered(lm)[:13] == [0, *range(1, 13)]
 
 
 @pytest.mark.parametrize("make", [{"token_head": None}, {}])
@@ -214,13 +262,18 @@ def test_a_refusal_holds_nothing_of_the_response_before_it(make):
     assert one.response[0] == pytest.approx(other.response[0], abs=1e-4)
 
 
-@pytest.mark.parametrize("make", [{"token_head": None}, {}])
-def test_what_is_said_is_the_same_whether_the_signal_is_reported_or_not(ask, make):
-    lm = tiny_guarded_lm(cls=CLS, **make)
-    scored, unwatched = ask(lm, **SCORE), ask(lm, **OFF)
-    assert [token.token_id for token in scored.tokens] == [token.token_id for token in unwatched.tokens]
-    assert (unwatched.finish.request_risk, unwatched.finish.response_risk) == (None, None)
-    assert all(token.risk is None for token in unwatched.tokens)
+@pytest.mark.parametrize("make", [alone, both])
+def test_what_is_read_is_the_same_whether_the_signal_is_reported_or_not(ask, make):
+    # A text that turns suspicious and clears again: when it is assessed, and what is read, follows from that.
+    text = "aaaaaaaaaaAAaaaaaaaaaaaaaaaaaaaa"
+    scored, unwatched = make(text, smoothing=0.5), make(text, smoothing=0.5)
+    ask(scored, schedule=Periodic(4), **SCORE)
+    finish = ask(unwatched, schedule=Periodic(4), **OFF).finish
+    of_response = [spans for spans in unwatched.spans if BEFORE not in spans]
+    assert [spans for spans in scored.spans if BEFORE not in spans][: len(of_response)] == of_response
+    covers = [span.covers for spans in of_response for span in spans]
+    assert {1, 4} <= {after - before for before, after in pairwise(covers)}  # dense for a while
+    assert (finish.request_risk, finish.response_risk, finish.num_assessments) == (None, None, 0)
 
 
 def test_reading_is_a_switch(ask, make_request):

@@ -3,6 +3,7 @@
 In the scripted model an upper-case letter is harm, and `[CLS]` is suspicious where it reads one.
 """
 
+import json
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ def test_harm_in_mid_response_is_rolled_back(serve, kind):
     server = serve(lm=lambda: ScriptedLM("all is well and then HARMFULLY it comes", **kind))
     found = chat(server, "hi")
     assert (found["finish_reason"], found["safety"]["action"]) == ("content_filter", "rolled_back")
-    assert "HARMFULLY" not in found["message"]["content"]
+    said, refusal = found["message"]["content"].split("\n\n")
+    assert (said.strip(), refusal) == ("all is well and then", "sorry, no. bye.")
 
 
 def test_a_trace_says_where_cls_alone_was_assessed(serve):
@@ -49,19 +51,20 @@ def test_a_trace_says_where_cls_alone_was_assessed(serve):
     assert [place for place, token in enumerate(trace, start=1) if token["risk"] is not None] == [4, 8, 10]
 
 
-def test_a_score_has_risks_where_cls_alone_was_assessed(serve):
+def test_a_score_has_a_risk_at_every_token(serve):
     server = serve(lm=lambda: ScriptedLM("", cls=CLS, token_head=None))
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "abcdefghiJ"}]
     found = server.http.post("/v1/safety/score", json={"model": "tiny", "messages": messages, "trace": True}).json()
-    risks = [token["risk"] for token in found["trace"]]
-    assert [place for place, risk in enumerate(risks, start=1) if risk is not None] == [4, 8, 10]
+    assert [token["risk"] > 0.5 for token in found["trace"]] == [False] * 9 + [True]
     assert found["flagged"] == {"request": False, "response": True}
-    assert found["response_risk"] == risks[-1]
+    assert found["response_risk"] == found["trace"][-1]["risk"]
 
 
 def test_a_stream_never_carries_what_is_withdrawn(serve, kind):
     server = serve(lm=lambda: ScriptedLM("all is well and then HARMFULLY it comes", **kind))
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, "stream": True}
-    text = server.http.post("/v1/chat/completions", json=body).text
-    assert "content_filter" in text
-    assert "HARMFULLY" not in text
+    lines = server.http.post("/v1/chat/completions", json=body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    assert text.startswith("all is well and then")
+    assert "H" not in text

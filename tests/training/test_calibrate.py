@@ -1,6 +1,5 @@
 """Risks of held-out rows are those of `model.scoring`, and thresholds come from the rows that they should."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from training.corpus import assemble
 from training.errors import DataError
 from training.rows import Row
 from training.states import States, compute, encode
-from training.subject import ClsReading, schedule_of
+from training.subject import ClsReading
 
 LARGE = 8.0
 """The weights of the random head times this give risks that differ from row to row."""
@@ -69,16 +68,14 @@ def expected(lm: GuardedLM, rows: list[Row], recipe: HeadRecipe, side: Side) -> 
 
 
 @pytest.mark.parametrize("has_head", [True, False])
-@pytest.mark.parametrize("schedule", ["every", "annealed", "periodic-5"])
-def test_with_cls_too_every_row_has_the_risks_of_the_slow_twin(rows, recipe, tmp_path, has_head: bool, schedule: str):
-    recipe = replace(recipe, schedule=schedule)
+def test_with_cls_too_every_row_has_the_risks_of_the_slow_twin(rows, recipe, tmp_path, has_head: bool):
     head = {} if has_head else {"token_head": None}
-    cls = ClsConfig((3, 4, 3), schedule=schedule, request_share=0.25, response_share=0.25)
+    cls = ClsConfig((3, 4, 3), request_share=0.25, response_share=0.25)
     lm = tiny_guarded_lm(smoothing=recipe.acting.smoothing, cls=cls, response=Thresholds(0.999999, 0.5), **head)
     with torch.no_grad():
         lm.cls.out.weight.mul_(LARGE)
         lm.cls.embedding.mul_(0.02)  # so that the state is made of what is read
-    reading = ClsReading(lm.cls, cls, schedule_of(recipe, has_head=has_head), "a fingerprint")
+    reading = ClsReading(lm.cls, cls, "a fingerprint")
     pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
     states = compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache", cls=reading)
     for side, found in zip(("request", "response"), score(lm.head, rows, states, recipe, 0.25), strict=True):
@@ -91,7 +88,7 @@ def test_with_cls_too_every_row_has_the_risks_of_the_slow_twin(rows, recipe, tmp
 def test_the_share_of_cls_is_the_one_with_the_best_f1(rows, recipe, lm, tmp_path):
     cls = ClsConfig((3, 4, 3))
     signal = tiny_guarded_lm(cls=cls).cls
-    reading = ClsReading(signal, cls, schedule_of(recipe, has_head=True), "a fingerprint")
+    reading = ClsReading(signal, cls, "a fingerprint")
     pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
     states = compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache", cls=reading)
     found = calibrate(lm.head, rows, states, recipe)

@@ -187,6 +187,40 @@ def test_a_checkpoint_is_calibrated_anew_and_keeps_its_weights(recipe: HeadRecip
     checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), second)
 
 
+def test_a_checkpoint_may_be_calibrated_where_it_lies(recipe: HeadRecipe, signal: Path, tmp_path: Path):
+    folder = train_head(replace(recipe, adapter=str(signal), schedule="periodic-6"), "")
+    config = checkpoint.load(folder).config
+    worded = replace(config, refusal=replace(config.refusal, prefix="No."))
+    checkpoint.save(folder, checkpoint.load(folder).head, worded, checkpoint.load(folder).cls)
+    calibrate_checkpoint(
+        replace(recipe, checkpoint=str(folder), output=str(tmp_path / "run" / ".." / "checkpoint")), ""
+    )
+    after = checkpoint.load(folder).config
+    assert after.refusal.prefix == "No."
+    assert after.cls.schedule == "periodic-6"
+    checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), folder)
+
+
+@pytest.mark.parametrize("command", [train_head, calibrate_checkpoint])
+def test_an_adapter_and_a_checkpoint_are_not_mixed(recipe: HeadRecipe, signal: Path, command, tmp_path: Path):
+    first = train_head(replace(recipe, adapter=str(signal)), "")
+    with pytest.raises(RecipeError, match="checkpoint"):
+        command(replace(recipe, adapter=str(signal), checkpoint=str(first)), "")
+
+
+def test_the_licence_of_an_adapter_holds_for_what_is_made_of_it(recipe: HeadRecipe, signal: Path, tmp_path: Path):
+    bound = ("own_answers", "alpaca", "refusals")
+    free = replace(recipe, sources={n: s for n, s in recipe.sources.items() if n not in bound}, is_permissive_only=True)
+    folder = train_head(replace(free, adapter=str(signal)), "")
+    assert checkpoint.load(folder).config.licence == "Apache-2.0"
+    numbers = json.loads((signal / "metrics.json").read_text())
+    (signal / "metrics.json").write_text(json.dumps(numbers | {"licence": "CC-BY-NC-SA-4.0"}))
+    folder = train_head(replace(free, adapter=str(signal)), "")
+    assert checkpoint.load(folder).config.licence == "CC-BY-NC-SA-4.0"
+    again = calibrate_checkpoint(replace(free, checkpoint=str(folder), output=str(tmp_path / "again")), "")
+    assert checkpoint.load(again).config.licence == "CC-BY-NC-SA-4.0"
+
+
 def test_without_a_signal_there_is_nothing_to_calibrate(recipe: HeadRecipe, tiny: Pretrained):
     with pytest.raises(RecipeError, match="set checkpoint, or adapter"):
         calibrate_checkpoint(recipe, "")

@@ -78,6 +78,14 @@ def test_the_quick_check_counts_what_the_policy_acts_on():
     assert str(found) == "quick check: 6 of 6 malicious requests refused, 6 of 6 benign ones"
 
 
+def test_the_quick_check_counts_nothing_that_the_policy_lets_pass(monkeypatch):
+    texts = yaml.safe_load(CHECK.read_text())
+    lower = {kind: [text.lower() for text in found] for kind, found in texts.items()}
+    monkeypatch.setattr("training.harden.yaml.safe_load", lambda text: lower | {"benign": texts["benign"]})
+    found = check(ScriptedLM("fine"))
+    assert (found.num_benign_acted_on, found.num_malicious_acted_on) == (6, 0)
+
+
 def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     found = recipe_file.load(HardenRecipe, "harden", ["signal.steps=7", "head.seed=3"])
     assert found.anchors == recipe_file.load(AnchorRecipe, "anchors")

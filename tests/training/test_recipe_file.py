@@ -35,6 +35,7 @@ def test_every_shipped_recipe_opens_with_its_command_and_is_valid_there():
         "dpo": DpoRecipe,
         "merge": MergeRecipe,
         "harden": HardenRecipe,
+        "calibrate": HeadRecipe,
     }
     for path in SHIPPED.glob("*.yaml"):
         opening = path.read_text().splitlines()[0]
