@@ -115,7 +115,7 @@ def feed(
 
     Args:
         model: any causal LM that takes 4-D attention masks.
-        signal: brings the embedding, in the space of the model's scaled embeddings.
+        signal: brings the embedding, in the space of what the model's embedding layer gives.
         cache: extended in place.
         token_ids: the T new tokens; none where the pass only assesses.
         spans: the K assessments, as `model.attention.pass_mask` takes them.

@@ -17,8 +17,8 @@ from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
+from training.licences import licence_for
 from training.logs import loggers
-from training.report import licence_for
 from training.tune_config import DpoRecipe
 
 

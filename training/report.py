@@ -1,6 +1,5 @@
 """What a run says about itself: counts, checksums and numbers, as plain values."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any
 from model.pretrained import sha256_of
 from training.calibrate import Calibration, SideReport
 from training.config import HeadRecipe
-from training.errors import RecipeError
 from training.head import Trained
 from training.records import Origin, local_file
-from training.rows import Row, licence_of_weights
-from training.tune_config import FitRecipe
+from training.rows import Row
 
 
 @dataclass(frozen=True)
@@ -43,25 +40,6 @@ def checksums(sources: Iterable[Origin], data: str) -> dict[str, str]:
         path = local_file(source, Path(data))
         found[source.path] = sha256_of(path) if path else f"Hub data set, split {source.split}"
     return found
-
-
-def licence_for(recipe: HeadRecipe | FitRecipe, licences: set[str]) -> str:
-    """Return the licence of weights made of rows under `licences`: the recipe's, or what follows from the rows.
-
-    Raises:
-        RecipeError: if the recipe names none and none follows.
-    """
-    licence = recipe.licence or licence_of_weights(licences)
-    if licence is None:
-        raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
-    return licence
-
-
-def licence_beside(folder: Path) -> set[str]:
-    """Return the licence that a fine-tuning noted beside its adapter; of a stranger's adapter nothing is known."""
-    path = folder / "metrics.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("licence") if path.is_file() else None
-    return {str(found)} if found is not None else set()
 
 
 def calibration_report(rows: Sequence[Row], calibration: Calibration, recipe: HeadRecipe) -> dict[str, Any]:

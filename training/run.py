@@ -21,11 +21,12 @@ from training.config import Head, HeadRecipe
 from training.corpus import assemble
 from training.errors import RecipeError
 from training.head import Trained, train
+from training.licences import licence_for
 from training.logs import loggers
 from training.model_card import model_card
 from training.plots import draw
 from training.rephrase import rephrased
-from training.report import calibration_report, checksums, count_sources, licence_for, metrics
+from training.report import calibration_report, checksums, count_sources, metrics
 from training.rows import Row
 from training.shards import digest
 from training.states import States, compute

@@ -18,7 +18,7 @@ from model.schedule import parse
 from training import recipe_file
 from training.config import HeadRecipe
 from training.errors import RecipeError
-from training.report import licence_beside
+from training.licences import licence_beside
 from training.tune_config import TuneRecipe
 
 

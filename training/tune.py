@@ -22,10 +22,10 @@ from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_openings, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
+from training.licences import licence_beside, licence_for
 from training.logs import loggers
 from training.objectives import IGNORED, betas, constrained_loss, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
-from training.report import licence_beside, licence_for
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
 from training.tune_config import Constraint, Signal, TuneRecipe

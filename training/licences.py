@@ -1,0 +1,28 @@
+"""Under which licence weights stand: what follows from the rows, and from the weights that training began with."""
+
+import json
+from pathlib import Path
+
+from training.config import HeadRecipe
+from training.errors import RecipeError
+from training.rows import licence_of_weights
+from training.tune_config import FitRecipe
+
+
+def licence_for(recipe: HeadRecipe | FitRecipe, licences: set[str]) -> str:
+    """Return the licence of weights made of rows under `licences`: the recipe's, or what follows from the rows.
+
+    Raises:
+        RecipeError: if the recipe names none and none follows.
+    """
+    licence = recipe.licence or licence_of_weights(licences)
+    if licence is None:
+        raise RecipeError(f"set recipe key licence: it does not follow from {sorted(licences)}")
+    return licence
+
+
+def licence_beside(folder: Path) -> set[str]:
+    """Return the licence that a fine-tuning noted beside its adapter; of a stranger's adapter nothing is known."""
+    path = folder / "metrics.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("licence") if path.is_file() else None
+    return {str(found)} if found is not None else set()
