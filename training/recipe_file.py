@@ -62,13 +62,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _included(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe with its `recipe`'s keys, and each group that names one with that one's, where it has none."""
-    found = dict(raw)
-    if isinstance(name := found.pop("recipe", None), str):
-        found = _read(_find(name)) | found
-    for key, group in raw.items():
-        if isinstance(group, dict) and isinstance(group.get("recipe"), str):
-            found[key] = _read(_find(group["recipe"])) | {name: group[name] for name in group if name != "recipe"}
+    """Return the recipe with the keys of its `recipe`, and of those of its groups, where it does not set them."""
+    found = {key: _included(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    if isinstance(name := found.get("recipe"), str):
+        del found["recipe"]
+        return _merged(_included(_read(_find(name))), found)
+    return found
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return both, group by group; a value of `above` wins."""
+    found = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else value
     return found
 
 

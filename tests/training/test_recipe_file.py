@@ -1,5 +1,6 @@
 """Recipes are read strictly, and a fault is one line that names the key."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,24 @@ def test_every_shipped_recipe_opens_with_its_command_and_is_valid_there():
         _, program, command, option, name, _ = opening.split()
         assert (program, option, name) == ("ballast-train", "--config", f"training/recipes/{path.name}"), opening
         recipe_file.load(kinds[command], path.stem)
+
+
+def test_a_recipe_begins_with_another_and_changes_what_it_names(tmp_path: Path):
+    below = recipe_file.load(HeadRecipe, "head_all_rows")
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: head_all_rows\nseed: 4\nsources: {instructions: {calibration: 7}}\n")
+    found = recipe_file.load(HeadRecipe, str(path), ["head.hidden=5"])
+    instructions = replace(below.sources["instructions"], calibration=7)
+    assert found == replace(
+        below, seed=4, head=replace(below.head, hidden=5), sources=below.sources | {"instructions": instructions}
+    )
+
+
+def test_an_included_recipe_that_is_not_there_is_named(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: head_all_row\n")
+    with pytest.raises(RecipeError, match="no recipe 'head_all_row'; shipped recipes are"):
+        recipe_file.load(HeadRecipe, str(path))
 
 
 def test_a_key_deep_in_a_part_is_explained():
