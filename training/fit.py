@@ -16,6 +16,8 @@ from model.checkpoint import fingerprint_weights
 from model.pretrained import Pretrained, device_of
 from training import recipe_file
 from training.dialogues import Dialogue
+from training.model_card import fit_card
+from training.plots import draw_steps
 from training.report import checksums
 from training.shards import digest
 from training.tune_config import DialogueSource, FitRecipe, Part
@@ -76,16 +78,21 @@ def write(
 ) -> None:
     """Save the weights in the precision that serves, and what they came from."""
     output = Path(recipe.output)
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].base_model_name_or_path = pretrained.name  # not the path of this machine
     model.to(getattr(torch, recipe.dtype)).save_pretrained(str(output))
     if not isinstance(model, PeftModel):
         pretrained.tokenizer.save_pretrained(str(output))
     recipe_file.dump(recipe, output / "recipe.yaml")
+    counts = {name: dict(Counter(f"{row.source} ({row.licence})" for row in rows)) for name, (_, rows) in parts.items()}
+    kind = "adapter (LoRA, for peft)" if isinstance(model, PeftModel) else "whole model"
+    card = fit_card(recipe.name, pretrained.name, kind, licence, counts, command)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    draw_steps(output / "plots", history)
     summary = {
         "command": command,
         "licence": licence,
-        "rows": {
-            name: dict(Counter(f"{row.source} ({row.licence})" for row in rows)) for name, (_, rows) in parts.items()
-        },
+        "rows": counts,
         "data_sha256": checksums((source for part, _ in parts.values() for source in _origins(part)), recipe.data),
         "log": list(history),
     }

@@ -1,6 +1,6 @@
 """The README.md of a checkpoint: what it is, what it was made from, how good it is, and under which licence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from model.config import ClsConfig, SafetyConfig, TokenHeadConfig
 from training.calibrate import Calibration, SideReport
@@ -32,6 +32,26 @@ def model_card(
         _limits(recipe),
     )
     return "\n\n".join(sections) + "\n"
+
+
+def fit_card(name: str, base: str, kind: str, licence: str, rows: Mapping[str, Mapping[str, int]], command: str) -> str:
+    """Return the model card of a fine-tuning as Markdown.
+
+    Args:
+        name: of the recipe.
+        base: the model that was fine-tuned.
+        kind: what the folder holds, such as "adapter".
+        licence: of the weights.
+        rows: number of rows per source, by part.
+        command: that made it.
+    """
+    cells = [(part, source, str(count)) for part, sources in rows.items() for source, count in sources.items()]
+    return (
+        f"# {base}, fine-tuned: {name}\n\nThis folder holds the {kind}, the resolved recipe (`recipe.yaml`), and losses "
+        "and checksums (`metrics.json`, `plots/loss.png`).\n\n"
+        f"Licence: {licence}. {_LICENCE_NOTES.get(licence, '')}\n\nMade by:\n\n```\n{command}\n```\n\n"
+        f"## Data\n\n{_table(('part', 'source', 'rows'), cells)}\n"
+    )
 
 
 def _head(config: SafetyConfig, recipe: HeadRecipe, command: str) -> str:

@@ -34,6 +34,18 @@ def draw(folder: Path, histories: Mapping[Side, Sequence[dict[str, float]]], cal
             _save(figure, folder / f"{name}.png")
 
 
+def draw_steps(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write `loss.png` to `folder`: what a fine-tuning logged at each step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True))
+        axes.set(xlabel="step", ylabel="loss")
+        _save(figure, folder / "loss.png")
+
+
 def _loss(histories: Mapping[Side, Sequence[dict[str, float]]]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (side, history) in zip(figure.subplots(1, len(histories)), histories.items(), strict=True):

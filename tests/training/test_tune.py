@@ -37,6 +37,19 @@ def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Pat
     assert metrics["licence"] == "Apache-2.0"
     assert metrics["rows"]["recovery"] == {"Own sentences (MIT)": 24}
     assert set(metrics["data_sha256"]) == {"triplets.jsonl", "instructions.jsonl"}
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "This folder holds the whole model" in card
+    assert "| recovery | Own sentences (MIT) | 24 |" in card
+    assert "ballast-train deepen" in card
+    assert (tmp_path / "adapter" / "plots" / "loss.png").stat().st_size > 1000
+
+
+def test_weights_and_biases_is_asked_for_by_its_variable(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(RecipeError, match="WANDB_PROJECT is set, but wandb is not installed"):
+        tune(recipe(saved_model, data, tmp_path), "")
 
 
 def test_logits_are_made_from_the_first_learned_token_on():
@@ -54,6 +67,8 @@ def test_the_adapter_changes_the_model_when_it_is_loaded(saved_model: Path, data
     before = plain(ids).logits
     after = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(ids).logits
     assert not torch.allclose(before, after, atol=1e-3)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == load(str(saved_model), dtype=torch.float32).name
 
 
 def test_gradient_checkpointing_changes_nothing(saved_model: Path, data: Path, tmp_path: Path):
