@@ -10,7 +10,7 @@ from training.errors import RecipeError
 
 
 def loggers(run: Path) -> tuple[TrainerCallback, ...]:
-    """Return a TensorBoard logger below `run`, where TensorBoard is installed, and Weights & Biases where it is asked for.
+    """Return a TensorBoard logger below `run`, where that is installed, and Weights & Biases where it is asked for.
 
     It is asked for by the variable `WANDB_PROJECT`.
 

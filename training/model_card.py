@@ -47,8 +47,8 @@ def fit_card(name: str, base: str, kind: str, licence: str, rows: Mapping[str, M
     """
     cells = [(part, source, str(count)) for part, sources in rows.items() for source, count in sources.items()]
     return (
-        f"# {base}, fine-tuned: {name}\n\nThis folder holds the {kind}, the resolved recipe (`recipe.yaml`), and losses "
-        "and checksums (`metrics.json`, `plots/loss.png`).\n\n"
+        f"# {base}, fine-tuned: {name}\n\nThis folder holds the {kind}, the resolved recipe (`recipe.yaml`), and "
+        "losses and checksums (`metrics.json`, `plots/loss.png`).\n\n"
         f"Licence: {licence}. {_LICENCE_NOTES.get(licence, '')}\n\nMade by:\n\n```\n{command}\n```\n\n"
         f"## Data\n\n{_table(('part', 'source', 'rows'), cells)}\n"
     )
