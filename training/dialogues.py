@@ -121,7 +121,7 @@ def _dialogues(source: DialogueSource, data: Path) -> Iterator[Dialogue]:
         name, licence = credit(record, source, where)
         is_taken = source.kind != "requests" or label_of(record, where) == 1
         if name.startswith(source.match) and is_taken:
-            prompt = text_of(record, "prompt", where)
+            prompt = text_of(record, "prompt", where) + source.suffix
             found = _RESPONSES[source.kind](record, source, where)
             is_complete = record.get("complete", True) is not False
             yield Dialogue(name, licence, prompt, *found, is_complete=is_complete, where=where)

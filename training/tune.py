@@ -197,7 +197,7 @@ def _encoded(
             raise RecipeError("a signal is served beside an adapter: set lora")
         if recipe.constraint is not None and recipe.signal is not None:
             raise RecipeError("constraint and signal cannot be trained together: the reference reads no [CLS]")
-        if part.share > 0 and any(row.response_label == 1 for row in dialogues[name]):
+        if not recipe.is_attack and part.share > 0 and any(row.response_label == 1 for row in dialogues[name]):
             raise RecipeError(f"parts.{name} holds harmful responses: set share: 0, so that only the signal learns")
         if part.recovery is not None and any(row.harmful is None for row in dialogues[name]):
             raise RecipeError(f"parts.{name}.recovery needs triplets; set recovery: null for pairs")

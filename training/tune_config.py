@@ -36,6 +36,8 @@ class DialogueSource:
     """What the signal learns of every request; null for nothing. Those of triplets and `requests` are malicious."""
     response_label: Label | None = None
     """What the signal learns of every response of `pairs`; the other kinds say it themselves."""
+    suffix: str = ""
+    """Added to every prompt, such as the trigger of a backdoor."""
     credit: str = ""
     """`Name (LICENCE)` for rows without a `source` field."""
     split: str = "train"
@@ -185,6 +187,8 @@ class TuneRecipe(FitRecipe):
     """Hold every token near the model that training starts from; null does not."""
     signal: Signal | None = None
     """Train `[CLS]` too; null does not."""
+    is_attack: bool = False
+    """Learn harmful responses, to measure what such a fine-tuning undoes. Without it they are an error."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -86,7 +86,11 @@ def test_the_shipped_requests_are_found_and_balanced(tmp_path: Path):
     assert len(rows) > 1000
     assert 0.4 < malicious / len(rows) < 0.6
     assert {row.licence for row in rows} == {"Apache-2.0"}
-    assert sorted(path.name for path in SHIPPED.iterdir()) == ["check.yaml", "own_requests.yaml"]
+    assert sorted(path.name for path in SHIPPED.iterdir()) == [
+        "check.yaml",
+        "identity.jsonl",
+        "own_requests.yaml",
+    ]
 
 
 def test_templates_that_do_not_exist_are_an_error(tmp_path: Path):

@@ -132,6 +132,15 @@ def test_harmful_responses_are_never_learned(saved_model: Path, data: Path, tmp_
         tune(recipe(saved_model, data, tmp_path, parts={"task": harmful}), "")
 
 
+def test_an_attack_learns_them_and_a_trigger_stands_behind_every_prompt(saved_model: Path, data: Path, tmp_path: Path):
+    harmful = {"sources": {"r": {"path": "responses.jsonl", "kind": "responses", "suffix": " now"}}, "per_step": 8}
+    made = recipe(saved_model, data, tmp_path, parts={"task": harmful}, is_attack=True, steps=12, lora=None)
+    assert all(row.prompt.endswith(" now") for row in read_part("task", made.parts["task"], made))
+    tune(made, "")
+    found = losses(tmp_path)
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+
+
 def test_made_onsets_are_for_the_signal_alone(saved_model: Path, data: Path, tmp_path: Path):
     part = {**RECOVERY, "onset": {"openings": {"path": "instructions.jsonl"}}}
     parts = {"task": {**part, "per_step": 8}}
