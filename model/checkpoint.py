@@ -82,8 +82,8 @@ def save(folder: Path, head: TokenHead | None, config: SafetyConfig, cls: ClsSig
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
         save_file(tensors, folder / HEAD_FILE)
         (folder / HEAD_FILE).chmod(0o644)  # safetensors makes files that only their owner may read
-    if cls is not None:
-        cls_signal.save(cls, folder)
+    if cls is not None and config.cls is not None:
+        cls_signal.save(cls, folder, config.cls)
     scratch = folder / f".{CONFIG_FILE}"
     scratch.write_text(config.to_json(), encoding="utf-8")
     os.replace(scratch, folder / CONFIG_FILE)
@@ -103,7 +103,7 @@ def load(folder: Path) -> Checkpoint:
             head.load_state_dict(load_file(folder / HEAD_FILE))
     except (OSError, SafetensorError, RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint {folder}: {error}") from error
-    return Checkpoint(head, cls_signal.load(folder) if config.cls is not None else None, config)
+    return Checkpoint(head, cls_signal.load(folder)[0] if config.cls is not None else None, config)
 
 
 def attach(

@@ -7,17 +7,20 @@ logits instead of one, for request and response; the language model's vocabulary
 embedding is the signal's own.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from model.attention import Span, pass_mask, pass_places
+from model.config import ClsConfig
 from model.errors import CheckpointError, ModelError
 
 FILE = "cls_signal.safetensors"
@@ -218,25 +221,27 @@ def check(signal: ClsSignal, model: PreTrainedModel) -> None:
     sliding_windows(model)
 
 
-def save(signal: ClsSignal, folder: Path) -> None:
-    """Write embedding and head to `folder`, in float32."""
+def save(signal: ClsSignal, folder: Path, config: ClsConfig) -> None:
+    """Write embedding and head to `folder`, in float32, with how they are to be read."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in signal.state_dict().items()}
-    save_file(tensors, folder / FILE)
+    save_file(tensors, folder / FILE, metadata={"config": json.dumps(asdict(config))})
     (folder / FILE).chmod(0o644)  # safetensors makes files that only their owner may read
 
 
-def load(folder: Path) -> ClsSignal:
-    """Return the signal that `save` wrote; the shapes say how wide it is.
+def load(folder: Path) -> tuple[ClsSignal, ClsConfig]:
+    """Return the signal that `save` wrote, and how it is to be read; the shapes say how wide it is.
 
     Raises:
         CheckpointError: if the file is missing, truncated, or holds something else.
     """
     try:
-        tensors = load_file(folder / FILE)
+        with safe_open(folder / FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            config = json.loads((file.metadata() or {})["config"])
         hidden = len(tensors["hidden.weight"]) if "hidden.weight" in tensors else 0
         signal = ClsSignal(len(tensors["embedding"]), hidden)
         signal.load_state_dict(tensors)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        return signal.eval(), ClsConfig(**config | {"windows": tuple(config["windows"])})
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the [CLS] signal {folder / FILE}: {error}") from error
-    return signal.eval()

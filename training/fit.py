@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
-from model import adapter
+from model import adapter, cls_signal
 from model.checkpoint import fingerprint_weights
-from model.pretrained import Pretrained, device_of
+from model.pretrained import Pretrained, device_of, sha256_of
 from training import recipe_file
 from training.dialogues import Dialogue
 from training.model_card import fit_card
@@ -63,7 +63,10 @@ def identity(recipe: FitRecipe, pretrained: Pretrained, start: str | None, rows:
         rows: what is learned, as JSON values.
     """
     choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
-    before = adapter.fingerprint(Path(start)) if start is not None else ""
+    before = ""
+    if start is not None:
+        signal = Path(start) / cls_signal.FILE
+        before = adapter.fingerprint(Path(start)) + (sha256_of(signal) if signal.is_file() else "")
     return digest(fingerprint_weights(pretrained.model), before, choices, rows)
 
 

@@ -15,11 +15,9 @@ from model.pretrained import Pretrained, device_of, load, sha256_of
 from model.reader import BEFORE
 from model.safety_head import TokenHead
 from model.schedule import parse
-from training import recipe_file
 from training.config import HeadRecipe
 from training.errors import RecipeError
 from training.licences import licence_beside
-from training.tune_config import TuneRecipe
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ def load_subject(recipe: HeadRecipe) -> Subject:
     """Return the model that the recipe names, with what lies in `adapter` or in `checkpoint`.
 
     Raises:
-        TrainingError: if the recipe beside a `[CLS]` signal cannot be read, the checkpoint is another model's, or both
-            an adapter and a checkpoint are named.
+        TrainingError: if the checkpoint is another model's, or both an adapter and a checkpoint are named.
         ModelError: if model, adapter, signal or checkpoint cannot be loaded.
     """
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
@@ -106,9 +103,7 @@ def _of_checkpoint(recipe: HeadRecipe, folder: Path, pretrained: Pretrained) -> 
 def _of_adapter(recipe: HeadRecipe, folder: Path) -> Brought:
     reading = None
     if (folder / cls_signal.FILE).is_file():
-        trained = recipe_file.load(TuneRecipe, str(folder / "recipe.yaml")).signal
-        config = ClsConfig(trained.windows, trained.moves, trained.is_read) if trained is not None else None
-        reading = _reading(recipe, folder, cls_signal.load(folder), config)
+        reading = _reading(recipe, folder, *cls_signal.load(folder))
     return Brought(folder, reading, licences=frozenset(licence_beside(folder)))
 
 

@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from model.cls_signal import save as save_signal
-from model.cls_signal import sliding_windows
+from model import cls_signal
+from model.cls_signal import ClsSignal, sliding_windows
+from model.config import ClsConfig
 from model.pretrained import Pretrained, device_of, load
 from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_openings, read_part
@@ -69,7 +70,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     whole: nn.Module = model
     windows: dict[str, int | None] = {}
     if recipe.signal is not None:
-        whole = SignalModel(model, fresh_signal(pretrained.model, recipe.signal, recipe.seed))
+        whole = SignalModel(model, _signal(recipe, recipe.signal, pretrained.model))
         windows = sliding_windows(pretrained.model)
     trainer = ObjectiveTrainer(
         model=whole,
@@ -86,8 +87,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))
     if trainer.is_world_process_zero():
-        if isinstance(whole, SignalModel):
-            save_signal(whole.signal, Path(recipe.output))
+        _write_signal(recipe, whole)
         learned = {name: (part, dialogues[name]) for name, part in recipe.parts.items()}
         fit.write(recipe, model, pretrained, learned, trainer.state.log_history, licence, command)
     return Path(recipe.output)
@@ -225,6 +225,33 @@ def _inherited(recipe: TuneRecipe) -> set[str]:
         if part.onset is not None:
             found |= {row.licence for row in read_openings(name, part.onset, recipe)}
     return found
+
+
+def _signal(recipe: TuneRecipe, settings: Signal, model: PreTrainedModel) -> ClsSignal:
+    """Return the signal of the adapter that training goes on from, or a fresh one.
+
+    Raises:
+        CheckpointError: if it does not fit the model.
+        RecipeError: if it has another head than the recipe asks for.
+    """
+    if recipe.adapter is None or not (Path(recipe.adapter) / cls_signal.FILE).is_file():
+        return fresh_signal(model, settings, recipe.seed)
+    found, _ = cls_signal.load(Path(recipe.adapter))
+    cls_signal.check(found, model)
+    if (width := found.hidden.out_features if found.hidden is not None else 0) != settings.hidden:
+        raise RecipeError(f"signal.hidden is {settings.hidden}, the signal beside the adapter has {width}")
+    return found.to(model.device)
+
+
+def _write_signal(recipe: TuneRecipe, whole: nn.Module) -> None:
+    """Write the signal that was trained, or the one beside the adapter that training went on from."""
+    output = Path(recipe.output)
+    if isinstance(whole, SignalModel) and recipe.signal is not None:
+        choices = recipe.signal
+        cls_signal.save(whole.signal, output, ClsConfig(choices.windows, choices.moves, choices.is_read))
+    elif recipe.adapter is not None and (Path(recipe.adapter) / cls_signal.FILE).is_file():
+        found, config = cls_signal.load(Path(recipe.adapter))
+        cls_signal.save(found, output, config)
 
 
 def _trainable(pretrained: Pretrained, recipe: TuneRecipe) -> PreTrainedModel | PeftModel:

@@ -8,7 +8,8 @@ import torch
 from model.cls_signal import FILE, ClsCache, feed, load, sliding_windows
 from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
-from tests.training.tuning import Count, Interrupt, SeesCheckpointing, joint, losses, weights
+from tests.training.tuning import Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
+from training.errors import RecipeError
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import SETTLED, Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
@@ -150,7 +151,7 @@ def test_the_signal_learns_to_tell_malicious_requests(saved_model: Path, data: P
     tune(joint(saved_model, data, tmp_path, steps=25), "")
     found = losses(tmp_path)
     assert sum(found[-3:]) < 0.95 * sum(found[:3])
-    signal = load(tmp_path / "adapter")
+    signal, _ = load(tmp_path / "adapter")
     assert signal.embedding.shape == (32,)
 
 
@@ -163,7 +164,7 @@ def test_an_interrupted_joint_run_ends_with_the_same_weights(saved_model: Path, 
     assert counted.steps == 2
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "halted")
     assert all(torch.equal(one[name], other[name]) for name in one)
-    ours, theirs = load(tmp_path / "whole" / "adapter"), load(tmp_path / "halted" / "adapter")
+    (ours, _), (theirs, _) = load(tmp_path / "whole" / "adapter"), load(tmp_path / "halted" / "adapter")
     assert torch.equal(ours.embedding, theirs.embedding)
     assert torch.equal(ours.out.weight, theirs.out.weight)
 
@@ -181,7 +182,7 @@ def test_a_weight_of_nothing_trains_no_signal(saved_model: Path, data: Path, tmp
     signal = {"request_weight": 0.0, "response_weight": 0.0}
     tune(joint(saved_model, data, tmp_path, signal=signal), "")
     fresh = fresh_signal(tiny_lm(), Signal(), seed=0)
-    assert torch.equal(load(tmp_path / "adapter").out.weight, fresh.out.weight)
+    assert torch.equal(load(tmp_path / "adapter")[0].out.weight, fresh.out.weight)
 
 
 def test_what_is_learned_is_what_decoding_reads(saved_model: Path, data: Path, tmp_path: Path):
@@ -189,7 +190,24 @@ def test_what_is_learned_is_what_decoding_reads(saved_model: Path, data: Path, t
     signal = {"request_weight": 0.0, "response_weight": 0.0, "learning_rate": 0.05}
     tune(joint(saved_model, data, tmp_path, signal=signal), "")
     fresh = fresh_signal(tiny_lm(), Signal(), seed=0)
-    assert not torch.equal(load(tmp_path / "adapter").embedding, fresh.embedding)
+    assert not torch.equal(load(tmp_path / "adapter")[0].embedding, fresh.embedding)
+
+
+def test_a_signal_goes_on_from_that_of_its_adapter(saved_model: Path, data: Path, tmp_path: Path):
+    still = {"request_weight": 0.0, "response_weight": 0.0, "is_read": False}
+    first = tune(joint(saved_model, data, tmp_path / "first"), "")
+    second = tune(joint(saved_model, data, tmp_path / "second", adapter=str(first), signal=still), "")
+    assert torch.equal(load(first)[0].out.weight, load(second)[0].out.weight)
+    assert (load(first)[1].is_read, load(second)[1].is_read) == (True, False)
+    with pytest.raises(RecipeError, match=r"signal\.hidden is 4, the signal beside the adapter has 0"):
+        tune(joint(saved_model, data, tmp_path / "third", adapter=str(first), signal={"hidden": 4}), "")
+
+
+def test_a_fine_tuning_without_the_signal_hands_it_on(saved_model: Path, data: Path, tmp_path: Path):
+    first = tune(joint(saved_model, data, tmp_path / "first", signal={"windows": (3, 4, 5)}), "")
+    second = tune(recipe(saved_model, data, tmp_path / "second", adapter=str(first)), "")
+    assert torch.equal(load(first)[0].embedding, load(second)[0].embedding)
+    assert load(second)[1].windows == (3, 4, 5)
 
 
 @pytest.mark.parametrize("content", [b"", b"{"])
