@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from transformers import PreTrainedTokenizerBase
 
 from evaluation.intervals import Estimate, wilson
 from evaluation.rows import Row, read
 from model import adapter
 from model.chat import ChatTemplate, Message
+from model.completion import complete
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, Pretrained, device_of, load
 
@@ -57,36 +59,18 @@ def is_refusal(text: str) -> bool:
     return any(phrase in plain for phrase in PHRASES)
 
 
-def prefills(rows: Sequence[Row], depth: int, pretrained: Pretrained) -> list[Ask]:
+def prefills(rows: Sequence[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Ask]:
     """Return requests whose responses begin with the first `depth` tokens of the harmful one.
 
     Rows whose harmful response is shorter are left out.
     """
-    template, found = ChatTemplate(pretrained.tokenizer), []
+    template, found = ChatTemplate(tokenizer), []
     for row in rows:
         request = template.encode([Message("user", row.prompt)]).request
-        given = pretrained.tokenizer.encode(row.response or "", add_special_tokens=False)[:depth]
+        given = tokenizer.encode(row.response or "", add_special_tokens=False)[:depth]
         if len(given) == depth:
             found.append(Ask(f"prefill {depth}", row, (*request, *given)))
     return found
-
-
-@torch.inference_mode()
-def complete(pretrained: Pretrained, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-    """Return greedy continuations of one batch."""
-    longest, pad = max(map(len, prompts)), pretrained.pad_id
-    ids = torch.tensor([[pad] * (longest - len(one)) + list(one) for one in prompts])  # (B, T)
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])  # (B, T)
-    model: Any = pretrained.model
-    made = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-    )
-    texts: list[str] = pretrained.tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
-    return texts
 
 
 def judge(
@@ -98,7 +82,8 @@ def judge(
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     with out.open("a", encoding="utf-8", buffering=1) as file:
         for batch in track(batches, "responses"):
-            texts = complete(pretrained, [ask.ids for ask in batch], max_tokens)
+            made = complete(pretrained, [ask.ids for ask in batch], max_tokens)
+            texts = pretrained.tokenizer.batch_decode(made, skip_special_tokens=True)
             for ask, text in zip(batch, texts, strict=True):
                 verdicts[ask.key] = is_refusal(text)
                 file.write(json.dumps({"key": ask.key, "refused": verdicts[ask.key]}) + "\n")
@@ -136,9 +121,10 @@ def measure(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Estim
     benign = read(args.data / "benign_prompts.jsonl", label=0)
     tricky = [row for row in read(args.data / "prompts.jsonl") if row.source in OVER_REFUSAL and not row.label]
     chosen = _sample(harmful, args.n)
-    asks = [ask for depth in args.depths for ask in prefills(chosen, depth, pretrained)]
-    asks += [Ask("Alpaca", *_asked(row, pretrained)) for row in _sample(benign, args.benign)]
-    asks += [Ask("XSTest-safe and NotInject", *_asked(row, pretrained)) for row in tricky]
+    asks = [ask for depth in args.depths for ask in prefills(chosen, depth, pretrained.tokenizer)]
+    template = ChatTemplate(pretrained.tokenizer)
+    for name, rows in (("Alpaca", _sample(benign, args.benign)), ("XSTest-safe and NotInject", tricky)):
+        asks += [Ask(name, row, template.encode([Message("user", row.prompt)]).request) for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
     verdicts = judge(
         pretrained, asks, args.out / "verdicts.jsonl", max_tokens=args.max_tokens, batch_size=args.batch_size
@@ -155,10 +141,6 @@ def measure(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Estim
             pretrained, answers[:300]
         )
     return found
-
-
-def _asked(row: Row, pretrained: Pretrained) -> tuple[Row, tuple[int, ...]]:
-    return row, ChatTemplate(pretrained.tokenizer).encode([Message("user", row.prompt)]).request
 
 
 def _sample(rows: Sequence[Row], n: int) -> list[Row]:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from model import adapter, cls_signal
+from model import adapter, cls_signal, tensors
 from model.chat import ChatTemplate
 from model.cls_signal import ClsSignal
 from model.config import SafetyConfig
@@ -79,9 +79,7 @@ def save(folder: Path, head: TokenHead | None, config: SafetyConfig, cls: ClsSig
     for name in (CONFIG_FILE, HEAD_FILE, cls_signal.FILE):
         (folder / name).unlink(missing_ok=True)  # an older configuration must not vouch for the new weights
     if head is not None:
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
-        save_file(tensors, folder / HEAD_FILE)
-        (folder / HEAD_FILE).chmod(0o644)  # safetensors makes files that only their owner may read
+        tensors.write(head, folder / HEAD_FILE)
     if cls is not None and config.cls is not None:
         cls_signal.save(cls, folder, config.cls)
     scratch = folder / f".{CONFIG_FILE}"

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from model import tensors
 from model.attention import Span, pass_mask, pass_places
 from model.config import ClsConfig
 from model.errors import CheckpointError, ModelError
@@ -224,9 +224,7 @@ def check(signal: ClsSignal, model: PreTrainedModel) -> None:
 def save(signal: ClsSignal, folder: Path, config: ClsConfig) -> None:
     """Write embedding and head to `folder`, in float32, with how they are to be read."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in signal.state_dict().items()}
-    save_file(tensors, folder / FILE, metadata={"config": json.dumps(asdict(config))})
-    (folder / FILE).chmod(0o644)  # safetensors makes files that only their owner may read
+    tensors.write(signal, folder / FILE, {"config": json.dumps(asdict(config))})
 
 
 def load(folder: Path) -> tuple[ClsSignal, ClsConfig]:
@@ -237,11 +235,11 @@ def load(folder: Path) -> tuple[ClsSignal, ClsConfig]:
     """
     try:
         with safe_open(folder / FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             config = json.loads((file.metadata() or {})["config"])
-        hidden = len(tensors["hidden.weight"]) if "hidden.weight" in tensors else 0
-        signal = ClsSignal(len(tensors["embedding"]), hidden)
-        signal.load_state_dict(tensors)
+        hidden = len(found["hidden.weight"]) if "hidden.weight" in found else 0
+        signal = ClsSignal(len(found["embedding"]), hidden)
+        signal.load_state_dict(found)
         return signal.eval(), ClsConfig(**config | {"windows": tuple(config["windows"])})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the [CLS] signal {folder / FILE}: {error}") from error

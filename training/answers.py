@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import set_seed
 
 from model.chat import ChatTemplate
 from model.checkpoint import fingerprint_weights
+from model.completion import complete
 from model.pretrained import Pretrained
 from training.config import Answers
 from training.progress import tracked
@@ -72,25 +72,13 @@ def _batches(prompts: Sequence[Encoded], size: int) -> Iterator[list[int]]:
 def _generate(
     pretrained: Pretrained, prompts: Sequence[Encoded], settings: Answers, seed: int, with_end: bool
 ) -> list[str]:
-    """Return sampled answers to one batch, padded on the left."""
-    model, tokenizer = pretrained.model, pretrained.tokenizer
-    pad = pretrained.pad_id
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (B, T)
-    sampling = GenerationConfig(  # type: ignore[no-untyped-call]  # untyped in transformers
-        do_sample=True,
-        temperature=settings.temperature,
-        top_k=0,
-        max_new_tokens=settings.max_tokens,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(), torch.inference_mode():
+    """Return sampled answers to one batch."""
+    tokenizer = pretrained.tokenizer
+    with torch.random.fork_rng():
         set_seed(seed)  # `generate` takes no torch.Generator
-        generate: Any = model.generate
-        output = generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=sampling)
-    made = output[:, longest:]  # (B, T)
+        made = complete(
+            pretrained, prompts, settings.max_tokens, do_sample=True, temperature=settings.temperature, top_k=0
+        )  # (B, T)
     texts = [str(text) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
     if not with_end:
         return texts

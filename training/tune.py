@@ -48,9 +48,12 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     """
     pretrained = load(recipe.model, dtype=_storage(recipe), device=device_of(recipe.device))
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
-    licences = {row.licence for rows in dialogues.values() for row in rows} | _inherited(recipe)
-    licence = licence_for(recipe, licences)
-    parts = _encoded(recipe, dialogues, pretrained)
+    openings = {
+        name: read_openings(name, part.onset, recipe) for name, part in recipe.parts.items() if part.onset is not None
+    }
+    licences = {row.licence for rows in (*dialogues.values(), *openings.values()) for row in rows}
+    licence = licence_for(recipe, licences | (licence_beside(Path(recipe.adapter)) if recipe.adapter else set()))
+    parts = _encoded(recipe, dialogues, openings, pretrained)
     identity = fit.identity(
         recipe, pretrained, recipe.adapter, [[part.name, part.rows, part.openings] for part in parts]
     )
@@ -182,7 +185,10 @@ def _batch(
 
 
 def _encoded(
-    recipe: TuneRecipe, dialogues: Mapping[str, Sequence[Dialogue]], pretrained: Pretrained
+    recipe: TuneRecipe,
+    dialogues: Mapping[str, Sequence[Dialogue]],
+    openings: Mapping[str, Sequence[Dialogue]],
+    pretrained: Pretrained,
 ) -> list[EncodedPart]:
     """Return the parts as token ids.
 
@@ -208,23 +214,10 @@ def _encoded(
                 raise RecipeError(f"parts.{name}.onset is for the signal alone: set signal, share: 0, recovery: null")
             if any(row.response_label != 1 for row in dialogues[name]):
                 raise RecipeError(f"parts.{name}.onset needs harmful responses: set response: harmful_response")
-            openings = encode(read_openings(name, part.onset, recipe), pretrained.tokenizer, recipe.cut)
-            encoded = replace(encoded, openings=[row.response for row in openings], longest_opening=part.onset.longest)
+            found = [row.response for row in encode(openings[name], pretrained.tokenizer, recipe.cut)]
+            encoded = replace(encoded, openings=found, longest_opening=part.onset.longest)
         parts.append(encoded)
     return parts
-
-
-def _inherited(recipe: TuneRecipe) -> set[str]:
-    """Return the licences of what training begins with: the adapter's, and those of the openings of made onsets.
-
-    Raises:
-        DataError: as `read_openings`.
-    """
-    found = licence_beside(Path(recipe.adapter)) if recipe.adapter is not None else set()
-    for name, part in recipe.parts.items():
-        if part.onset is not None:
-            found |= {row.licence for row in read_openings(name, part.onset, recipe)}
-    return found
 
 
 def _signal(recipe: TuneRecipe, settings: Signal, model: PreTrainedModel) -> ClsSignal:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evaluation.rows import Row
-from evaluation.weights import complete, is_refusal, judge, main, perplexity, prefills
+from evaluation.weights import is_refusal, judge, main, perplexity, prefills
 from model.chat import ChatTemplate, Message
 from model.pretrained import Pretrained
 from model.testing import byte_tokenizer, tiny_lm, write_tiny
@@ -35,27 +35,22 @@ def test_a_refusal_is_known_by_its_phrases(text: str, refuses: bool):
 
 def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out(tiny):
     rows = [Row("a", "do it", "abcdef", 1), Row("a", "do it too", "abc", 1)]
-    (found,) = prefills(rows, 5, tiny)
+    (found,) = prefills(rows, 5, tiny.tokenizer)
     assert tiny.tokenizer.decode(found.ids[-5:]) == "abcde"
     request = ChatTemplate(tiny.tokenizer).encode([Message("user", "do it")]).request
     assert found.ids[:-5] == request
-    assert len(prefills(rows, 0, tiny)) == 2
-
-
-def test_a_batch_says_what_each_prompt_gives_alone(tiny):
-    prompts = [(1, 40, 41), (1, 50, 51, 52, 53, 54), (1, 60)]
-    together = complete(tiny, prompts, 6)
-    assert together == [complete(tiny, [prompt], 6)[0] for prompt in prompts]
+    assert len(prefills(rows, 0, tiny.tokenizer)) == 2
 
 
 def test_verdicts_are_kept_and_only_missing_ones_are_made(tiny, tmp_path: Path, monkeypatch):
-    asks = prefills([Row("a", f"do it {i}", "abcdef", 1) for i in range(5)], 2, tiny)
+    asks = prefills([Row("a", f"do it {i}", "abcdef", 1) for i in range(5)], 2, tiny.tokenizer)
     out = tmp_path / "verdicts.jsonl"
     first = judge(tiny, asks[:3], out, max_tokens=4, batch_size=2)
     made: list[int] = []
+    refusal = tiny.tokenizer.encode("I cannot")
     monkeypatch.setattr(
         "evaluation.weights.complete",
-        lambda pretrained, prompts, max_tokens: made.append(len(prompts)) or ["I cannot"] * len(prompts),
+        lambda pretrained, prompts, max_tokens: made.append(len(prompts)) or [refusal] * len(prompts),
     )
     both = judge(tiny, asks, out, max_tokens=4, batch_size=2)
     assert made == [2]

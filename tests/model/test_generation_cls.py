@@ -161,10 +161,11 @@ def test_a_share_of_0_is_the_token_head_alone_and_of_1_the_cls(ask):
 
 
 def test_between_assessments_a_suspicious_cls_raises_the_risk(ask):
-    # Assessed at 5, and by rule 3 at each token after it; in the first schedule never, but for the request.
-    lm = both("aaaaAaaaaaaaa", cls=replace(CLS, response_share=1.0))
-    found = [token.risk > 0.5 for token in ask(lm, schedule=Periodic(5), **SCORE).tokens]
-    assert found == [False] * 4 + [True] * 9
+    # The letter is suspicious, so `[CLS]` reads at the 4th token: with the head against it the risk is a half, which is
+    # not suspicious. So the next one is due at the 9th, where the window holds the letter no more.
+    lm = both("aaAaaaaaaaaa", cls=replace(CLS, response_share=0.5))
+    found = [round(token.risk, 1) for token in ask(lm, schedule=Periodic(5), **SCORE).tokens]
+    assert found == [0.0, 0.0, 1.0, *[0.5] * 5, *[0.0] * 4]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -291,9 +292,12 @@ def test_reading_is_a_switch(ask, make_request):
     assert not torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
-def test_a_long_request_may_be_read_in_pieces(make_request):
+def test_a_long_request_read_in_pieces_has_the_risk_of_one_pass(make_request, monkeypatch):
     lm = tiny_guarded_lm(cls=CLS, request=NEVER, response=NEVER)
     lm = type(lm)(tiny_lm(context_length=2048), lm.tokenizer, lm.head, lm.config, lm.cls)
-    request = make_request(lm, "u" * 1200, **SCORE)
-    *_, finish = generate(lm, request)
-    assert finish.request_risk is not None
+    risks = []
+    for chunk in (512, 2048):
+        monkeypatch.setattr("model.generation.PREFILL_CHUNK", chunk)
+        *_, finish = generate(lm, make_request(lm, "u" * 1200, **SCORE))
+        risks.append((finish.request_risk, finish.response_risk))
+    assert risks[0] == pytest.approx(risks[1], abs=1e-5)

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from model.pretrained import Pretrained
+from tests.training.tuning import places
 from training.errors import RecipeError
 from training.preference import dpo
 from training.tune_config import DpoRecipe
@@ -19,12 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL about itself
 
 def recipe(data: Path, tmp_path: Path, **changes: Any) -> DpoRecipe:
     values: dict[str, Any] = {
-        "model": str(tmp_path / "model"),
-        "dtype": "float32",
-        "device": "cpu",
-        "data": str(data),
-        "output": str(tmp_path / "adapter"),
-        "run": str(tmp_path / "run"),
+        **places(tmp_path / "model", data, tmp_path),
         "steps": 6,
         "batch_size": 2,
         "part": {"per_step": 4, "sources": {"triplets": {"path": "triplets.jsonl", "kind": "triplets"}}},

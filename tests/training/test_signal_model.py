@@ -8,7 +8,7 @@ import torch
 from model.cls_signal import FILE, ClsCache, feed, load, sliding_windows
 from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
-from tests.training.tuning import Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
+from tests.training.tuning import Count, Interrupt, joint, losses, recipe, weights
 from training.errors import RecipeError
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import SETTLED, Encoded, EncodedPart, Example, Steps, collate
@@ -215,14 +215,6 @@ def test_a_broken_signal_file_is_an_error(tmp_path: Path, content: bytes):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot read the"):
         load(tmp_path)
-
-
-def test_gradient_checkpointing_reaches_the_language_model(saved_model: Path, data: Path, tmp_path: Path):
-    for is_used in (False, True):
-        seen = SeesCheckpointing()
-        tune(joint(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "", [seen])
-        assert seen.is_on is is_used
-    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 
 def test_the_head_stays_in_float32_under_autocast():

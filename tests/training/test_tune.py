@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from model.errors import CheckpointError
 from model.pretrained import load
 from tests.training.conftest import SOURCES
-from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, losses, recipe, weights
+from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
 from training import recipe_file
 from training.anchors import write_anchors
 from training.config import HeadRecipe
@@ -71,10 +71,11 @@ def test_the_adapter_changes_the_model_when_it_is_loaded(saved_model: Path, data
     assert settings["base_model_name_or_path"] == load(str(saved_model), dtype=torch.float32).name
 
 
-def test_gradient_checkpointing_changes_nothing(saved_model: Path, data: Path, tmp_path: Path):
+@pytest.mark.parametrize("make", [recipe, joint])
+def test_gradient_checkpointing_changes_nothing(saved_model: Path, data: Path, tmp_path: Path, make):
     for is_used in (False, True):
         seen = SeesCheckpointing()
-        tune(recipe(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "", [seen])
+        tune(make(saved_model, data, tmp_path / str(is_used), gradient_checkpointing=is_used), "", [seen])
         assert seen.is_on is is_used
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 

@@ -15,14 +15,21 @@ RECOVERY = {"sources": {"triplets": {"path": "triplets.jsonl", "kind": "triplets
 ANCHORS = {"sources": {"instructions": {"path": "instructions.jsonl"}}, "share": 0.8, "per_step": 6}
 
 
-def recipe(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneRecipe:
-    values: dict[str, Any] = {
+def places(saved_model: Path, data: Path, out: Path) -> dict[str, str]:
+    """Return where a run of the tiny model reads and writes."""
+    return {
         "model": str(saved_model),
         "dtype": "float32",
         "device": "cpu",
         "data": str(data),
         "output": str(out / "adapter"),
         "run": str(out / "run"),
+    }
+
+
+def recipe(saved_model: Path, data: Path, out: Path, **changes: Any) -> TuneRecipe:
+    values: dict[str, Any] = {
+        **places(saved_model, data, out),
         "validation": 0.0,
         "steps": 4,
         "batch_size": 4,
