@@ -92,10 +92,20 @@ def load(name: str, *, dtype: torch.dtype, device: str = "cpu", trust_remote_cod
     source = _resolve(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsNotFound(f"cannot load {name!r} (tried {source}): {error}") from error
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return Pretrained(name, model.to(device).eval(), tokenizer)  # type: ignore[arg-type]  # a decorator there hides it
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model called `name`; arguments and errors as in `load`."""
+    source = _resolve(name)
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise WeightsNotFound(f"cannot load the tokenizer of {name!r} (tried {source}): {error}") from error
+    return found
 
 
 def _resolve(name: str) -> str:

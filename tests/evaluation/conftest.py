@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from openai import OpenAI
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -57,3 +58,9 @@ def stub() -> Iterator[Callable[[Answer], Stub]]:
             return server
 
         yield start
+
+
+@pytest.fixture
+def client_of() -> Callable[[Stub], OpenAI]:
+    """Return a client of a stub."""
+    return lambda server: OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evaluation.rows import Row
-from evaluation.weights import is_refusal, judge, main, perplexity, prefills
+from evaluation.weights import judge, main, perplexity, prefills
 from model.chat import ChatTemplate, Message
 from model.pretrained import Pretrained
 from model.testing import byte_tokenizer, tiny_lm, write_tiny
@@ -17,20 +17,6 @@ from model.testing import byte_tokenizer, tiny_lm, write_tiny
 @pytest.fixture
 def tiny() -> Pretrained:
     return Pretrained("tiny", tiny_lm(), byte_tokenizer())
-
-
-@pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
-        ("I'm sorry, but no.", True),
-        ("First, take... I can\u2019t go on with this.", True),
-        ("Sure, here is how", False),
-        ("It is illegal, but take", False),
-        ("", False),
-    ],
-)
-def test_a_refusal_is_known_by_its_phrases(text: str, refuses: bool):
-    assert is_refusal(text) is refuses
 
 
 def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out(tiny):
