@@ -40,6 +40,19 @@ def wilson(hits: int, n: int) -> Estimate:
     return Estimate(share, low, high, n)
 
 
+def mean(values: Sequence[float]) -> Estimate:
+    """Return the mean with a normal interval; of values that are all 0 or 1, with Wilson's.
+
+    Raises:
+        ValueError: if there are no samples.
+    """
+    if set(values) <= {0.0, 1.0}:
+        return wilson(int(sum(values)), len(values))
+    found, n = np.asarray(values, dtype=np.float64), len(values)
+    centre, half = float(found.mean()), Z95 * float(found.std(ddof=min(1, n - 1))) / math.sqrt(n)
+    return Estimate(centre, centre - half, centre + half, n)
+
+
 def bootstrap(
     labels: Sequence[int],
     scores: Sequence[float],

@@ -1,6 +1,6 @@
 import pytest
 
-from evaluation.intervals import bootstrap, wilson
+from evaluation.intervals import bootstrap, mean, wilson
 
 
 def test_wilson_by_hand():
@@ -18,6 +18,23 @@ def test_none_of_many_is_not_zero_percent():
 def test_a_share_of_no_samples_is_an_error():
     with pytest.raises(ValueError, match="no samples"):
         wilson(0, 0)
+
+
+def test_a_mean_by_hand():
+    # Deviations -1, 0, 1: standard deviation 1, half width 1.96 / sqrt(3).
+    found = mean([1.0, 2.0, 3.0])
+    assert (found.value, found.n) == (2.0, 3)
+    assert (found.low, found.high) == pytest.approx((2 - 1.1316, 2 + 1.1316), abs=1e-4)
+
+
+def test_a_mean_of_hits_and_misses_is_a_share():
+    assert mean([0.0] * 373) == wilson(0, 373)
+    assert mean([1.0, 0.0]) == wilson(1, 2)
+
+
+def test_a_mean_of_no_samples_is_an_error():
+    with pytest.raises(ValueError, match="no samples"):
+        mean([])
 
 
 def test_the_bootstrap_encloses_its_estimate_and_repeats_with_the_seed():

@@ -1,0 +1,113 @@
+"""How well do fine-tuned weights do the task that they were tuned on? SQL from questions, sums in words.
+
+    python -m evaluation.tasks --task sql --adapter runs/constrained_sql/adapter --data data/finetune/sql_test.jsonl
+
+Everything is greedy and in batches, nothing acts, and `[CLS]` is not read. As arXiv 2406.05946 scores them (appendix
+D): SQL by ROUGE-1, GSM8K by the number after "####"; besides, SQL by exact match.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from evaluation.intervals import Estimate, mean
+from evaluation.rows import Row, read
+from model import adapter
+from model.chat import ChatTemplate, Message
+from model.completion import complete
+from model.errors import ModelError
+from model.pretrained import DEFAULT_MODEL, Pretrained, device_of, load
+
+Score = Callable[[str, str], float]
+
+
+def rouge_1(answer: str, reference: str) -> float:
+    """Return the F1 of the words of two texts, each as often as it stands there (Lin 2004), in [0, 1]."""
+    ours, theirs = (Counter(re.findall("[a-z0-9]+", text.lower())) for text in (answer, reference))
+    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+
+
+def same_query(answer: str, reference: str) -> float:
+    """Return 1 for the same text, but for white space and a last semicolon."""
+    ours, theirs = (" ".join(text.split()).removesuffix(";").rstrip() for text in (answer, reference))
+    return float(ours == theirs)
+
+
+def same_number(answer: str, reference: str) -> float:
+    """Return 1 for the same number after "####", commas left out; 0 where the answer has none."""
+    ours, theirs = (re.findall(r"####\s*(-?[\d,]*\.?\d+)", text) for text in (answer, reference))
+    if not theirs:
+        raise ValueError("the reference has no number after '####'")
+    return float(bool(ours) and _number(ours[-1]) == _number(theirs[-1]))
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+TASKS: Mapping[str, Mapping[str, Score]] = {
+    "sql": {"ROUGE-1": rouge_1, "exact match": same_query},
+    "gsm8k": {"accuracy": same_number},
+}
+
+
+def answer(pretrained: Pretrained, rows: Sequence[Row], *, max_tokens: int, batch_size: int) -> list[str]:
+    """Return the greedy answer to each prompt."""
+    template = ChatTemplate(pretrained.tokenizer)
+    found: dict[int, str] = {}
+    prompts = [template.encode([Message("user", row.prompt)]).request for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
+    for start in track(range(0, len(rows), batch_size), "answers"):
+        batch = order[start : start + batch_size]
+        made = complete(pretrained, [prompts[index] for index in batch], max_tokens)
+        found.update(zip(batch, pretrained.tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def measure(task: str, answers: Sequence[str], rows: Sequence[Row]) -> dict[str, Estimate]:
+    """Return the mean of every score of a task.
+
+    Raises:
+        ValueError: if there is no row, or the reference of one is none.
+    """
+    references = [row.response or "" for row in rows]
+    return {
+        name: mean([score(one, other) for one, other in zip(answers, references, strict=True)])
+        for name, score in TASKS[task].items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description="Score fine-tuned weights on a task.")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="short name, folder or Hub id (%(default)s)")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter to add")
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and response")
+    parser.add_argument("--n", type=int, default=500, help="most rows (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="answers at a time (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        rows = read(args.data, label=0)[: args.n]
+        pretrained = load(args.model, dtype=torch.bfloat16, device=device_of("auto"))
+        if args.adapter is not None:
+            pretrained = adapter.merge(pretrained, args.adapter)
+        answers = answer(pretrained, rows, max_tokens=args.max_tokens, batch_size=args.batch_size)
+        found = measure(args.task, answers, rows)
+    except (ModelError, OSError, ValueError) as error:
+        sys.stderr.write(f"evaluation.tasks: {error}\n")
+        return 1
+    for name, value in found.items():
+        sys.stdout.write(f"{name}: {value}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Task scores, by hand and on the tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.rows import Row
+from evaluation.tasks import answer, main, measure, rouge_1, same_number, same_query
+from model.pretrained import Pretrained
+from model.testing import byte_tokenizer, tiny_lm, write_tiny
+
+
+def test_rouge_counts_each_word_as_often_as_it_stands_there():
+    # Common: select, a, a. Precision 3/4, recall 3/5: F1 = 2 * 3 / 9.
+    assert rouge_1("SELECT a, a, b", "select a FROM a_t".replace("_", " ")) == pytest.approx(6 / 9)
+    assert rouge_1("same words", "Words same") == 1.0
+    assert rouge_1("", "") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [("SELECT a  FROM b", 1.0), ("SELECT a FROM b ;\n", 1.0), ("SELECT a FROM c", 0.0), ("", 0.0)]
+)
+def test_a_query_is_the_same_but_for_white_space_and_a_semicolon(text, score):
+    assert same_query(text, "SELECT a FROM b;") == score
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("so #### 1,234", 1.0), ("#### 1234.0", 1.0), ("#### 3 no: #### 1234", 1.0), ("1234", 0.0), ("#### -1234", 0.0)],
+)
+def test_the_number_is_the_last_one_after_the_mark(text, score):
+    assert same_number(text, "that makes\n#### 1234") == score
+
+
+def test_a_reference_without_a_number_is_an_error():
+    with pytest.raises(ValueError, match="####"):
+        same_number("#### 1", "1")
+
+
+def test_answers_stand_in_the_order_of_their_rows(monkeypatch):
+    tiny = Pretrained("tiny", tiny_lm(), byte_tokenizer())
+    echo = lambda pretrained, prompts, most: [[ord("a") + len(prompt) % 26] for prompt in prompts]  # noqa: E731
+    monkeypatch.setattr("evaluation.tasks.complete", echo)
+    rows = [Row("own", "x" * length, "r", 0) for length in (9, 2, 13, 4, 1)]
+    alone = [answer(tiny, [row], max_tokens=4, batch_size=1)[0] for row in rows]
+    assert len(set(alone)) == 5
+    assert answer(tiny, rows, max_tokens=4, batch_size=2) == alone
+
+
+def test_every_score_of_a_task_has_its_n():
+    rows = [Row("own", "p", "SELECT a", 0), Row("own", "q", "SELECT b", 0)]
+    found = measure("sql", ["SELECT a", "SELECT c"], rows)
+    assert {name: (one.value, one.n) for name, one in found.items()} == {"ROUGE-1": (0.75, 2), "exact match": (0.5, 2)}
+
+
+def test_the_command_scores_a_model(tmp_path: Path, capfd):
+    model, _ = write_tiny(tmp_path)
+    data = tmp_path / "gsm8k.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}?", "response": "#### 5"}) + "\n" for i in range(3)))
+    command = ["--task", "gsm8k", "--model", str(model), "--data", str(data), "--max-tokens", "4"]
+    assert main(command) == 0
+    assert "accuracy: 0.000 [0.000, 0.561] (n = 3)" in capfd.readouterr().out
+    assert main([*command, "--data", str(tmp_path / "none.jsonl")]) == 1
+    assert "none.jsonl" in capfd.readouterr().err
