@@ -40,8 +40,11 @@ def test_a_reference_without_a_number_is_an_error():
 
 def test_answers_stand_in_the_order_of_their_rows(monkeypatch):
     tiny = Pretrained("tiny", tiny_lm(), byte_tokenizer())
-    echo = lambda pretrained, prompts, most: [[ord("a") + len(prompt) % 26] for prompt in prompts]  # noqa: E731
-    monkeypatch.setattr("evaluation.tasks.complete", echo)
+    letters = tiny.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
+    monkeypatch.setattr(
+        "evaluation.tasks.complete",
+        lambda pretrained, prompts, most: [[letters[len(prompt) % 26]] for prompt in prompts],
+    )
     rows = [Row("own", "x" * length, "r", 0) for length in (9, 2, 13, 4, 1)]
     alone = [answer(tiny, [row], max_tokens=4, batch_size=1)[0] for row in rows]
     assert len(set(alone)) == 5
