@@ -37,7 +37,7 @@ class Dialogue:
     prompt: str
     response: str
     harmful: str | None = None
-    """A harmful answer to the same request; only of triplets."""
+    """A harmful answer to the same request, where there is one."""
     request_label: int | None = None
     """1 where the request is malicious, 0 where it is not, None where nothing is known."""
     response_label: int | None = None
@@ -119,7 +119,8 @@ def _sampled(rows: Iterable[L], source: DialogueSource, recipe: Recipe) -> list[
 def _dialogues(source: DialogueSource, data: Path) -> Iterator[Dialogue]:
     for where, record in records(source, data):
         name, licence = credit(record, source, where)
-        is_taken = source.kind != "requests" or label_of(record, where) == 1
+        wants_harmful = source.kind == "requests" or (source.kind, source.response) == ("responses", "own_refusal")
+        is_taken = not wants_harmful or label_of(record, where) == 1
         if name.startswith(source.match) and is_taken:
             prompt = text_of(record, "prompt", where) + source.suffix
             found = _RESPONSES[source.kind](record, source, where)
@@ -144,7 +145,16 @@ def _pair(record: Mapping[str, Any], source: DialogueSource, where: str) -> Labe
     return text_of(record, "response", where), None, source.request_label, source.response_label
 
 
+def _refusal(record: Mapping[str, Any], source: DialogueSource, where: str) -> Labelled:
+    if source.response == "own_refusal":
+        return refusal_of(text_of(record, "prompt", where)), None, 1, 0
+    return text_of(record, "response", where), None, 1, 0
+
+
 def _response(record: Mapping[str, Any], source: DialogueSource, where: str) -> Labelled:
+    if source.response == "own_refusal":
+        harmful = text_of(record, "response", where)
+        return refusal_of(text_of(record, "prompt", where), harmful), harmful, source.request_label, 0
     return text_of(record, "response", where), None, source.request_label, label_of(record, where)
 
 
@@ -154,6 +164,7 @@ def _request(record: Mapping[str, Any], source: DialogueSource, where: str) -> L
 
 _RESPONSES: dict[DialogueKind, Callable[[Mapping[str, Any], DialogueSource, str], Labelled]] = {
     "triplets": _triplet,
+    "refusals": _refusal,
     "pairs": _pair,
     "responses": _response,
     "requests": _request,

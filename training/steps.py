@@ -201,9 +201,10 @@ class Steps(Dataset[Example]):
         is_r1 = bool(torch.rand((), generator=generator) < 0.5) and row.request_label == 1 and not num_opening
         covered = sorted({0, *drawn, length})
         turns = depth > 0 or num_opening > 0
+        num_harmful = depth if row.request_label == 1 else 0
         return example._replace(
             spans=tuple(Span(covers, window(covers, windows, is_malicious=is_r1)) for covers in covered),
-            span_labels=tuple(_span_label(covers, depth, num_opening) for covers in covered) if turns else (),
+            span_labels=tuple(_span_label(covers, num_harmful, num_opening) for covers in covered) if turns else (),
             request_label=row.request_label,
             response_label=None if turns else row.response_label,
             content=row.content,

@@ -206,7 +206,10 @@ def _encoded(
         if not recipe.is_attack and part.share > 0 and any(row.response_label == 1 for row in dialogues[name]):
             raise RecipeError(f"parts.{name} holds harmful responses: set share: 0, so that only the signal learns")
         if part.recovery is not None and any(row.harmful is None for row in dialogues[name]):
-            raise RecipeError(f"parts.{name}.recovery needs triplets; set recovery: null for pairs")
+            raise RecipeError(
+                f"parts.{name}.recovery needs harmful responses to begin with: triplets, or responses read as "
+                "own_refusal; set recovery: null for others"
+            )
         rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
         encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery)
         if part.onset is not None:

@@ -11,9 +11,19 @@ from pydantic.dataclasses import dataclass
 
 from training.config import STRICT, Answers, AtLeastOne, Count, Cut, NonNegative, Positive, Recipe, Share
 
-DialogueKind = Literal["triplets", "pairs", "responses", "requests"]
-"""Fields of a row. `triplets`: prompt, harmful_response, refusal. `pairs`: prompt, response. `responses`: prompt,
-response, harmful. `requests`: prompt, harmful; only the malicious ones are taken, with a refusal of our own."""
+DialogueKind = Literal["triplets", "refusals", "pairs", "responses", "requests"]
+"""Fields of a row. `triplets`: prompt, harmful_response, refusal. `refusals`: prompt, response, which refuses it.
+`pairs`: prompt, response. `responses`: prompt, response, harmful. `requests`: prompt, harmful; only the malicious ones
+are taken, with a refusal of our own."""
+
+RESPONSES_OF: dict[DialogueKind, tuple[str, ...]] = {
+    "triplets": ("refusal", "harmful_response", "own_refusal"),
+    "refusals": ("refusal", "own_refusal"),
+    "pairs": ("refusal",),
+    "responses": ("refusal", "own_refusal"),
+    "requests": ("refusal",),
+}
+"""What `response` may be. Where it has no meaning it stays at its default."""
 
 Label = Literal[0, 1]
 """1 for harm."""
@@ -31,9 +41,11 @@ class DialogueSource:
     limit: Count | None = None
     """Rows to sample; null takes all."""
     response: Literal["refusal", "harmful_response", "own_refusal"] = "refusal"
-    """Which response of `triplets` is read after the request; `own_refusal` is one of `training/refusals.py`."""
+    """Which response of `triplets` is read after the request; `own_refusal` is one of `training/refusals.py`. It may
+    replace those of `refusals` too, and the harmful ones of `responses`, whose other rows are then left out."""
     request_label: Label | None = None
-    """What the signal learns of every request; null for nothing. Those of triplets and `requests` are malicious."""
+    """What the signal learns of every request; null for nothing. Those of `triplets`, `refusals` and `requests` are
+    malicious."""
     response_label: Label | None = None
     """What the signal learns of every response of `pairs`; the other kinds say it themselves."""
     suffix: str = ""
@@ -44,9 +56,11 @@ class DialogueSource:
     """Split of a Hub data set."""
 
     def __post_init__(self) -> None:
-        if self.kind != "triplets" and self.response != "refusal":
-            raise ValueError(f"response belongs to kind 'triplets', {self.kind!r} has one response")
-        if self.kind in ("triplets", "requests") and self.request_label is not None:
+        if self.response not in RESPONSES_OF[self.kind]:
+            raise ValueError(
+                f"response of kind {self.kind!r} is one of {RESPONSES_OF[self.kind]}, got {self.response!r}"
+            )
+        if self.kind in ("triplets", "refusals", "requests") and self.request_label is not None:
             raise ValueError(f"request_label: requests of {self.kind} are malicious")
         if self.kind != "pairs" and self.response_label is not None:
             raise ValueError(f"response_label belongs to kind 'pairs', {self.kind!r} says it itself")
@@ -82,7 +96,7 @@ class Part:
     per_step: AtLeastOne = 16
     """Examples in one optimiser step."""
     recovery: Recovery | None = None
-    """Begin each refusal after a harmful prefix of random length; needs triplets. Null never does."""
+    """Begin each refusal after a harmful prefix of random length; needs rows that hold one. Null never does."""
     onset: Onset | None = None
     """Begin each harmful response with a harmless opening; the signal learns where it turns. Null never does."""
 

@@ -76,6 +76,15 @@ def test_of_a_refusal_that_comes_late_the_harm_before_it_is_labelled():
     assert labels[True, False] == labels[False, True] == {None}
 
 
+def test_a_harmful_beginning_has_no_label_where_nothing_is_known_of_the_request():
+    row = Encoded((1, 30, 31, 32, 2), (40, 41), tuple(range(50, 90)), CONTENT, None, 0)
+    steps = Steps([EncodedPart("recovery", [row], 1.0, 1, Recovery(probability=1.0, deepest=40))], 40, 0, SETTINGS)
+    examples = [steps[i] for i in range(40)]
+    assert any(span.covers >= SETTLED for example in examples for span in example.spans)
+    assert {label for example in examples for label in example.span_labels} == {None}
+    assert {(example.request_label, example.response_label) for example in examples} == {(None, None)}
+
+
 def onsets(longest: int = 20) -> Steps:
     row = Encoded((1, 30, 31, 32, 2), tuple(range(50, 90)), (), CONTENT, 1, 1)
     openings = [tuple(range(100, 130)), tuple(range(200, 203))]

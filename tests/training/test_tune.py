@@ -227,7 +227,7 @@ def test_the_first_constrained_step_moves_as_plain_training_does(saved_model: Pa
     ("changes", "message"),
     [
         ({"batch_size": 3}, "a step has 8 examples, which batch_size 3 on 1 process"),
-        ({"parts": {"anchors": {**ANCHORS, "recovery": {}}}}, "parts.anchors.recovery needs triplets"),
+        ({"parts": {"anchors": {**ANCHORS, "recovery": {}}}}, "parts.anchors.recovery needs harmful responses"),
         ({"constraint": {}}, "no reference inside recoveries"),
         ({"lora": None, "adapter": "somewhere"}, "set lora, or merge the adapter first"),
     ],
