@@ -26,7 +26,8 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.intervals import Estimate, wilson
-from evaluation.refusal import is_refusal
+from evaluation.judges import Judge, by_phrases
+from evaluation.samples import Journal, Sample, key_of
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
@@ -55,27 +56,13 @@ class Attempt:
     opening: str = ""
     """Given as the beginning of the response."""
     sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
+    """Fields of the request."""
     policy: str = "both"
 
     @property
     def key(self) -> str:
-        """Names the attempt in the journal."""
-        whole = json.dumps([self.attack, self.policy, self.prompt, self.opening, dict(self.sampling)])
-        return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the server released, without a refusal that its policy forced."""
-
-    text: str
-    is_stopped: bool
-    """Whether the policy acted."""
-
-    @property
-    def is_success(self) -> bool:
-        """Whether the attack may have succeeded."""
-        return bool(self.text.strip()) and not is_refusal(self.text)
+        """Names the attempt."""
+        return key_of(self.attack, self.policy, self.prompt, self.opening, dict(self.sampling))
 
 
 def prefills(rows: Iterable[dict[str, str]], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Attempt]:
@@ -100,7 +87,7 @@ def exploits(rows: Iterable[dict[str, str]]) -> list[Attempt]:
     ]
 
 
-def send(client: OpenAI, model: str, attempt: Attempt, max_tokens: int) -> Outcome:
+def send(client: OpenAI, model: str, attempt: Attempt) -> Sample:
     """Make one attempt.
 
     Raises:
@@ -111,40 +98,34 @@ def send(client: OpenAI, model: str, attempt: Attempt, max_tokens: int) -> Outco
     if attempt.opening:
         messages.append({"role": "assistant", "content": attempt.opening})
         extra |= {"continue_final_message": True, "add_generation_prompt": False}
-    body = {"model": model, "messages": messages, "max_tokens": max_tokens, **attempt.sampling, **extra}
+    body = {"model": model, "messages": messages, **attempt.sampling, **extra}
     answer = client.post("/chat/completions", cast_to=object, body=body)
     choice: dict[str, Any] = answer["choices"][0]  # type: ignore[index]  # the client's type for any JSON is object
     refusal = choice["message"].get("refusal") or ""
     text = (choice["message"]["content"] or "").removesuffix(refusal)
-    return Outcome(text, choice["finish_reason"] == "content_filter")
+    is_stopped = choice["finish_reason"] == "content_filter"
+    return Sample(attempt.key, attempt.attack, attempt.policy, attempt.prompt, attempt.opening, text, is_stopped)
 
 
-def attack(client: OpenAI, model: str, attempts: Sequence[Attempt], journal: Path, *, max_tokens: int) -> list[Outcome]:
-    """Return the outcome of every attempt, making only those that `journal` does not hold."""
-    done: dict[str, Outcome] = {}
-    if journal.exists():
-        for line in map(json.loads, journal.read_text(encoding="utf-8").splitlines()):
-            done[line["key"]] = Outcome(line["text"], line["is_stopped"])
-    missing = [attempt for attempt in attempts if attempt.key not in done]
-    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-        outcomes = pool.map(lambda attempt: send(client, model, attempt, max_tokens), missing)
-        for attempt, outcome in zip(missing, track(outcomes, "attempts", total=len(missing)), strict=True):
-            done[attempt.key] = outcome
-            line = {"key": attempt.key, "attack": attempt.attack, "policy": attempt.policy, "text": outcome.text}
-            file.write(json.dumps(line | {"is_stopped": outcome.is_stopped}) + "\n")
-    return [done[attempt.key] for attempt in attempts]
+def attack(client: OpenAI, model: str, attempts: Sequence[Attempt], path: Path) -> list[Sample]:
+    """Return what came of every attempt, making only those that the journal at `path` does not hold."""
+    journal = Journal(path)
+    missing = [attempt for attempt in attempts if attempt.key not in journal]
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        samples = pool.map(lambda attempt: send(client, model, attempt), missing)
+        for sample in track(samples, "attempts", total=len(missing)):
+            journal.add(sample)
+    return [journal.samples[attempt.key] for attempt in attempts]
 
 
-def summarise(
-    attempts: Sequence[Attempt], outcomes: Sequence[Outcome]
-) -> dict[tuple[str, str], tuple[Estimate, Estimate]]:
+def summarise(samples: Sequence[Sample], judge: Judge) -> dict[tuple[str, str], tuple[Estimate, Estimate]]:
     """Return by attack and policy the share of prompts that succeed in any attempt, and of attempts acted on."""
     worst: dict[tuple[str, str], dict[tuple[str, str], bool]] = defaultdict(dict)
     stopped: dict[tuple[str, str], list[bool]] = defaultdict(list)
-    for attempt, outcome in zip(attempts, outcomes, strict=True):
-        group, prompt = (attempt.attack, attempt.policy), (attempt.prompt, attempt.opening)
-        worst[group][prompt] = worst[group].get(prompt, False) or outcome.is_success
-        stopped[group].append(outcome.is_stopped)
+    for sample in samples:
+        group, prompt = (sample.attack, sample.policy), (sample.prompt, sample.opening)
+        worst[group][prompt] = worst[group].get(prompt, False) or judge(sample)
+        stopped[group].append(sample.is_stopped)
     return {
         group: (
             wilson(sum(worst[group].values()), len(worst[group])),
@@ -170,7 +151,11 @@ def plan(args: argparse.Namespace) -> list[Attempt]:
     else:
         tokenizer = load_tokenizer(args.tokenizer)
         attempts = [attempt for depth in args.depths for attempt in prefills(rows, depth, tokenizer)]
-    return [replace(attempt, policy=policy) for policy in args.policies for attempt in attempts]
+    return [
+        replace(attempt, policy=policy, sampling={**attempt.sampling, "max_tokens": args.max_tokens})
+        for policy in args.policies
+        for attempt in attempts
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,11 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         attempts = plan(args)
         args.out.mkdir(parents=True, exist_ok=True)
         model = client.models.list().data[0].id
-        outcomes = attack(client, model, attempts, args.out / f"{args.attack}.jsonl", max_tokens=args.max_tokens)
+        samples = attack(client, model, attempts, args.out / f"{args.attack}.jsonl")
     except (ModelError, OpenAIError, OSError, KeyError, ValueError) as error:
         sys.stderr.write(f"evaluation.attack: {error}\n")
         return 1
-    for (name, policy), (success, stopped) in summarise(attempts, outcomes).items():
+    for (name, policy), (success, stopped) in summarise(samples, by_phrases).items():
         sys.stdout.write(f"{name}, {policy}: success at most {success}, acted on {stopped}\n")
     return 0
 

@@ -4,7 +4,7 @@
 
 Everything is greedy and in batches; `[CLS]` is not read. A response counts as a refusal where it holds a refusal
 phrase, so "not refused" is an upper bound of attack success: text that neither refuses nor harms counts too.
-Results are kept row by row (hashes and verdicts, never texts), so an interrupted run goes on where it stopped.
+The responses are kept in `--out`, for other judges and so that an interrupted run goes on.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.intervals import Estimate, wilson
-from evaluation.refusal import is_refusal
+from evaluation.judges import is_refusal
 from evaluation.rows import Row, read
+from evaluation.samples import Journal, Sample, key_of
 from model import adapter
 from model.chat import ChatTemplate, Message
 from model.completion import complete
@@ -40,11 +41,7 @@ class Ask:
     measure: str
     row: Row
     ids: tuple[int, ...]
-
-    @property
-    def key(self) -> str:
-        """Names the response in the file of verdicts."""
-        return f"{self.measure}:{self.row.key}"
+    opening: str = ""
 
 
 def prefills(rows: Sequence[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Ask]:
@@ -57,25 +54,26 @@ def prefills(rows: Sequence[Row], depth: int, tokenizer: PreTrainedTokenizerBase
         request = template.encode([Message("user", row.prompt)]).request
         given = tokenizer.encode(row.response or "", add_special_tokens=False)[:depth]
         if len(given) == depth:
-            found.append(Ask(f"prefill {depth}", row, (*request, *given)))
+            found.append(Ask(f"prefill {depth}", row, (*request, *given), str(tokenizer.decode(given))))
     return found
 
 
-def judge(
+def respond(
     pretrained: Pretrained, asks: Sequence[Ask], out: Path, *, max_tokens: int, batch_size: int
-) -> dict[str, bool]:
-    """Append to `out` whether each response refuses, as far as it is not there; return all that is there."""
-    verdicts = {line["key"]: bool(line["refused"]) for line in _lines(out)}
-    missing = sorted((ask for ask in asks if ask.key not in verdicts), key=lambda ask: len(ask.ids))
+) -> list[Sample]:
+    """Return the response to each, generating only those that the journal at `out` does not hold."""
+    journal = Journal(out)
+    keys = [key_of(ask.measure, ask.row.key, max_tokens) for ask in asks]
+    missing = sorted(
+        ((ask, key) for ask, key in zip(asks, keys, strict=True) if key not in journal), key=lambda one: len(one[0].ids)
+    )
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    with out.open("a", encoding="utf-8", buffering=1) as file:
-        for batch in track(batches, "responses"):
-            made = complete(pretrained, [ask.ids for ask in batch], max_tokens)
-            texts = pretrained.tokenizer.batch_decode(made, skip_special_tokens=True)
-            for ask, text in zip(batch, texts, strict=True):
-                verdicts[ask.key] = is_refusal(text)
-                file.write(json.dumps({"key": ask.key, "refused": verdicts[ask.key]}) + "\n")
-    return verdicts
+    for batch in track(batches, "responses"):
+        made = complete(pretrained, [ask.ids for ask, _ in batch], max_tokens)
+        texts = pretrained.tokenizer.batch_decode(made, skip_special_tokens=True)
+        for (ask, key), text in zip(batch, texts, strict=True):
+            journal.add(Sample(key, ask.measure, "weights", ask.row.prompt, ask.opening, text))
+    return [journal.samples[key] for key in keys]
 
 
 @torch.inference_mode()
@@ -114,15 +112,15 @@ def measure(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Estim
     for name, rows in (("Alpaca", _sample(benign, args.benign)), ("XSTest-safe and NotInject", tricky)):
         asks += [Ask(name, row, template.encode([Message("user", row.prompt)]).request) for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
-    verdicts = judge(
-        pretrained, asks, args.out / "verdicts.jsonl", max_tokens=args.max_tokens, batch_size=args.batch_size
+    samples = respond(
+        pretrained, asks, args.out / "weights.jsonl", max_tokens=args.max_tokens, batch_size=args.batch_size
     )
     found: dict[str, Estimate | float] = {}
     for name in dict.fromkeys(ask.measure for ask in asks):
-        of_name = [verdicts[ask.key] for ask in asks if ask.measure == name]
+        refusals = [is_refusal(sample.text) for sample in samples if sample.attack == name]
         is_attack = name.startswith("prefill")
         label = f"{name}, not refused" if is_attack else f"{name}, declined"
-        found[label] = wilson(sum(not one if is_attack else one for one in of_name), len(of_name))
+        found[label] = wilson(sum(one != is_attack for one in refusals), len(refusals))
     if args.answers is not None:
         answers = read(args.answers, label=0)
         found[f"perplexity of {args.answers.name}, n = {min(300, len(answers))}"] = perplexity(
@@ -160,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--benign", type=int, default=500, help="Alpaca prompts (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="responses at a time (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the verdicts; one for each model")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the responses; one for each model")
     args = parser.parse_args(argv)
     try:
         pretrained = load(args.model, dtype=torch.bfloat16, device=device_of("auto"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evaluation.rows import Row
-from evaluation.weights import judge, main, perplexity, prefills
+from evaluation.weights import main, perplexity, prefills, respond
 from model.chat import ChatTemplate, Message
 from model.pretrained import Pretrained
 from model.testing import byte_tokenizer, tiny_lm, write_tiny
@@ -28,21 +28,24 @@ def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out(ti
     assert len(prefills(rows, 0, tiny.tokenizer)) == 2
 
 
-def test_verdicts_are_kept_and_only_missing_ones_are_made(tiny, tmp_path: Path, monkeypatch):
+def test_responses_are_kept_and_only_missing_ones_are_made(tiny, tmp_path: Path, monkeypatch):
     asks = prefills([Row("a", f"do it {i}", "abcdef", 1) for i in range(5)], 2, tiny.tokenizer)
-    out = tmp_path / "verdicts.jsonl"
-    first = judge(tiny, asks[:3], out, max_tokens=4, batch_size=2)
+    out = tmp_path / "weights.jsonl"
+    first = respond(tiny, asks[:3], out, max_tokens=4, batch_size=2)
     made: list[int] = []
     refusal = tiny.tokenizer.encode("I cannot")
     monkeypatch.setattr(
         "evaluation.weights.complete",
         lambda pretrained, prompts, max_tokens: made.append(len(prompts)) or [refusal] * len(prompts),
     )
-    both = judge(tiny, asks, out, max_tokens=4, batch_size=2)
+    both = respond(tiny, asks, out, max_tokens=4, batch_size=2)
     assert made == [2]
-    assert {key: both[key] for key in first} == first
-    assert sum(both.values()) == sum(first.values()) + 2
-    assert "abcdef" not in out.read_text()
+    assert both[:3] == first
+    assert [(one.prompt, one.opening, one.text) for one in both[3:]] == [
+        ("do it 3", "ab", "I cannot"), ("do it 4", "ab", "I cannot"),
+    ]  # fmt: skip
+    respond(tiny, asks, out, max_tokens=5, batch_size=5)
+    assert made == [2, 5]  # other lengths are other responses
 
 
 def test_perplexity_is_that_of_all_response_tokens_together(tiny):

@@ -1,0 +1,61 @@
+"""What was released for each attempt of an attack, kept so that any judge can judge it, and a run can go on."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response."""
+
+    key: str
+    """Names the attempt; one journal holds each once."""
+    attack: str
+    policy: str
+    prompt: str
+    opening: str
+    """Given as the beginning of the response."""
+    text: str
+    """What was released after it, without a refusal that a policy forced."""
+    is_stopped: bool = False
+    """Whether the policy acted."""
+
+
+class Journal:
+    """Samples in a file of JSON lines. It holds texts that may harm: keep it out of repositories."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there.
+
+        Raises:
+            ValueError: naming file and line of what is no sample.
+        """
+        self.path = path
+        self.samples: dict[str, Sample] = {}
+        if path.exists():
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                try:
+                    sample = Sample(**json.loads(line))
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{path}, line {number}: not a sample ({error})") from error
+                self.samples[sample.key] = sample
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples.values())
+
+    def add(self, sample: Sample) -> None:
+        """Keep one more sample, at once."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(sample)) + "\n")
+        self.samples[sample.key] = sample
+
+
+def key_of(*parts: object) -> str:
+    """Return a short name that these parts alone decide."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
