@@ -28,6 +28,8 @@ class Source:
     kind: Kind
     match: str = ""
     """Keep only rows whose `source` begins with this."""
+    without: tuple[str, ...] = ()
+    """Files of rows whose prompts are left out, such as those that the model was tuned on."""
     limit: Count | None = None
     """Rows to sample, those of `calibration` included; null takes all."""
     calibration: Count = 0

@@ -59,13 +59,27 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
         name: getattr(recipe, name) for name in ("model", "device", "data", "seed", "is_permissive_only")
     }
     cache = str(run / "cache")
-    anchors = write_anchors(replace(recipe.anchors, **shared, output=str(run / "anchors.jsonl"), cache=cache))
-    parts = _reading(recipe.signal.parts, recipe.anchors.output, str(anchors.resolve()))
+    written: dict[str, str] = {}
+    for name, anchors in (("anchors", recipe.anchors), ("short_anchors", recipe.short_anchors)):
+        if anchors is not None:
+            found = write_anchors(replace(anchors, **shared, output=str(run / f"{name}.jsonl"), cache=cache))
+            written[anchors.output] = str(found.resolve())
+    parts = _reading(recipe.signal.parts, written)
     adapter = tune(
         replace(recipe.signal, **shared, parts=parts, output=str(run / "adapter"), run=str(run / "signal")), command
     )
+    sources = {
+        name: replace(source, without=tuple(written.get(path, path) for path in source.without))
+        for name, source in recipe.head.sources.items()
+    }
     head = replace(
-        recipe.head, **shared, adapter=str(adapter), output=recipe.output, run=str(run / "head"), cache=cache
+        recipe.head,
+        **shared,
+        sources=sources,
+        adapter=str(adapter),
+        output=recipe.output,
+        run=str(run / "head"),
+        cache=cache,
     )
     folder = train_head(head, command)
     dtype = getattr(torch, head.dtype)
@@ -86,11 +100,11 @@ def _is_acted_on(lm: GuardedLM, text: str) -> bool:
     return finish.action != "none"
 
 
-def _reading(parts: Mapping[str, Part], path: str, other: str) -> dict[str, Part]:
-    """Return the parts with every source that reads `path` reading the file `other`."""
+def _reading(parts: Mapping[str, Part], written: Mapping[str, str]) -> dict[str, Part]:
+    """Return the parts with every source that reads one of these files reading what is now in its place."""
 
     def moved(source: DialogueSource) -> DialogueSource:
-        return replace(source, path=other) if source.path == path else source
+        return replace(source, path=written.get(source.path, source.path))
 
     return {
         name: replace(

@@ -11,7 +11,8 @@ class HardenRecipe(Recipe):
     """Everything that decides what `ballast-train harden` writes.
 
     What is said here of model, device, data, seed and licences holds for every step, and where a step writes follows
-    from `run` and `output`. Sources of `signal` that read the output of `anchors` read what that step wrote.
+    from `run` and `output`. What `signal` and `head` read of the outputs of `anchors` and `short_anchors` is what those
+    steps wrote.
     """
 
     name: str = "hardened"
@@ -21,6 +22,8 @@ class HardenRecipe(Recipe):
     """Folder of everything else."""
     anchors: AnchorRecipe
     """The model's own answers."""
+    short_anchors: AnchorRecipe | None = None
+    """The beginnings of more of them; null makes none."""
     signal: TuneRecipe
     """Deepened refusals and the `[CLS]` signal, in one run."""
     head: HeadRecipe

@@ -1,13 +1,14 @@
 """Read labelled rows from JSON lines, templates or the Hub. A row that does not fit is named by file and line."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from model.chat import Message
 from training.config import Kind, Source
 from training.records import credit, label_of, records, text_of
-from training.rows import Row
+from training.rows import Row, key_of
 
 Labelled = tuple[str | None, int | None, int | None]
 """Response, request label, response label."""
@@ -24,12 +25,15 @@ def read(group: str, source: Source, data: Path) -> list[Row]:
     Raises:
         DataError: if the file or data set cannot be read, or a row misses a documented field.
     """
+    left_out = {key for path in source.without for key in _keys(replace(source, path=path), data)}
     rows = []
     for where, record in records(source, data):
         name, licence = credit(record, source, where)
         if not name.startswith(source.match):
             continue
         prompt = text_of(record, "prompt", where)
+        if key_of(prompt) in left_out:
+            continue
         for response, request_label, response_label in _BUILDERS[source.kind](record, source, where):
             response_label = response_label if response or source.kind == "own_answers" else None
             row = Row(
@@ -46,6 +50,12 @@ def read(group: str, source: Source, data: Path) -> list[Row]:
             if row.has_label:
                 rows.append(row)
     return rows
+
+
+def _keys(source: Source, data: Path) -> Iterator[str]:
+    """Yield the key of every prompt of a file."""
+    for where, record in records(source, data):
+        yield key_of(text_of(record, "prompt", where))
 
 
 def _responses(record: Mapping[str, Any], source: Source, where: str) -> list[Labelled]:

@@ -193,16 +193,10 @@ def _encoded(
     """Return the parts as token ids.
 
     Raises:
-        RecipeError: if a recovery part holds rows without a harmful answer, or is to be constrained.
+        RecipeError: if a part holds rows that it cannot learn from.
     """
     parts = []
     for name, part in recipe.parts.items():
-        if part.recovery is not None and recipe.constraint is not None:
-            raise RecipeError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
-        if recipe.signal is not None and recipe.lora is None:
-            raise RecipeError("a signal is served beside an adapter: set lora")
-        if recipe.constraint is not None and recipe.signal is not None:
-            raise RecipeError("constraint and signal cannot be trained together: the reference reads no [CLS]")
         if not recipe.is_attack and part.share > 0 and any(row.response_label == 1 for row in dialogues[name]):
             raise RecipeError(f"parts.{name} holds harmful responses: set share: 0, so that only the signal learns")
         if part.recovery is not None and any(row.harmful is None for row in dialogues[name]):
@@ -213,8 +207,6 @@ def _encoded(
         rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
         encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery)
         if part.onset is not None:
-            if recipe.signal is None or part.share > 0 or part.recovery is not None:
-                raise RecipeError(f"parts.{name}.onset is for the signal alone: set signal, share: 0, recovery: null")
             if any(row.response_label != 1 for row in dialogues[name]):
                 raise RecipeError(f"parts.{name}.onset needs harmful responses: set response: harmful_response")
             found = [row.response for row in encode(openings[name], pretrained.tokenizer, recipe.cut)]

@@ -204,6 +204,17 @@ class TuneRecipe(FitRecipe):
     is_attack: bool = False
     """Learn harmful responses, to measure what such a fine-tuning undoes. Without it they are an error."""
 
+    def __post_init__(self) -> None:
+        if self.signal is not None and self.lora is None:
+            raise ValueError("a signal is served beside an adapter: set lora")
+        if self.signal is not None and self.constraint is not None:
+            raise ValueError("constraint and signal cannot be trained together: the reference reads no [CLS]")
+        for name, part in self.parts.items():
+            if part.recovery is not None and self.constraint is not None:
+                raise ValueError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
+            if part.onset is not None and (self.signal is None or part.share > 0 or part.recovery is not None):
+                raise ValueError(f"parts.{name}.onset is for the signal alone: set signal, share: 0, recovery: null")
+
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class DpoRecipe(FitRecipe):

@@ -1,5 +1,6 @@
 """`ballast-train harden` takes the tiny model the whole way."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ ANCHORS: dict[str, Any] = {
     "sources": {"instructions": {"path": "instructions.jsonl", "limit": 6}},
     "answers": {"max_tokens": 6},
 }
+SHORT: dict[str, Any] = {"benign": {"path": "benign_prompts.jsonl", "limit": 4}}
 
 
 @pytest.fixture
@@ -35,6 +37,9 @@ def config(recipe: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) ->
     signal.parts["benign"].sources["i"] = TypeAdapter(type(signal.parts["benign"].sources["i"])).validate_python(
         {"path": "runs/anchors.jsonl", "request_label": 0, "response_label": 0}
     )
+    recipe = replace(
+        recipe, sources={**recipe.sources, "alpaca": replace(recipe.sources["alpaca"], without=("runs/short.jsonl",))}
+    )
     found = {
         "model": "overwritten",
         "data": str(data),
@@ -42,12 +47,24 @@ def config(recipe: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) ->
         "output": str(tmp_path / "hardened"),
         "run": str(tmp_path / "run"),
         "anchors": ANCHORS,
+        "short_anchors": {**ANCHORS, "output": "runs/short.jsonl", "sources": SHORT, "answers": {"max_tokens": 2}},
         "signal": TypeAdapter(TuneRecipe).dump_python(signal, mode="json"),
         "head": TypeAdapter(HeadRecipe).dump_python(recipe, mode="json"),
     }
     path = tmp_path / "harden.yaml"
     path.write_text(yaml.safe_dump(found))
     return path
+
+
+def test_the_shipped_recipe_reads_only_answers_that_it_writes():
+    recipe = recipe_file.load(HardenRecipe, "harden")
+    assert recipe.short_anchors is not None
+    written = {recipe.anchors.output, recipe.short_anchors.output}
+    parts = recipe.signal.parts.values()
+    read = {source.path for part in parts for source in part.sources.values()}
+    read |= {part.onset.openings.path for part in parts if part.onset is not None}
+    read |= {path for source in recipe.head.sources.values() for path in source.without}
+    assert {path for path in read if path.startswith("runs/")} == written
 
 
 def test_a_model_goes_the_whole_way_and_again_without_doing_anything_twice(
@@ -92,7 +109,7 @@ def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     assert found.signal.adapter is None
     assert found.signal.steps == 7
     assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal").parts
-    assert found.head == recipe_file.load(HeadRecipe, "head_all_rows", ["seed=3"])
+    assert found.head == recipe_file.load(HeadRecipe, "head_deepened_signal", ["seed=3"])
 
 
 def test_an_unknown_key_of_a_step_is_named():

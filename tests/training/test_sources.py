@@ -41,6 +41,19 @@ def test_only_rows_of_the_matching_source_are_taken(tmp_path: Path):
     ]
 
 
+def test_prompts_of_other_files_are_left_out_however_they_are_spelt(tmp_path: Path):
+    write(
+        tmp_path,
+        '{"prompt": "Bake bread.", "harmful": 0, "source": "One (MIT)"}',
+        '{"prompt": "Bake a cake.", "harmful": 0, "source": "One (MIT)"}',
+    )
+    (tmp_path / "tuned.jsonl").write_text('{"prompt": "bake BREAD", "response": "Take flour", "complete": false}\n')
+    (row,) = read("one", Source("rows.jsonl", "prompts", without=("tuned.jsonl",)), tmp_path)
+    assert row.prompt == "Bake a cake."
+    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+        read("one", Source("rows.jsonl", "prompts", without=("nowhere.jsonl",)), tmp_path)
+
+
 def test_an_empty_response_leaves_nothing_to_learn(tmp_path: Path):
     write(tmp_path, '{"prompt": "a", "response": "", "harmful": 0, "source": "One (MIT)"}')
     assert read("one", Source("rows.jsonl", "responses"), tmp_path) == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from model.errors import CheckpointError
 from model.pretrained import load
@@ -145,8 +145,8 @@ def test_an_attack_learns_them_and_a_trigger_stands_behind_every_prompt(saved_mo
 def test_made_onsets_are_for_the_signal_alone(saved_model: Path, data: Path, tmp_path: Path):
     part = {**RECOVERY, "onset": {"openings": {"path": "instructions.jsonl"}}}
     parts = {"task": {**part, "per_step": 8}}
-    with pytest.raises(RecipeError, match=r"parts\.task\.onset is for the signal alone: set signal, share: 0"):
-        tune(recipe(saved_model, data, tmp_path, parts=parts), "")
+    with pytest.raises(ValidationError, match=r"parts\.task\.onset is for the signal alone: set signal, share: 0"):
+        recipe(saved_model, data, tmp_path, parts=parts)
     parts["task"]["share"] = 0.0
     with pytest.raises(RecipeError, match=r"parts\.task\.onset needs harmful responses"):
         tune(recipe(saved_model, data, tmp_path, parts=parts, signal={}), "")
@@ -228,15 +228,30 @@ def test_the_first_constrained_step_moves_as_plain_training_does(saved_model: Pa
     [
         ({"batch_size": 3}, "a step has 8 examples, which batch_size 3 on 1 process"),
         ({"parts": {"anchors": {**ANCHORS, "recovery": {}}}}, "parts.anchors.recovery needs harmful responses"),
-        ({"constraint": {}}, "no reference inside recoveries"),
         ({"lora": None, "adapter": "somewhere"}, "set lora, or merge the adapter first"),
     ],
 )
-def test_choices_that_do_not_fit_are_explained(
+def test_choices_that_do_not_fit_the_data_are_explained(
     saved_model: Path, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ):
     with pytest.raises(RecipeError) as caught:
         tune(recipe(saved_model, data, tmp_path, **changes), "")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"constraint": {}}, "parts.recovery.recovery: the constrained objective has no reference inside recoveries"),
+        ({"signal": {}, "lora": None}, "a signal is served beside an adapter: set lora"),
+        ({"signal": {}, "constraint": {}, "parts": {"anchors": ANCHORS}}, "constraint and signal cannot be trained"),
+    ],
+)
+def test_choices_that_do_not_fit_one_another_are_explained(
+    saved_model: Path, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValidationError) as caught:
+        recipe(saved_model, data, tmp_path, **changes)
     assert message in str(caught.value)
 
 
