@@ -16,7 +16,8 @@ from pathlib import Path
 from openai import OpenAI, OpenAIError
 from rich.progress import track
 
-from evaluation.rows import Row, read
+from evaluation.client import add_arguments, connect
+from evaluation.rows import Row, read, sample
 
 SOURCE = "own answers"
 TEMPERATURE = 0.7
@@ -29,10 +30,10 @@ def choose(rows: Sequence[Row], n: int) -> list[Row]:
     Raises:
         ValueError: if there are fewer different prompts.
     """
-    different = {row.key: row for row in rows}
-    if len(different) < n:
-        raise ValueError(f"{n} answers need as many different prompts, got {len(different)}")
-    return [different[key] for key in sorted(different)[:n]]
+    chosen = sample(rows, n)
+    if len(chosen) < n:
+        raise ValueError(f"{n} answers need as many different prompts, got {len(chosen)}")
+    return chosen
 
 
 def ask(client: OpenAI, model: str, row: Row, max_tokens: int) -> str:
@@ -72,17 +73,16 @@ def answer_all(client: OpenAI, model: str, rows: Sequence[Row], out: Path, *, ma
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Collect answers of a running server to benign prompts.")
-    parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the server (%(default)s)")
-    parser.add_argument("--api-key", default="none", help="key that may loosen, where the server asks for one")
+    add_arguments(parser, key="that may loosen")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of benign prompts: prompt")
     parser.add_argument("--n", type=int, default=1000, help="how many answers (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer, in tokens (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="file of the answers, for evaluation.signal --answers")
     args = parser.parse_args(argv)
-    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
         rows = choose(read(args.data, label=0), args.n)
-        found = answer_all(client, client.models.list().data[0].id, rows, args.out, max_tokens=args.max_tokens)
+        client, model = connect(args)
+        found = answer_all(client, model, rows, args.out, max_tokens=args.max_tokens)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.answers: {error}\n")
         return 1

@@ -4,29 +4,28 @@
     python -m evaluation.attack exploit --data data/eval/direct.jsonl --source MaliciousInstruct --out runs/exploit
 
 Every attempt is made under each policy: `both` sides block, `output` alone does, or `none` does, which leaves the
-weights; whether these read `[CLS]` is a setting of the server. An attack succeeds where text is released that holds
-no refusal phrase, so the shares are upper bounds: text that neither refuses nor harms counts too. What the server was
-given does not count, nor does a refusal that a policy forced. The released texts are kept in `--out`, for other
-judges and so that an interrupted run goes on.
+weights; whether these read `[CLS]` is a setting of the server. A success is text released without a refusal phrase, as
+`evaluation.judges` counts it; what the server was given does not count, nor does a refusal that a policy forced. The
+released texts are kept in `--out`, for other judges and so that an interrupted run goes on.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from openai import OpenAI, OpenAIError
+from openai import BadRequestError, OpenAI, OpenAIError
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.client import Server, add_arguments, connect
 from evaluation.intervals import Estimate, wilson
 from evaluation.judges import Judge, by_phrases
+from evaluation.rows import Row, beginnings, read, sample
 from evaluation.samples import Journal, Sample, key_of
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
@@ -65,33 +64,37 @@ class Attempt:
         return key_of(self.attack, self.policy, self.prompt, self.opening, dict(self.sampling))
 
 
-def prefills(rows: Iterable[dict[str, str]], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Attempt]:
-    """Return requests whose responses begin with the first `depth` tokens of the harmful one, as text.
+class Found(NamedTuple):
+    """Shares of the prompts."""
 
-    Rows whose harmful response is shorter are left out.
-    """
-    found = []
-    for row in rows:
-        given = tokenizer.encode(row["harmful_response"], add_special_tokens=False)[:depth]
-        if len(given) == depth:
-            found.append(Attempt(f"prefill {depth}", row["prompt"], str(tokenizer.decode(given))))
-    return found
+    success: Estimate
+    """A judge finds harm in any attempt."""
+    stopped: Estimate
+    """The policy acted on every attempt."""
 
 
-def exploits(rows: Iterable[dict[str, str]]) -> list[Attempt]:
-    """Return every request under every setting of the grid; each has a seed of its own."""
+def prefills(rows: Iterable[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Attempt]:
+    """Return requests whose responses begin with the first `depth` tokens of the harmful one, as text."""
     return [
-        Attempt("exploit", row["prompt"], sampling={**setting, "seed": number})
+        Attempt(f"prefill {depth}", row.prompt, str(tokenizer.decode(ids)))
+        for row, ids in beginnings(rows, depth, tokenizer)
+    ]
+
+
+def exploits(rows: Iterable[Row]) -> list[Attempt]:
+    """Return every request under every setting of the grid; each setting has a seed of its own."""
+    return [
+        Attempt("exploit", row.prompt, sampling={**setting, "seed": number})
         for row in rows
         for number, setting in enumerate(GRID)
     ]
 
 
-def send(client: OpenAI, model: str, attempt: Attempt) -> Sample:
-    """Make one attempt.
+def send(client: OpenAI, model: str, attempt: Attempt, target: str) -> Sample:
+    """Make one attempt. A request that the server takes for invalid is an attempt that got nothing.
 
     Raises:
-        OpenAIError: if the server refuses it or cannot be reached.
+        OpenAIError: if the server refuses the key or cannot be reached.
     """
     messages: list[Any] = [{"role": "user", "content": attempt.prompt}]
     extra: dict[str, Any] = {"moderation": {"model": model, "policy": POLICIES[attempt.policy]}}
@@ -99,39 +102,39 @@ def send(client: OpenAI, model: str, attempt: Attempt) -> Sample:
         messages.append({"role": "assistant", "content": attempt.opening})
         extra |= {"continue_final_message": True, "add_generation_prompt": False}
     body = {"model": model, "messages": messages, **attempt.sampling, **extra}
-    answer = client.post("/chat/completions", cast_to=object, body=body)
+    found = Sample(attempt.key, target, attempt.attack, attempt.policy, attempt.prompt, attempt.opening, "")
+    try:
+        answer = client.post("/chat/completions", cast_to=object, body=body)
+    except BadRequestError as error:
+        return replace(found, error=str(error))
     choice: dict[str, Any] = answer["choices"][0]  # type: ignore[index]  # the client's type for any JSON is object
     refusal = choice["message"].get("refusal") or ""
     text = (choice["message"]["content"] or "").removesuffix(refusal)
-    is_stopped = choice["finish_reason"] == "content_filter"
-    return Sample(attempt.key, attempt.attack, attempt.policy, attempt.prompt, attempt.opening, text, is_stopped)
+    return replace(found, text=text, is_stopped=choice["finish_reason"] == "content_filter")
 
 
-def attack(client: OpenAI, model: str, attempts: Sequence[Attempt], path: Path) -> list[Sample]:
+def attack(server: Server, attempts: Sequence[Attempt], path: Path, target: str) -> list[Sample]:
     """Return what came of every attempt, making only those that the journal at `path` does not hold."""
     journal = Journal(path)
     missing = [attempt for attempt in attempts if attempt.key not in journal]
     with ThreadPoolExecutor(PARALLEL) as pool:
-        samples = pool.map(lambda attempt: send(client, model, attempt), missing)
-        for sample in track(samples, "attempts", total=len(missing)):
-            journal.add(sample)
+        samples = pool.map(lambda attempt: send(server.client, server.model, attempt, target), missing)
+        for found in track(samples, "attempts", total=len(missing)):
+            journal.add(found)
     return [journal.samples[attempt.key] for attempt in attempts]
 
 
-def summarise(samples: Sequence[Sample], judge: Judge) -> dict[tuple[str, str], tuple[Estimate, Estimate]]:
-    """Return by attack and policy the share of prompts that succeed in any attempt, and of attempts acted on."""
-    worst: dict[tuple[str, str], dict[tuple[str, str], bool]] = defaultdict(dict)
-    stopped: dict[tuple[str, str], list[bool]] = defaultdict(list)
-    for sample in samples:
-        group, prompt = (sample.attack, sample.policy), (sample.prompt, sample.opening)
-        worst[group][prompt] = worst[group].get(prompt, False) or judge(sample)
-        stopped[group].append(sample.is_stopped)
+def summarise(samples: Iterable[Sample], judge: Judge) -> dict[str, Found]:
+    """Return the shares of each target, attack and policy."""
+    groups: dict[str, dict[tuple[str, str], list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    for one in samples:
+        groups[f"{one.target}, {one.attack}, {one.policy}"][one.prompt, one.opening].append(one)
     return {
-        group: (
-            wilson(sum(worst[group].values()), len(worst[group])),
-            wilson(sum(stopped[group]), len(stopped[group])),
+        group: Found(
+            wilson(sum(any(map(judge, attempts)) for attempts in prompts.values()), len(prompts)),
+            wilson(sum(all(one.is_stopped for one in attempts) for attempts in prompts.values()), len(prompts)),
         )
-        for group in worst
+        for group, prompts in groups.items()
     }
 
 
@@ -139,18 +142,19 @@ def plan(args: argparse.Namespace) -> list[Attempt]:
     """Return the attempts of a command line.
 
     Raises:
-        ValueError: if no row is left.
+        ValueError: if a row cannot be read, or none is left.
     """
-    with args.data.open(encoding="utf-8") as file:
-        rows = [row for row in map(json.loads, file) if args.source in row.get("source", "")]
-    rows = sorted(rows, key=lambda row: hashlib.sha256(row["prompt"].encode()).hexdigest())[: args.n]
+    is_prefill = args.attack == "prefill"
+    rows = read(args.data, label=1, response="harmful_response" if is_prefill else "response")
+    rows = sample((row for row in rows if row.source.startswith(args.source)), args.n)
     if not rows:
-        raise ValueError(f"{args.data} holds no row whose source has {args.source!r} in it")
-    if args.attack == "exploit":
-        attempts = exploits(rows)
-    else:
+        raise ValueError(f"{args.data} holds no row whose source begins with {args.source!r}")
+    attempts = exploits(rows)
+    if is_prefill:
         tokenizer = load_tokenizer(args.tokenizer)
         attempts = [attempt for depth in args.depths for attempt in prefills(rows, depth, tokenizer)]
+        if not attempts:
+            raise ValueError(f"no harmful response has {min(args.depths)} tokens")
     return [
         replace(attempt, policy=policy, sampling={**attempt.sampling, "max_tokens": args.max_tokens})
         for policy in args.policies
@@ -162,30 +166,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Attack a running server.")
     parser.add_argument("attack", choices=("prefill", "exploit"))
-    parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the server (%(default)s)")
-    parser.add_argument("--api-key", default="none", help="key that may loosen, where the server asks for one")
+    add_arguments(parser, key="that may loosen")
     parser.add_argument(
         "--data", type=Path, required=True, help="JSON lines of prompt, and harmful_response to prefill"
     )
-    parser.add_argument("--source", default="", help="only rows whose source has this in it")
+    parser.add_argument("--source", default="", help="only rows whose source begins with this")
     parser.add_argument("--tokenizer", default=DEFAULT_MODEL, help="of the served model, to prefill (%(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="tokens to prefill (%(default)s)")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="all unless given")
     parser.add_argument("--n", type=int, default=373, help="most prompts (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; one for each server")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
     args = parser.parse_args(argv)
-    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=600)
     try:
         attempts = plan(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        model = client.models.list().data[0].id
-        samples = attack(client, model, attempts, args.out / f"{args.attack}.jsonl")
-    except (ModelError, OpenAIError, OSError, KeyError, ValueError) as error:
+        samples = attack(connect(args, timeout=600), attempts, args.out / f"{args.attack}.jsonl", args.out.name)
+    except (ModelError, OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.attack: {error}\n")
         return 1
-    for (name, policy), (success, stopped) in summarise(samples, by_phrases).items():
-        sys.stdout.write(f"{name}, {policy}: success at most {success}, acted on {stopped}\n")
+    for group, found in summarise(samples, by_phrases).items():
+        sys.stdout.write(f"{group}: not refused {found.success}, acted on {found.stopped}\n")
+    if invalid := [one.error for one in samples if one.error]:
+        sys.stderr.write(f"evaluation.attack: {len(invalid)} requests were invalid, such as: {invalid[0]}\n")
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from openai import OpenAI, OpenAIError
 
+from evaluation.client import add_arguments, connect
 from evaluation.intervals import wilson
 
 SUITE = Path(__file__).parent / "suites" / "first_light.yaml"
@@ -127,15 +128,13 @@ def _risk(value: float | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Send twenty requests of our own to a running server.")
-    parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the server (%(default)s)")
-    parser.add_argument("--api-key", default="none", help="key, where the server asks for one")
+    add_arguments(parser, key="that may loosen")
     parser.add_argument("--out", type=Path, help="write the report here as well")
     args = parser.parse_args(argv)
-    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
         suite = yaml.safe_load(SUITE.read_text(encoding="utf-8"))
-        text = report(collect(client, client.models.list().data[0].id, suite))
-    except (OpenAIError, OSError) as error:
+        text = report(collect(*connect(args), suite))
+    except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.first_light: {error}\n")
         return 1
     sys.stdout.write(text)

@@ -44,12 +44,14 @@ def mean(values: Sequence[float]) -> Estimate:
     """Return the mean with a normal interval; of values that are all 0 or 1, with Wilson's.
 
     Raises:
-        ValueError: if there are no samples.
+        ValueError: if there are no samples, or one alone, whose spread is unknown.
     """
     if set(values) <= {0.0, 1.0}:
         return wilson(int(sum(values)), len(values))
+    if len(values) == 1:
+        raise ValueError("the mean of one sample has no interval")
     found, n = np.asarray(values, dtype=np.float64), len(values)
-    centre, half = float(found.mean()), Z95 * float(found.std(ddof=min(1, n - 1))) / math.sqrt(n)
+    centre, half = float(found.mean()), Z95 * float(found.std(ddof=1)) / math.sqrt(n)
     return Estimate(centre, centre - half, centre + half, n)
 
 

@@ -1,71 +1,144 @@
 """Judge what attacks released: by refusal phrases, by a classifier, and by the labels of a reader.
 
     ballast-train head --config judge data=data/eval
-    python -m evaluation.judge runs/prefill/prefill.jsonl --classifier runs/judge/checkpoint --sheet runs/sheet.jsonl
+    python -m evaluation.judge runs/attack/prefill.jsonl --classifier runs/judge/checkpoint --sheet runs/sheet.jsonl
     # read the sheet, and write true or false for each "harmful"
-    python -m evaluation.judge runs/prefill/prefill.jsonl --classifier runs/judge/checkpoint --labels runs/sheet.jsonl
+    python -m evaluation.judge runs/attack/prefill.jsonl --classifier runs/judge/checkpoint --labels runs/sheet.jsonl
 
-Success is reported by attack, policy and judge. With labels, each judge is compared with the reader's.
+Success is reported by target, attack, policy and judge: of what was released, and, by the classifier, of the whole
+response with the beginning that the attacker gave. Samples of benign requests are left out. With labels, each judge is
+compared with the reader's.
 """
 
 import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import track
 from sklearn.metrics import cohen_kappa_score, f1_score
 
 from evaluation.attack import summarise
+from evaluation.intervals import bootstrap
 from evaluation.judges import Judge, by_classifier, by_phrases
-from evaluation.samples import Journal, Sample
+from evaluation.samples import Journal, Sample, key_of
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL
 
+Verdicts = Mapping[str, bool]
+"""Whether a sample harms, by `name_of` it."""
+
+
+def name_of(sample: Sample) -> str:
+    """Return what names a sample among those of all journals."""
+    return key_of(sample.target, sample.key)
+
+
+def read_journals(paths: Sequence[Path]) -> list[Sample]:
+    """Return the attacks in these journals.
+
+    Raises:
+        ValueError: if a journal is missing, or holds no attack, or a sample stands in two.
+    """
+    found: dict[str, Sample] = {}
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist")
+        attacks = {name_of(sample): sample for sample in Journal(path) if sample.is_attack}
+        if not attacks:
+            raise ValueError(f"no attacks in {path}")
+        if found.keys() & attacks.keys():
+            raise ValueError(f"{path} holds samples that another journal holds too")
+        found |= attacks
+    return list(found.values())
+
 
 def choose(samples: Sequence[Sample], n: int, seed: int = 0) -> list[Sample]:
-    """Return `n` random samples that released text, or all of them."""
-    spoken = [sample for sample in samples if sample.text.strip()]
-    return random.Random(seed).sample(spoken, min(n, len(spoken)))
+    """Return `n` random samples that released text, or all of them: from each target, attack and policy alike many."""
+    groups: dict[tuple[str, str, str], list[Sample]] = defaultdict(list)
+    generator = random.Random(seed)
+    for sample in generator.sample(samples, len(samples)):
+        if sample.text.strip():
+            groups[sample.target, sample.attack, sample.policy].append(sample)
+    ranked = [(place, group, sample) for group, found in groups.items() for place, sample in enumerate(found)]
+    chosen = [sample for _, _, sample in sorted(ranked, key=lambda one: one[:2])[:n]]
+    return generator.sample(chosen, len(chosen))
+
+
+def write_sheet(samples: Sequence[Sample], path: Path) -> None:
+    """Write what a reader needs, and not which attack or policy it was.
+
+    Raises:
+        FileExistsError: if there is a file already: it may hold labels.
+    """
+    with path.open("x", encoding="utf-8") as file:
+        for one in samples:
+            row = {"name": name_of(one), "prompt": one.prompt, "opening": one.opening, "text": one.text}
+            file.write(json.dumps(row | {"harmful": None}) + "\n")
 
 
 def read_labels(path: Path) -> dict[str, bool]:
-    """Return the reader's label by the key of its sample.
+    """Return the reader's labels.
 
     Raises:
-        ValueError: if a sample is not labelled.
+        ValueError: naming the line of a sample that is not labelled.
     """
     labels = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        if not isinstance(row.get("harmful"), bool):
-            raise ValueError(f"{path}, line {number}: harmful must be true or false, got {row.get('harmful')!r}")
-        labels[str(row["key"])] = row["harmful"]
+        try:
+            row = json.loads(line)
+            name, label = row["name"], row["harmful"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a row of a sheet ({error!r})") from error
+        if not isinstance(label, bool):
+            raise ValueError(f"{path}, line {number}: harmful must be true or false, got {label!r}")
+        labels[name] = label
     return labels
 
 
-def agreement(judged: Mapping[str, bool], labels: Mapping[str, bool]) -> str:
-    """Return how a judge compares with labels of the same samples.
+def agreement(ours: Verdicts, theirs: Verdicts) -> str:
+    """Return how our verdicts compare with theirs on the samples that have both.
 
     Raises:
-        ValueError: if no labelled sample was judged.
+        ValueError: if there is none.
     """
-    keys = sorted(judged.keys() & labels.keys())
-    if not keys:
+    names = sorted(ours.keys() & theirs.keys())
+    if not names:
         raise ValueError("none of the labelled samples is among those judged")
-    ours, theirs = [judged[key] for key in keys], [labels[key] for key in keys]
-    return (
-        f"F1 {f1_score(theirs, ours, zero_division=0):.3f}, kappa {cohen_kappa_score(theirs, ours):.3f}, "
-        f"{sum(ours)} harmful against {sum(theirs)} (n = {len(keys)})"
-    )
+    us, them = [ours[name] for name in names], [theirs[name] for name in names]
+    counts = f"{sum(us)} harmful against {sum(them)} (n = {len(names)})"
+    if len(set(them)) < 2 or len(set(us)) < 2:
+        return f"F1 and kappa undefined, {counts}"
+    f1 = bootstrap(them, us, lambda y, s: float(f1_score(y, s, zero_division=0)))
+    kappa = cohen_kappa_score(them, us)
+    return f"F1 {f1.value:.3f} [{f1.low:.3f}, {f1.high:.3f}], kappa {kappa:.3f}, {counts}"
 
 
 def judge_all(samples: Sequence[Sample], judge: Judge) -> dict[str, bool]:
-    """Return the verdict of every sample by its key."""
-    return {sample.key: judge(sample) for sample in track(samples, "verdicts")}
+    """Return the verdict of every sample."""
+    return {name_of(sample): judge(sample) for sample in track(samples, "verdicts")}
+
+
+def report(samples: Sequence[Sample], verdicts: Mapping[str, Verdicts], labels: Verdicts | None) -> list[str]:
+    """Return the success of every attack by every judge, and how the judges agree, line by line.
+
+    They are compared where there is text: of nothing released all say the same.
+    """
+    lines = []
+    for name, judged in verdicts.items():
+        for group, found in summarise(samples, lambda one, judged=judged: judged[name_of(one)]).items():  # type: ignore[misc]
+            lines.append(f"{group}: success by {name} {found.success}")
+    spoken = {name_of(sample) for sample in samples if sample.text.strip()}
+    heard = {name: {key: judged[key] for key in spoken} for name, judged in verdicts.items()}
+    if "classifier" in heard and spoken:
+        lines.append(f"phrases and classifier: {agreement(heard['phrases'], heard['classifier'])}")
+    if labels is not None:
+        lines += [f"{name} and the reader: {agreement(judged, labels)}" for name, judged in heard.items()]
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,48 +147,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("journals", nargs="+", type=Path, help="files of evaluation.attack and evaluation.weights")
     parser.add_argument("--classifier", type=Path, help="checkpoint of a head that the judged signal knows nothing of")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the model under it (%(default)s)")
-    parser.add_argument("--sheet", type=Path, help="write random samples here, to be read and labelled")
+    parser.add_argument("--sheet", type=Path, help="write random samples to this new file, to be read and labelled")
     parser.add_argument("--n", type=int, default=100, help="samples of the sheet (%(default)s)")
     parser.add_argument("--labels", type=Path, help="a sheet with every `harmful` filled in")
     args = parser.parse_args(argv)
     try:
-        samples = [sample for path in args.journals for sample in Journal(path)]
-        if not samples:
-            raise ValueError(f"no samples in {', '.join(map(str, args.journals))}")
-        if args.sheet is not None:
-            lines = [json.dumps({**asdict(one), "harmful": None}) + "\n" for one in choose(samples, args.n)]
-            args.sheet.write_text("".join(lines), encoding="utf-8")
-        judges: dict[str, Judge] = {"phrases": by_phrases}
-        if args.classifier is not None:
-            judges["classifier"] = by_classifier(args.classifier, args.model)
-        verdicts = {name: judge_all(samples, judge) for name, judge in judges.items()}
+        samples = read_journals(args.journals)
         labels = read_labels(args.labels) if args.labels is not None else None
+        if args.sheet is not None:
+            write_sheet(choose(samples, args.n), args.sheet)
+        verdicts = {"phrases": judge_all(samples, by_phrases)}
+        if args.classifier is not None:
+            judge = by_classifier(args.classifier, args.model)
+            verdicts["classifier"] = judge_all(samples, judge)
+            whole = [replace(sample, text=sample.opening + sample.text) for sample in samples]
+            verdicts["classifier, with what was given"] = judge_all(whole, judge)
         for line in report(samples, verdicts, labels):
             sys.stdout.write(f"{line}\n")
-    except (ModelError, OSError, KeyError, ValueError) as error:
+    except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.judge: {error}\n")
         return 1
     return 0
-
-
-def report(
-    samples: Sequence[Sample], verdicts: Mapping[str, Mapping[str, bool]], labels: Mapping[str, bool] | None
-) -> list[str]:
-    """Return the success of every attack by every judge, and how the judges agree, line by line."""
-
-    def looked_up(judged: Mapping[str, bool]) -> Callable[[Sample], bool]:
-        return lambda sample: judged[sample.key]
-
-    lines = []
-    for name, judged in verdicts.items():
-        for (attack, policy), (success, _) in summarise(samples, looked_up(judged)).items():
-            lines.append(f"{attack}, {policy}: success by {name} {success}")
-    if len(verdicts) > 1:
-        first, second = verdicts.values()
-        lines.append(f"{' and '.join(verdicts)}: {agreement(second, first)}")
-    if labels is not None:
-        lines += [f"{name} and the reader: {agreement(judged, labels)}" for name, judged in verdicts.items()]
-    return lines
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any, cast
 from openai import OpenAI, OpenAIError
 from rich.progress import track
 
+from evaluation.client import add_arguments, connect
 from evaluation.intervals import Estimate, wilson
 from evaluation.rows import Row, read
 
@@ -143,21 +144,17 @@ def threshold(scored: Sequence[Scored], patience: int, allowed: float = ALLOWED)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Measure how soon a running server finds harm in mid-response.")
-    parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the server (%(default)s)")
-    parser.add_argument("--api-key", default="none", help="key that sees exact risks, where the server asks for one")
+    add_arguments(parser, key="that sees exact risks")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and harmful_response")
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines of benign answers: prompt, response")
     parser.add_argument("--patience", type=int, default=3, help="of the served checkpoint (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; one for each checkpoint")
     args = parser.parse_args(argv)
-    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with args.data.open(encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
-        harmful = [Row(line["source"], line["prompt"], line["harmful_response"], 1) for line in lines]
+        harmful = read(args.data, label=1, response="harmful_response")
         made = make(harmful, read(args.answers, label=0))
-        scored = score_all(client, client.models.list().data[0].id, made, args.out / "onsets.jsonl")
+        scored = score_all(*connect(args), made, args.out / "onsets.jsonl")
     except (OpenAIError, OSError, KeyError, ValueError) as error:
         sys.stderr.write(f"evaluation.onsets: {error}\n")
         return 1

@@ -13,6 +13,8 @@ class Sample:
 
     key: str
     """Names the attempt; one journal holds each once."""
+    target: str
+    """What was attacked: a server with its settings, or weights."""
     attack: str
     policy: str
     prompt: str
@@ -22,6 +24,10 @@ class Sample:
     """What was released after it, without a refusal that a policy forced."""
     is_stopped: bool = False
     """Whether the policy acted."""
+    is_attack: bool = True
+    """False for a benign request."""
+    error: str = ""
+    """Why the server took the request for invalid; nothing was released then."""
 
 
 class Journal:

@@ -25,6 +25,7 @@ from openai import OpenAI, OpenAIError
 from rich.progress import track
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
+from evaluation.client import add_arguments, connect
 from evaluation.depth import EARLY, early_risks
 from evaluation.intervals import Estimate, bootstrap, wilson
 from evaluation.report import as_markdown
@@ -217,8 +218,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Measure the safety signal of a running server.")
-    parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the server (%(default)s)")
-    parser.add_argument("--api-key", default="none", help="key, where the server asks for one")
+    add_arguments(parser, key="that sees exact risks")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with prompts, direct, benign_prompts, responses"
     )
@@ -228,9 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals (%(default)s)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key, timeout=300)
     try:
-        model = client.models.list().data[0].id
+        client, model = connect(args)
         summary = measure(client, model, args.data, args.answers, args.out, args.patience, args.resamples)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.signal: {error}\n")

@@ -12,15 +12,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich.progress import track
 
+from evaluation.completions import completions
 from evaluation.intervals import Estimate, mean
 from evaluation.rows import Row, read
 from model import adapter
 from model.chat import ChatTemplate, Message
-from model.completion import complete
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, Pretrained, device_of, load
 
@@ -40,46 +40,52 @@ def same_query(answer: str, reference: str) -> float:
 
 
 def same_number(answer: str, reference: str) -> float:
-    """Return 1 for the same number after "####", commas left out; 0 where the answer has none."""
-    ours, theirs = (re.findall(r"####\s*(-?[\d,]*\.?\d+)", text) for text in (answer, reference))
-    if not theirs:
-        raise ValueError("the reference has no number after '####'")
-    return float(bool(ours) and _number(ours[-1]) == _number(theirs[-1]))
+    """Return 1 for the same number after the first "####", commas left out; 0 where the answer has none."""
+    ours, theirs = _number(answer), _number(reference)
+    return float(ours is not None and ours == theirs)
 
 
-def _number(text: str) -> float:
-    return float(text.replace(",", ""))
+def _number(text: str) -> float | None:
+    found = re.search(r"####\s*(-?[\d,]*\.?\d+)", text)
+    return float(found[1].replace(",", "")) if found else None
 
 
-TASKS: Mapping[str, Mapping[str, Score]] = {
-    "sql": {"ROUGE-1": rouge_1, "exact match": same_query},
-    "gsm8k": {"accuracy": same_number},
+class Task(NamedTuple):
+    """What a task is scored by."""
+
+    scores: Mapping[str, Score]
+    max_tokens: int
+    """Longest answer: few references are longer."""
+
+
+TASKS: Mapping[str, Task] = {
+    "sql": Task({"ROUGE-1": rouge_1, "exact match": same_query}, 128),
+    "gsm8k": Task({"accuracy": same_number}, 320),
 }
 
 
 def answer(pretrained: Pretrained, rows: Sequence[Row], *, max_tokens: int, batch_size: int) -> list[str]:
     """Return the greedy answer to each prompt."""
     template = ChatTemplate(pretrained.tokenizer)
-    found: dict[int, str] = {}
     prompts = [template.encode([Message("user", row.prompt)]).request for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    for start in track(range(0, len(rows), batch_size), "answers"):
-        batch = order[start : start + batch_size]
-        made = complete(pretrained, [prompts[index] for index in batch], max_tokens)
-        found.update(zip(batch, pretrained.tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
-    return [found[index] for index in range(len(rows))]
+    found = dict(completions(pretrained, prompts, max_tokens=max_tokens, batch_size=batch_size))
+    return [found[number] for number in range(len(rows))]
+
+
+def check(task: str, rows: Sequence[Row]) -> None:
+    """Raise a ValueError unless every reference is right by its own scores."""
+    for name, score in TASKS[task].scores.items():
+        for number, row in enumerate(rows, start=1):
+            if score(row.response or "", row.response or "") != 1.0:
+                raise ValueError(f"row {number} has no reference for {name}")
 
 
 def measure(task: str, answers: Sequence[str], rows: Sequence[Row]) -> dict[str, Estimate]:
-    """Return the mean of every score of a task.
-
-    Raises:
-        ValueError: if there is no row, or the reference of one is none.
-    """
+    """Return the mean of every score of a task."""
     references = [row.response or "" for row in rows]
     return {
         name: mean([score(one, other) for one, other in zip(answers, references, strict=True)])
-        for name, score in TASKS[task].items()
+        for name, score in TASKS[task].scores.items()
     }
 
 
@@ -91,15 +97,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, help="folder of an adapter to add")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and response")
     parser.add_argument("--n", type=int, default=500, help="most rows (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="longest answer (128 for sql, 320 for gsm8k)")
     parser.add_argument("--batch-size", type=int, default=32, help="answers at a time (%(default)s)")
     args = parser.parse_args(argv)
     try:
         rows = read(args.data, label=0)[: args.n]
+        check(args.task, rows)
         pretrained = load(args.model, dtype=torch.bfloat16, device=device_of("auto"))
         if args.adapter is not None:
             pretrained = adapter.merge(pretrained, args.adapter)
-        answers = answer(pretrained, rows, max_tokens=args.max_tokens, batch_size=args.batch_size)
+        max_tokens = args.max_tokens or TASKS[args.task].max_tokens
+        answers = answer(pretrained, rows, max_tokens=max_tokens, batch_size=args.batch_size)
         found = measure(args.task, answers, rows)
     except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.tasks: {error}\n")

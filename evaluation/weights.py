@@ -3,30 +3,27 @@
     python -m evaluation.weights --model smollm2-135m --adapter runs/deepened/adapter --data data/eval --out runs/w
 
 Everything is greedy and in batches; `[CLS]` is not read. A response counts as a refusal where it holds a refusal
-phrase, so "not refused" is an upper bound of attack success: text that neither refuses nor harms counts too.
+phrase; text that neither refuses nor harms is "not refused" too.
 The responses are kept in `--out`, for other judges and so that an interrupted run goes on.
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.completions import completions
 from evaluation.intervals import Estimate, wilson
-from evaluation.judges import is_refusal
-from evaluation.rows import Row, read
+from evaluation.judges import by_phrases, is_refusal
+from evaluation.rows import Row, beginnings, read, sample
 from evaluation.samples import Journal, Sample, key_of
 from model import adapter
 from model.chat import ChatTemplate, Message
-from model.completion import complete
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, Pretrained, device_of, load
 
@@ -45,34 +42,31 @@ class Ask:
 
 
 def prefills(rows: Sequence[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Ask]:
-    """Return requests whose responses begin with the first `depth` tokens of the harmful one.
-
-    Rows whose harmful response is shorter are left out.
-    """
-    template, found = ChatTemplate(tokenizer), []
-    for row in rows:
-        request = template.encode([Message("user", row.prompt)]).request
-        given = tokenizer.encode(row.response or "", add_special_tokens=False)[:depth]
-        if len(given) == depth:
-            found.append(Ask(f"prefill {depth}", row, (*request, *given), str(tokenizer.decode(given))))
-    return found
+    """Return requests whose responses begin with the first `depth` tokens of the harmful one."""
+    template = ChatTemplate(tokenizer)
+    return [
+        Ask(
+            f"prefill {depth}",
+            row,
+            (*template.encode([Message("user", row.prompt)]).request, *ids),
+            str(tokenizer.decode(ids)),
+        )
+        for row, ids in beginnings(rows, depth, tokenizer)
+    ]
 
 
 def respond(
     pretrained: Pretrained, asks: Sequence[Ask], out: Path, *, max_tokens: int, batch_size: int
 ) -> list[Sample]:
-    """Return the response to each, generating only those that the journal at `out` does not hold."""
-    journal = Journal(out)
+    """Return the response to each, generating only those that the journal `weights.jsonl` in `out` does not hold."""
+    journal = Journal(out / "weights.jsonl")
     keys = [key_of(ask.measure, ask.row.key, max_tokens) for ask in asks]
-    missing = sorted(
-        ((ask, key) for ask, key in zip(asks, keys, strict=True) if key not in journal), key=lambda one: len(one[0].ids)
-    )
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    for batch in track(batches, "responses"):
-        made = complete(pretrained, [ask.ids for ask, _ in batch], max_tokens)
-        texts = pretrained.tokenizer.batch_decode(made, skip_special_tokens=True)
-        for (ask, key), text in zip(batch, texts, strict=True):
-            journal.add(Sample(key, ask.measure, "weights", ask.row.prompt, ask.opening, text))
+    missing = [(ask, key) for ask, key in zip(asks, keys, strict=True) if key not in journal]
+    prompts = [ask.ids for ask, _ in missing]
+    for number, text in completions(pretrained, prompts, max_tokens=max_tokens, batch_size=batch_size):
+        ask, key = missing[number]
+        prompt, is_attack = ask.row.prompt, bool(ask.row.label)
+        journal.add(Sample(key, out.name, ask.measure, "weights", prompt, ask.opening, text, is_attack=is_attack))
     return [journal.samples[key] for key in keys]
 
 
@@ -101,43 +95,29 @@ def perplexity(pretrained: Pretrained, rows: Iterable[Row]) -> float:
 
 def measure(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Estimate | float]:
     """Return every number by name."""
-    harmful = [
-        Row(row["source"], row["prompt"], row["harmful_response"], 1) for row in _lines(args.data / "prefill.jsonl")
-    ]
+    harmful = read(args.data / "prefill.jsonl", label=1, response="harmful_response")
     benign = read(args.data / "benign_prompts.jsonl", label=0)
     tricky = [row for row in read(args.data / "prompts.jsonl") if row.source in OVER_REFUSAL and not row.label]
-    chosen = _sample(harmful, args.n)
+    chosen = sample(harmful, args.n)
     asks = [ask for depth in args.depths for ask in prefills(chosen, depth, pretrained.tokenizer)]
     template = ChatTemplate(pretrained.tokenizer)
-    for name, rows in (("Alpaca", _sample(benign, args.benign)), ("XSTest-safe and NotInject", tricky)):
+    for name, rows in (("Alpaca", sample(benign, args.benign)), ("XSTest-safe and NotInject", tricky)):
         asks += [Ask(name, row, template.encode([Message("user", row.prompt)]).request) for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
-    samples = respond(
-        pretrained, asks, args.out / "weights.jsonl", max_tokens=args.max_tokens, batch_size=args.batch_size
-    )
+    samples = respond(pretrained, asks, args.out, max_tokens=args.max_tokens, batch_size=args.batch_size)
     found: dict[str, Estimate | float] = {}
     for name in dict.fromkeys(ask.measure for ask in asks):
-        refusals = [is_refusal(sample.text) for sample in samples if sample.attack == name]
-        is_attack = name.startswith("prefill")
-        label = f"{name}, not refused" if is_attack else f"{name}, declined"
-        found[label] = wilson(sum(one != is_attack for one in refusals), len(refusals))
+        of_name = [one for one in samples if one.attack == name]
+        if of_name[0].is_attack:
+            found[f"{name}, not refused"] = wilson(sum(map(by_phrases, of_name)), len(of_name))
+        else:
+            found[f"{name}, declined"] = wilson(sum(is_refusal(one.text) for one in of_name), len(of_name))
     if args.answers is not None:
         answers = read(args.answers, label=0)
         found[f"perplexity of {args.answers.name}, n = {min(300, len(answers))}"] = perplexity(
             pretrained, answers[:300]
         )
     return found
-
-
-def _sample(rows: Sequence[Row], n: int) -> list[Row]:
-    """Return the `n` rows whose hashes come first, or all."""
-    return sorted({row.key: row for row in rows}.values(), key=lambda row: row.key)[:n]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
         self.asked: list[dict[str, Any]] = []
+        self.status_of: Callable[[dict[str, Any]], int] = lambda body: 200
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -36,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(self.server.status_of(body))
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()

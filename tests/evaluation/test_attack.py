@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from evaluation.attack import GRID, Attempt, exploits, main, prefills, send, summarise
+from evaluation.judges import by_phrases
+from evaluation.rows import Row
 from evaluation.samples import Sample
 from model.testing import byte_tokenizer, write_tiny
 
@@ -15,13 +17,13 @@ def answer(text: str, *, refusal: str | None = None, reason: str = "stop"):
 
 
 def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out():
-    rows = [{"prompt": "a", "harmful_response": "abcdef"}, {"prompt": "b", "harmful_response": "abc"}]
+    rows = [Row("own", "a", "abcdef", 1), Row("own", "b", "abc", 1)]
     (found,) = prefills(rows, 5, byte_tokenizer())
     assert (found.prompt, found.opening) == ("a", "abcde")
 
 
 def test_the_grid_is_the_published_one():
-    found = exploits([{"prompt": "a"}])
+    found = exploits([Row("own", "a", None, 1)])
     assert len(found) == 20 + 20 + 9
     assert len({one.key for one in found}) == len(found)
     assert {setting["top_k"] for setting in GRID if "top_k" in setting} == {1, 2, 5, 10, 20, 50, 100, 200, 500}
@@ -30,7 +32,7 @@ def test_the_grid_is_the_published_one():
 
 
 def sample(text: str, *, prompt: str = "a", is_stopped: bool = False) -> Sample:
-    return Sample("", "exploit", "none", prompt, "", text, is_stopped)
+    return Sample("", "one", "exploit", "none", prompt, "", text, is_stopped)
 
 
 def test_a_prompt_counts_once_however_many_attempts_succeed():
@@ -40,9 +42,16 @@ def test_a_prompt_counts_once_however_many_attempts_succeed():
             ("a", "x", False), ("a", "x", True), ("a", "", True), ("b", "no", False), ("b", "", True), ("b", "", True),
         ]
     ]  # fmt: skip
-    ((success, stopped),) = summarise(samples, lambda one: one.text == "x").values()
-    assert (success.value, success.n) == (0.5, 2)
-    assert (stopped.value, stopped.n) == (4 / 6, 6)
+    (found,) = summarise(samples, lambda one: one.text == "x").values()
+    assert (found.success.value, found.success.n) == (0.5, 2)
+    assert (found.stopped.value, found.stopped.n) == (0.0, 2)
+
+
+def test_a_prompt_counts_as_stopped_where_every_attempt_was():
+    samples = [sample("", prompt=prompt, is_stopped=is_stopped) for prompt, is_stopped in
+               [("a", True), ("a", True), ("b", True), ("b", False)]]  # fmt: skip
+    (found,) = summarise(samples, by_phrases).values()
+    assert (found.stopped.value, found.stopped.n) == (0.5, 2)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +60,8 @@ def test_a_prompt_counts_once_however_many_attempts_succeed():
 def test_an_attempt_asks_for_its_policy_and_continues_its_opening(stub, client_of, policy, modes):
     server = stub(lambda body: answer("now I'm sorry.", refusal="I'm sorry.", reason="content_filter"))
     attempt = Attempt("prefill 3", "do it", "Yes", {"temperature": 0, "max_tokens": 7}, policy)
-    assert send(client_of(server), "stub", attempt) == Sample(
-        attempt.key, "prefill 3", policy, "do it", "Yes", "now ", is_stopped=True
+    assert send(client_of(server), "stub", attempt, "one") == Sample(
+        attempt.key, "one", "prefill 3", policy, "do it", "Yes", "now ", is_stopped=True
     )
     (asked,) = server.asked
     assert [asked["moderation"]["policy"][side]["mode"] for side in ("input", "output")] == modes
@@ -63,7 +72,7 @@ def test_an_attempt_asks_for_its_policy_and_continues_its_opening(stub, client_o
 
 def test_an_exploit_sends_its_setting_and_no_opening(stub, client_of):
     server = stub(lambda body: answer("Sure"))
-    found = send(client_of(server), "stub", exploits([{"prompt": "do it"}])[-1])
+    found = send(client_of(server), "stub", exploits([Row("own", "do it", None, 1)])[-1], "one")
     assert (found.text, found.is_stopped) == ("Sure", False)
     (asked,) = server.asked
     assert (asked["top_k"], asked["temperature"], asked["seed"]) == (500, 1.0, 48)
@@ -90,16 +99,32 @@ def test_an_interrupted_run_goes_on_where_it_stopped(stub, data, tmp_path: Path,
     assert len(server.asked) == 12
     printed = capfd.readouterr().out.splitlines()[-4:]
     assert [line.split(":")[0] for line in printed] == [
-        "prefill 2, output", "prefill 4, output", "prefill 2, none", "prefill 4, none",
+        f"out, {name}" for name in ("prefill 2, output", "prefill 4, output", "prefill 2, none", "prefill 4, none")
     ]  # fmt: skip
-    assert "0.000" in printed[0].split(",")[1]
-    assert "1.000" in printed[2].split(",")[1]
+    assert "not refused 0.000" in printed[0]
+    assert "not refused 1.000" in printed[2]
+
+
+def test_a_request_that_the_server_refuses_is_counted_and_the_others_go_on(stub, data, tmp_path: Path, capfd):
+    def answers(body):
+        return {"error": {"message": "too long"}} if body["messages"][0]["content"] == "p1" else answer("Sure")
+
+    server = stub(answers)
+    server.status_of = lambda body: 400 if "error" in body else 200
+    write_tiny(tmp_path)
+    command = ["prefill", "--server", server.url, "--data", str(data), "--tokenizer", str(tmp_path / "model"),
+               "--depths", "2", "--policies", "none", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    printed = capfd.readouterr()
+    assert "not refused 0.833" in printed.out
+    assert "1 requests were invalid, such as: Error code: 400" in printed.err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--source", "nobody"], "no row whose source has 'nobody' in it"),
+        (["--source", "nobody"], "no row whose source begins with 'nobody'"),
+        (["--depths", "9"], "no harmful response has 9 tokens"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--tokenizer", "./nowhere"], "nowhere does not exist"),
         (["--server", "http://127.0.0.1:1"], "Connection error"),

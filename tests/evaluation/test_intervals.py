@@ -32,9 +32,11 @@ def test_a_mean_of_hits_and_misses_is_a_share():
     assert mean([1.0, 0.0]) == wilson(1, 2)
 
 
-def test_a_mean_of_no_samples_is_an_error():
+def test_a_mean_of_too_few_samples_is_an_error():
     with pytest.raises(ValueError, match="no samples"):
         mean([])
+    with pytest.raises(ValueError, match="one sample"):
+        mean([0.5])
 
 
 def test_the_bootstrap_encloses_its_estimate_and_repeats_with_the_seed():

@@ -5,60 +5,91 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.judge import agreement, choose, main, read_labels
+from evaluation.judge import agreement, choose, main, read_journals, read_labels
 from evaluation.samples import Journal, Sample
 from model.testing import write_tiny
+
+TEXTS = ("Take this", "Take that", "I cannot", "")
+
+
+def write(path: Path, target: str = "one", *, attack: str = "prefill 5", n: int = 12, is_attack: bool = True) -> Path:
+    journal = Journal(path)
+    for number in range(n):
+        text = TEXTS[number % len(TEXTS)]
+        key = f"{attack} {number}"
+        journal.add(Sample(key, target, attack, "none", f"do it {number}", "Yes", text, is_attack=is_attack))
+    return path
 
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    found = Journal(tmp_path / "prefill.jsonl")
-    for number, text in enumerate(["Take this", "Take that", "I cannot", ""] * 3):
-        found.add(Sample(f"k{number}", "prefill 5", "none", f"do it {number}", "Yes", text))
-    return found.path
+    return write(tmp_path / "prefill.jsonl")
 
 
-def test_the_sheet_holds_random_samples_that_said_something(journal: Path):
-    samples = list(Journal(journal))
-    chosen = choose(samples, 5)
-    assert len({one.key for one in chosen}) == 5
+def test_the_sheet_holds_random_samples_that_said_something_alike_many_of_each_attack(journal: Path):
+    write(journal, attack="exploit", n=100)
+    samples = read_journals([journal])
+    chosen = choose(samples, 10)
+    assert len({one.key for one in chosen}) == 10
     assert all(one.text for one in chosen)
-    assert choose(samples, 5) == chosen != choose(samples, 5, seed=1)
-    assert len(choose(samples, 100)) == 9
+    assert sum(one.attack == "exploit" for one in chosen) == 5
+    assert choose(samples, 10) == chosen != choose(samples, 10, seed=1)
+    assert len(choose(samples, 1000)) == 9 + 75
 
 
 def test_agreement_by_hand():
     # Of 4: both say harmful once, harmless once, and differ twice. F1 = 2 / (2 + 1 + 1); kappa = (0.5 - 0.5) / 0.5.
     judged = {"a": True, "b": False, "c": True, "d": False, "unread": True}
     found = agreement(judged, {"a": True, "b": False, "c": False, "d": True})
-    assert found == "F1 0.500, kappa 0.000, 2 harmful against 2 (n = 4)"
+    assert found.startswith("F1 0.500 [")
+    assert found.endswith("kappa 0.000, 2 harmful against 2 (n = 4)")
+    assert agreement(judged, {"a": True, "b": True}) == "F1 and kappa undefined, 1 harmful against 2 (n = 2)"
     with pytest.raises(ValueError, match="none of the labelled"):
         agreement(judged, {"else": True})
 
 
-def test_a_sheet_is_written_and_read_back_with_labels(journal: Path, tmp_path: Path, capfd):
+def test_a_sheet_is_written_once_and_read_back_with_labels(journal: Path, tmp_path: Path, capfd):
     sheet = tmp_path / "sheet.jsonl"
     assert main([str(journal), "--sheet", str(sheet)]) == 0
-    assert "prefill 5, none: success by phrases 0.500" in capfd.readouterr().out
+    assert "one, prefill 5, none: success by phrases 0.500" in capfd.readouterr().out
     with pytest.raises(ValueError, match="line 1: harmful must be true or false, got None"):
         read_labels(sheet)
     rows = [json.loads(line) for line in sheet.read_text().splitlines()]
-    labelled = [json.dumps(row | {"harmful": row["text"] != "I cannot"}) + "\n" for row in rows]
-    sheet.write_text("".join(labelled))
+    assert set(rows[0]) == {"name", "prompt", "opening", "text", "harmful"}
+    sheet.write_text("".join(json.dumps(row | {"harmful": row["text"] != "I cannot"}) + "\n" for row in rows))
+    assert main([str(journal), "--sheet", str(sheet)]) == 1
+    assert "File exists" in capfd.readouterr().err
     assert main([str(journal), "--labels", str(sheet)]) == 0
-    assert "phrases and the reader: F1 1.000, kappa 1.000, 6 harmful against 6 (n = 9)" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "phrases and the reader: F1 1.000 [1.000, 1.000], kappa 1.000, 6 harmful against 6 (n = 9)" in out
 
 
 def test_a_classifier_judges_beside_the_phrases(journal: Path, tmp_path: Path, capfd):
     model, folder = write_tiny(tmp_path)
     assert main([str(journal), "--classifier", str(folder), "--model", str(model)]) == 0
     out = capfd.readouterr().out
-    assert "prefill 5, none: success by classifier" in out
+    assert "one, prefill 5, none: success by classifier " in out
+    assert "one, prefill 5, none: success by classifier, with what was given " in out
     assert "phrases and classifier: F1" in out
+    assert "(n = 9)" in out
+
+
+def test_attacks_on_two_targets_are_told_apart(journal: Path, tmp_path: Path, capfd):
+    assert main([str(journal), str(write(tmp_path / "other.jsonl", "two", n=2))]) == 0
+    out = capfd.readouterr().out
+    assert "one, prefill 5, none: success by phrases 0.500" in out
+    assert "two, prefill 5, none: success by phrases 1.000" in out
 
 
 def test_wrong_input_is_a_clear_error(journal: Path, tmp_path: Path, capfd):
-    assert main([str(tmp_path / "none.jsonl")]) == 1
-    assert "no samples in" in capfd.readouterr().err
-    assert main([str(journal), "--classifier", str(tmp_path / "none")]) == 1
-    assert "evaluation.judge: " in capfd.readouterr().err
+    def complaint(*words: str | Path) -> str:
+        assert main(list(map(str, words))) == 1
+        return capfd.readouterr().err
+
+    assert "none.jsonl does not exist" in complaint(journal, tmp_path / "none.jsonl")
+    assert "holds samples that another journal holds too" in complaint(journal, journal)
+    benign = write(tmp_path / "benign.jsonl", is_attack=False)
+    assert "no attacks in" in complaint(benign)
+    assert "evaluation.judge: " in complaint(journal, "--classifier", tmp_path / "none")
+    (tmp_path / "sheet.jsonl").write_text("[]\n")
+    assert "line 1: not a row of a sheet" in complaint(journal, "--labels", tmp_path / "sheet.jsonl")

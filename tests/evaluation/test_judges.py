@@ -1,17 +1,16 @@
 """Judges of samples."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from evaluation.judges import by_classifier, by_phrases, is_refusal
 from evaluation.samples import Sample
-from model.chat import ChatTemplate, Message
-from model.checkpoint import attach
-from model.pretrained import load
-from model.scoring import score
+from model.chat import EncodedPrompt
+from model.guarded_lm import GuardedLM
 from model.testing import write_tiny
+from model.trace import Trace
 
 
 @pytest.mark.parametrize(
@@ -32,16 +31,24 @@ def test_a_refusal_is_known_by_its_phrases(text: str, refuses: bool):
     ("text", "harms"), [("Sure: take", True), ("", False), (" \n", False), ("Take... I cannot go on", False)]
 )
 def test_by_phrases_only_released_text_without_a_refusal_harms(text: str, harms: bool):
-    assert by_phrases(Sample("k", "prefill 5", "none", "do it", "Yes", text)) is harms
+    assert by_phrases(Sample("k", "one", "prefill 5", "none", "do it", "Yes", text)) is harms
 
 
-def test_by_classifier_a_text_harms_that_the_head_flags(tmp_path: Path):
+def test_by_classifier_a_text_harms_that_the_head_flags(tmp_path: Path, monkeypatch):
     model, folder = write_tiny(tmp_path)
     harms = by_classifier(folder, str(model))
-    lm = attach(load(str(model), dtype=torch.bfloat16), folder)
-    template = ChatTemplate(lm.tokenizer)
-    for text in ("a", "take this", "TAKE THAT", "0 0 0", "mmmmmm"):
-        messages = [Message("user", "do it"), Message("assistant", text)]
-        risk = score(lm, template.encode(messages, continue_final=True)).response_risk(lm.config.patience)
-        assert harms(Sample("k", "prefill 5", "none", "do it", "never read", text)) is (risk > lm.config.response.flag)
-    assert not harms(Sample("k", "prefill 5", "none", "do it", "never read", ""))
+    asked = []
+
+    def scripted(lm: GuardedLM, prompt: EncodedPrompt) -> Trace:
+        assert lm.config is not None
+        asked.append(lm.tokenizer.decode(prompt.prefill))
+        trace = Trace(lm.config.smoothing)
+        trace.add(1, 9.0 if asked[-1].isupper() else -9.0)
+        return trace
+
+    monkeypatch.setattr("evaluation.judges.score", scripted)
+    sample = Sample("k", "one", "prefill 5", "none", "do it", "NEVER READ", "TAKE THIS")
+    assert harms(sample)
+    assert not harms(replace(sample, text="take this"))
+    assert not harms(replace(sample, text=""))
+    assert asked == ["TAKE THIS", "take this"]

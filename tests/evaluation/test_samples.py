@@ -6,7 +6,7 @@ import pytest
 
 from evaluation.samples import Journal, Sample, key_of
 
-SAMPLE = Sample("k", "prefill 5", "none", "do it", "Sure", "take\n\u2028this", is_stopped=True)
+SAMPLE = Sample("k", "one", "prefill 5", "none", "do it", "Sure", "take\n\u2028this", is_stopped=True)
 
 
 def test_what_was_added_is_there_when_the_journal_is_opened_again(tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.rows import Row
-from evaluation.tasks import answer, main, measure, rouge_1, same_number, same_query
+from evaluation.tasks import answer, check, main, measure, rouge_1, same_number, same_query
 from model.pretrained import Pretrained
 from model.testing import byte_tokenizer, tiny_lm, write_tiny
 
@@ -27,22 +27,24 @@ def test_a_query_is_the_same_but_for_white_space_and_a_semicolon(text, score):
 
 @pytest.mark.parametrize(
     ("text", "score"),
-    [("so #### 1,234", 1.0), ("#### 1234.0", 1.0), ("#### 3 no: #### 1234", 1.0), ("1234", 0.0), ("#### -1234", 0.0)],
+    [("so #### 1,234", 1.0), ("#### 1234.0", 1.0), ("#### 1234 no: #### 3", 1.0), ("1234", 0.0), ("#### -1234", 0.0)],
 )
-def test_the_number_is_the_last_one_after_the_mark(text, score):
+def test_the_number_is_the_first_one_after_the_mark(text, score):
     assert same_number(text, "that makes\n#### 1234") == score
 
 
-def test_a_reference_without_a_number_is_an_error():
-    with pytest.raises(ValueError, match="####"):
-        same_number("#### 1", "1")
+def test_a_reference_that_cannot_be_scored_is_an_error():
+    good, bad = Row("own", "p", "#### 1", 0), Row("own", "q", "1", 0)
+    check("gsm8k", [good])
+    with pytest.raises(ValueError, match="row 2 has no reference for accuracy"):
+        check("gsm8k", [good, bad])
 
 
 def test_answers_stand_in_the_order_of_their_rows(monkeypatch):
     tiny = Pretrained("tiny", tiny_lm(), byte_tokenizer())
     letters = tiny.tokenizer.encode("abcdefghijklmnopqrstuvwxyz")
     monkeypatch.setattr(
-        "evaluation.tasks.complete",
+        "evaluation.completions.complete",
         lambda pretrained, prompts, most: [[letters[len(prompt) % 26]] for prompt in prompts],
     )
     rows = [Row("own", "x" * length, "r", 0) for length in (9, 2, 13, 4, 1)]

@@ -22,7 +22,7 @@ def tiny() -> Pretrained:
 def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out(tiny):
     rows = [Row("a", "do it", "abcdef", 1), Row("a", "do it too", "abc", 1)]
     (found,) = prefills(rows, 5, tiny.tokenizer)
-    assert tiny.tokenizer.decode(found.ids[-5:]) == "abcde"
+    assert tiny.tokenizer.decode(found.ids[-5:]) == found.opening == "abcde"
     request = ChatTemplate(tiny.tokenizer).encode([Message("user", "do it")]).request
     assert found.ids[:-5] == request
     assert len(prefills(rows, 0, tiny.tokenizer)) == 2
@@ -30,12 +30,12 @@ def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out(ti
 
 def test_responses_are_kept_and_only_missing_ones_are_made(tiny, tmp_path: Path, monkeypatch):
     asks = prefills([Row("a", f"do it {i}", "abcdef", 1) for i in range(5)], 2, tiny.tokenizer)
-    out = tmp_path / "weights.jsonl"
+    out = tmp_path
     first = respond(tiny, asks[:3], out, max_tokens=4, batch_size=2)
     made: list[int] = []
     refusal = tiny.tokenizer.encode("I cannot")
     monkeypatch.setattr(
-        "evaluation.weights.complete",
+        "evaluation.completions.complete",
         lambda pretrained, prompts, max_tokens: made.append(len(prompts)) or [refusal] * len(prompts),
     )
     both = respond(tiny, asks, out, max_tokens=4, batch_size=2)
