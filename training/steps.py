@@ -77,13 +77,19 @@ SETTLED = 8
 """Tokens of harm after which an assessment must find it."""
 
 
-def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cut: Cut) -> list[Encoded]:
+def encode(
+    dialogues: Sequence[Dialogue],
+    tokenizer: PreTrainedTokenizerBase,
+    cut: Cut,
+    response_tokens: int | None = None,
+) -> list[Encoded]:
     """Return the ids of each dialogue. Request, harmful prefix and response are joined as ids, never as text.
 
     Args:
         dialogues: what to encode.
         tokenizer: with the chat template that serves.
         cut: longer requests lose their beginning, longer responses their end and with it the end token.
+        response_tokens: cut responses here if that is sooner, but no harmful prefix.
 
     Raises:
         DataError: if the tokenizer has no token that ends a response, the chat template refuses a prompt, or a
@@ -93,6 +99,7 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cu
     if not isinstance(end, int):
         raise DataError("the tokenizer has no token that ends a response")
     template = ChatTemplate(tokenizer, marks_content=True)
+    num_response = min(cut.response_tokens, response_tokens or cut.response_tokens)
 
     def ids(text: str, where: str) -> tuple[int, ...]:
         found = tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -109,12 +116,12 @@ def encode(dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, cu
         response = (*ids(dialogue.response, where), *([end] if dialogue.is_complete else []))
         return Encoded(
             prompt.request[-cut.request_tokens :],
-            response[: cut.response_tokens],
+            response[:num_response],
             ids(dialogue.harmful, where)[: cut.response_tokens] if dialogue.harmful else (),
             prompt.content[-cut.request_tokens :],
             dialogue.request_label,
             dialogue.response_label,
-            end in response[: cut.response_tokens],
+            end in response[:num_response],
         )
 
     return [encoded(dialogue) for dialogue in dialogues]

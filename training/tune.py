@@ -204,7 +204,7 @@ def _encoded(
                 f"parts.{name}.recovery needs harmful responses to begin with: triplets, or responses read as "
                 "own_refusal; set recovery: null for others"
             )
-        rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut)
+        rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut, part.response_tokens)
         encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery)
         if part.onset is not None:
             if any(row.response_label != 1 for row in dialogues[name]):

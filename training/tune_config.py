@@ -95,6 +95,8 @@ class Part:
     """Weight of the part's mean over its response tokens: alpha, or 1 - alpha. 0 teaches the signal alone."""
     per_step: AtLeastOne = 16
     """Examples in one optimiser step."""
+    response_tokens: AtLeastOne | None = None
+    """Learn only so many first tokens of each response, a harmful prefix not counted; null learns what `cut` leaves."""
     recovery: Recovery | None = None
     """Begin each refusal after a harmful prefix of random length; needs rows that hold one. Null never does."""
     onset: Onset | None = None

@@ -34,6 +34,14 @@ def test_a_response_that_is_cut_has_no_end():
     assert tokenizer.decode(row.response) == "A very l"
 
 
+def test_a_part_may_cut_responses_sooner_but_no_harmful_prefix():
+    tokenizer = byte_tokenizer()
+    (row,) = encode([Dialogue("own", "MIT", "Hi", "A very long one", "Harmful")], tokenizer, CUT, 3)
+    assert (tokenizer.decode(row.response), tokenizer.decode(row.harmful)) == ("A v", "Harmful")
+    (row,) = encode([Dialogue("own", "MIT", "Hi", "A very long one")], tokenizer, CUT, 99)
+    assert tokenizer.decode(row.response) == "A very l"
+
+
 def test_a_response_that_was_cut_before_has_no_end_either():
     tokenizer = byte_tokenizer()
     (row,) = encode([Dialogue("own", "MIT", "Hi", "No", is_complete=False)], tokenizer, CUT)
