@@ -22,10 +22,11 @@ from openai import BadRequestError, OpenAI, OpenAIError
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.beginnings import beginnings
 from evaluation.client import Server, add_arguments, connect
 from evaluation.intervals import Estimate, wilson
 from evaluation.judges import Judge, by_phrases
-from evaluation.rows import Row, beginnings, read, sample
+from evaluation.rows import Row, read, sample
 from evaluation.samples import Journal, Sample, key_of
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
@@ -145,16 +146,17 @@ def plan(args: argparse.Namespace) -> list[Attempt]:
         ValueError: if a row cannot be read, or none is left.
     """
     is_prefill = args.attack == "prefill"
-    rows = read(args.data, label=1, response="harmful_response" if is_prefill else "response")
+    rows = read(args.data, label=1, response="harmful_response" if is_prefill else None)
     rows = sample((row for row in rows if row.source.startswith(args.source)), args.n)
     if not rows:
         raise ValueError(f"{args.data} holds no row whose source begins with {args.source!r}")
-    attempts = exploits(rows)
     if is_prefill:
         tokenizer = load_tokenizer(args.tokenizer)
         attempts = [attempt for depth in args.depths for attempt in prefills(rows, depth, tokenizer)]
-        if not attempts:
-            raise ValueError(f"no harmful response has {min(args.depths)} tokens")
+    else:
+        attempts = exploits(rows)
+    if not attempts:
+        raise ValueError(f"no harmful response has {min(args.depths)} tokens")
     return [
         replace(attempt, policy=policy, sampling={**attempt.sampling, "max_tokens": args.max_tokens})
         for policy in args.policies

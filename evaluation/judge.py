@@ -128,10 +128,15 @@ def report(samples: Sequence[Sample], verdicts: Mapping[str, Verdicts], labels: 
 
     They are compared where there is text: of nothing released all say the same.
     """
-    lines = []
-    for name, judged in verdicts.items():
-        for group, found in summarise(samples, lambda one, judged=judged: judged[name_of(one)]).items():  # type: ignore[misc]
-            lines.append(f"{group}: success by {name} {found.success}")
+
+    def looked_up(judged: Verdicts) -> Judge:
+        return lambda sample: judged[name_of(sample)]
+
+    lines = [
+        f"{group}: success by {name} {found.success}"
+        for name, judged in verdicts.items()
+        for group, found in summarise(samples, looked_up(judged)).items()
+    ]
     spoken = {name_of(sample) for sample in samples if sample.text.strip()}
     heard = {name: {key: judged[key] for key in spoken} for name, judged in verdicts.items()}
     if "classifier" in heard and spoken:

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 SOURCE_PARTS = (" (", "/")
 """What follows the name of a source: a licence, or a subset such as a prompt type."""
 
@@ -27,13 +25,13 @@ class Row:
         return hashlib.sha256(json.dumps([self.prompt, self.response]).encode()).hexdigest()[:16]
 
 
-def read(path: Path, *, label: int | None = None, response: str = "response") -> list[Row]:
+def read(path: Path, *, label: int | None = None, response: str | None = None) -> list[Row]:
     """Return the rows of `path`, in its order.
 
     Args:
         path: JSON lines with `prompt`, and where they apply `response`, `harmful` and `source`.
         label: the label of every row, for files whose rows carry none.
-        response: the field of the response; a row without any has none, but for another field than the usual one.
+        response: another field to read the response from, which every row must have.
 
     Raises:
         ValueError: naming file and line of a row that cannot be read.
@@ -44,24 +42,14 @@ def read(path: Path, *, label: int | None = None, response: str = "response") ->
             try:
                 raw = json.loads(line)
                 found = int(raw["harmful"]) if label is None else label
-                text = raw.get(response) if response == "response" else raw[response]
+                text = raw.get("response") if response is None else raw[response]
                 rows.append(Row(_source(raw.get("source", path.stem)), raw["prompt"], text, found))
-            except (
-                AttributeError,
-                KeyError,
-                TypeError,
-                ValueError,
-            ) as error:  # ValueError is raised for bytes that are not UTF-8 too
+            # A ValueError is raised for bytes that are not UTF-8 too.
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
-
-
-def beginnings(rows: Iterable[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Row, list[int]]]:
-    """Return every row with the first `depth` tokens of its response; rows whose response is shorter are left out."""
-    found = [(row, tokenizer.encode(row.response or "", add_special_tokens=False)) for row in rows]
-    return [(row, ids[:depth]) for row, ids in found if len(ids) >= depth]
 
 
 def sample(rows: Iterable[Row], n: int) -> list[Row]:

@@ -14,15 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from evaluation.completions import completions
 from evaluation.intervals import Estimate, mean
 from evaluation.rows import Row, read
-from model import adapter
+from evaluation.tuned import add_arguments, load_tuned
 from model.chat import ChatTemplate, Message
 from model.errors import ModelError
-from model.pretrained import DEFAULT_MODEL, Pretrained, device_of, load
+from model.pretrained import Pretrained
 
 Score = Callable[[str, str], float]
 
@@ -93,19 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Score fine-tuned weights on a task.")
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="short name, folder or Hub id (%(default)s)")
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter to add")
+    add_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and response")
     parser.add_argument("--n", type=int, default=500, help="most rows (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (128 for sql, 320 for gsm8k)")
-    parser.add_argument("--batch-size", type=int, default=32, help="answers at a time (%(default)s)")
     args = parser.parse_args(argv)
     try:
         rows = read(args.data, label=0)[: args.n]
         check(args.task, rows)
-        pretrained = load(args.model, dtype=torch.bfloat16, device=device_of("auto"))
-        if args.adapter is not None:
-            pretrained = adapter.merge(pretrained, args.adapter)
+        pretrained = load_tuned(args)
         max_tokens = args.max_tokens or TASKS[args.task].max_tokens
         answers = answer(pretrained, rows, max_tokens=max_tokens, batch_size=args.batch_size)
         found = measure(args.task, answers, rows)

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.beginnings import beginnings
 from evaluation.completions import completions
 from evaluation.intervals import Estimate, wilson
 from evaluation.judges import by_phrases, is_refusal
-from evaluation.rows import Row, beginnings, read, sample
+from evaluation.rows import Row, read, sample
 from evaluation.samples import Journal, Sample, key_of
-from model import adapter
+from evaluation.tuned import add_arguments, load_tuned
 from model.chat import ChatTemplate, Message
 from model.errors import ModelError
-from model.pretrained import DEFAULT_MODEL, Pretrained, device_of, load
+from model.pretrained import Pretrained
 
 DEPTHS = (0, 5, 10, 20, 40)
 OVER_REFUSAL = ("XSTest", "NotInject")
@@ -123,8 +124,7 @@ def measure(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Estim
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Measure what fine-tuned weights do by themselves.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="short name, folder or Hub id (%(default)s)")
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter to add")
+    add_arguments(parser)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of prefill.jsonl, benign_prompts.jsonl, prompts.jsonl"
     )
@@ -137,15 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=373, help="harmful requests (%(default)s)")
     parser.add_argument("--benign", type=int, default=500, help="Alpaca prompts (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="responses at a time (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the responses; one for each model")
     args = parser.parse_args(argv)
     try:
-        pretrained = load(args.model, dtype=torch.bfloat16, device=device_of("auto"))
-        if args.adapter is not None:
-            pretrained = adapter.merge(pretrained, args.adapter)
-        found = measure(pretrained, args)
-    except (ModelError, OSError, KeyError, ValueError) as error:
+        found = measure(load_tuned(args), args)
+    except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.weights: {error}\n")
         return 1
     for name, value in found.items():

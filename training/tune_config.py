@@ -223,7 +223,7 @@ class DpoRecipe(FitRecipe):
     """Everything that decides what `ballast-train dpo` writes. Its model is the reference too: merge an adapter."""
 
     part: Part
-    """Triplets; `share` and `recovery` have no meaning here."""
+    """Triplets; `share`, `recovery` and `response_tokens` have no meaning here."""
     name: str = "dpo"
     output: str = "runs/dpo/adapter"
     """Folder of the finished adapter."""

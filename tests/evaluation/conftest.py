@@ -19,6 +19,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self, answer: Answer) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
+        self.models = ["stub"]
         self.asked: list[dict[str, Any]] = []
         self.status_of: Callable[[dict[str, Any]], int] = lambda body: 200
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -28,7 +29,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Stub
 
     def do_GET(self) -> None:
-        self.reply({"object": "list", "data": [{"id": "stub", "object": "model", "created": 0, "owned_by": "me"}]})
+        served = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in self.server.models]
+        self.reply({"object": "list", "data": served})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -120,6 +120,14 @@ def test_a_request_that_the_server_refuses_is_counted_and_the_others_go_on(stub,
     assert "1 requests were invalid, such as: Error code: 400" in printed.err
 
 
+def test_a_server_without_a_model_is_a_clear_error(stub, data, tmp_path: Path, capfd):
+    server = stub(lambda body: answer(""))
+    server.models = []
+    command = ["exploit", "--server", server.url, "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert f"{server.url} lists no model" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

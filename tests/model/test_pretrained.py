@@ -6,7 +6,7 @@ import torch
 
 from model.checkpoint import attach
 from model.errors import WeightsNotFound
-from model.pretrained import DEFAULT_MODEL, NAMED, cache_folder, load
+from model.pretrained import DEFAULT_MODEL, NAMED, cache_folder, load, load_tokenizer
 from model.testing import tiny_lm, write_tiny
 
 PACKAGED = NAMED[DEFAULT_MODEL]
@@ -109,6 +109,13 @@ def test_a_broken_gguf_file_is_refused_and_leaves_no_trace(tmp_path):
     with pytest.raises(WeightsNotFound, match=r"cannot convert .*broken\.gguf"):
         load(str(tmp_path / "broken.gguf"), dtype=torch.float32)
     assert list(cache_folder().iterdir()) == []
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(WeightsNotFound, match="cannot load the tokenizer of"):
+        load_tokenizer(str(folder))
 
 
 def test_truncated_weights_are_refused(folder):
