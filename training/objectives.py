@@ -6,7 +6,7 @@ Positions count from the first response token, whatever padding or prompt stands
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cross_entropy, kl_div, softplus
 
 IGNORED = -100
 """Label of a token that is not learned: prompt, harmful prefix, padding."""
@@ -24,6 +24,25 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     found = torch.zeros(next_labels.shape, dtype=torch.float32, device=logits.device)
     learned = next_logits[is_learned].float()  # (N, V): float32 only where it is needed
     found[is_learned] = -cross_entropy(learned, next_labels[is_learned], reduction="none")
+    return found
+
+
+def divergences(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+    """Return KL(pi_reference || pi_theta) of the next token at every label, in float32, 0 where `IGNORED`, (B, T - 1).
+
+    Its gradient is what that of the cross entropy is on average over draws from the reference, without their noise.
+    Deviation from Qi et al. 2024 (arXiv 2406.05946), section 3, where anchors are tokens that the model drew.
+
+    Args:
+        logits: next-token logits of the model, (B, T, V).
+        reference: those of the reference, which gets no gradient, (B, T, V).
+        labels: `IGNORED` where nothing is learned, (B, T).
+    """
+    is_learned = labels[:, 1:] != IGNORED
+    found = torch.zeros(is_learned.shape, dtype=torch.float32, device=logits.device)
+    learned = logits[:, :-1][is_learned].float().log_softmax(dim=-1)  # (N, V)
+    expected = reference[:, :-1][is_learned].detach().float().log_softmax(dim=-1)
+    found[is_learned] = kl_div(learned, expected, reduction="none", log_target=True).sum(dim=-1)
     return found
 
 

@@ -50,6 +50,8 @@ class Example(NamedTuple):
     """Of each learned token in the loss of its step."""
     row: tuple[str, int]
     """The part and the number of its row."""
+    is_distilled: bool = False
+    """Its responses are learned as the plain model expects them."""
     spans: tuple[Span, ...] = ()
     """The assessments of `[CLS]`. A harmful prefix is response."""
     span_labels: tuple[int | None, ...] = ()
@@ -71,6 +73,7 @@ class EncodedPart:
     openings: Sequence[tuple[int, ...]] = ()
     """Harmless responses, with one of which each of the part's harmful responses begins."""
     longest_opening: int = 0
+    is_distilled: bool = False
 
 
 SETTLED = 8
@@ -186,7 +189,7 @@ class Steps(Dataset[Example]):
             opening = _opening(part, _generator(self._seed, "opening", part.name, place))
             given = (*row.request, *row.harmful[:depth])
             response = (*opening, *row.response)[: max(len(row.response), len(opening) + SETTLED)]
-            example = Example((*given, *response), len(given), 0.0, (part.name, number))
+            example = Example((*given, *response), len(given), 0.0, (part.name, number), part.is_distilled)
             examples.append(self._assessed(example, row, place, depth, len(opening)))
         return examples
 
@@ -252,7 +255,7 @@ def _generator(*key: object) -> torch.Generator:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Return one padded batch: `input_ids`, `attention_mask` and `labels`, (B, T), and `weights`, (B,)."""
+    """Return one padded batch: `input_ids`, `attention_mask`, `labels`, (B, T); `weights`, `is_distilled`, (B,)."""
     longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), pad_id)
     mask = torch.zeros_like(ids)
@@ -263,4 +266,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         mask[place, :length] = 1
         labels[place, given:length] = torch.tensor(example.ids[given:])
     weights = torch.tensor([example.weight for example in examples], dtype=torch.float32)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "weights": weights}
+    is_distilled = torch.tensor([example.is_distilled for example in examples])
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "weights": weights,
+        "is_distilled": is_distilled,
+    }

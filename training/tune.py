@@ -25,7 +25,7 @@ from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.licences import licence_beside, licence_for
 from training.logs import loggers
-from training.objectives import IGNORED, betas, constrained_loss, positions, token_logprobs
+from training.objectives import IGNORED, betas, constrained_loss, divergences, positions, token_logprobs
 from training.reference import Reference, reference_logprobs
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
@@ -125,14 +125,13 @@ class ObjectiveTrainer(Trainer):
         """Return the batch's share of the step's loss, and with `return_outputs` the model's output too."""
         kept = _predicting(inputs["labels"], inputs["weights"])  # (T',): a large vocabulary makes logits dear
         labels = inputs["labels"][:, kept]  # (B, T')
-        if self._signal is None:
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=kept)
-            logits = outputs.logits  # (B, T', V)
-        else:
-            outputs = model(inputs["input_ids"], masks=inputs["masks"], places=inputs["places"], logits_to_keep=kept)
-            logits = outputs[0]
+        outputs = self._outputs(model, inputs, kept)
+        logits: Tensor = outputs[0]  # (B, T', V)
         logprobs = token_logprobs(logits, labels)  # (B, T' - 1)
         per_token = -logprobs
+        if (distilled := inputs["is_distilled"]).any():
+            divergence = divergences(logits[distilled], self._plain_logits(model, inputs, kept), labels[distilled])
+            per_token = per_token.index_put((distilled.nonzero()[:, 0],), divergence)
         if self._constraint is not None:
             place = positions(labels)[:, 1:]  # (B, T' - 1)
             beta = betas(place, **asdict(self._constraint))
@@ -142,6 +141,31 @@ class ObjectiveTrainer(Trainer):
             loss = loss + self._signal_loss(outputs[1], inputs, self._signal)
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the loss is a sum
         return (loss, outputs) if return_outputs else loss
+
+    def _outputs(self, model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> Any:
+        """Return the model's output, which begins with the next-token logits of the tokens `kept`, (B, T', V)."""
+        if self._signal is None:
+            mask = inputs["attention_mask"]
+            return model(input_ids=inputs["input_ids"], attention_mask=mask, logits_to_keep=kept, return_dict=False)
+        return model(inputs["input_ids"], masks=inputs["masks"], places=inputs["places"], logits_to_keep=kept)
+
+    @torch.no_grad()
+    def _plain_logits(self, model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> Tensor:
+        """Return the logits of the distilled rows from the model without adapter, whose tokens read no `[CLS]`."""
+        rows, length = inputs["is_distilled"], inputs["input_ids"].shape[1]
+        chosen = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
+        if self._signal is not None:
+            masks = {kind: mask[rows] for kind, mask in inputs["masks"].items()}
+            for mask in masks.values():
+                mask[:, :length, length:] = False
+            chosen |= {"masks": masks, "places": inputs["places"][rows]}
+        inner = self.accelerator.unwrap_model(model)
+        adapted: Any = inner.model if isinstance(inner, SignalModel) else inner
+        was_training = model.training
+        with adapted.disable_adapter():
+            found: Tensor = self._outputs(model.eval(), chosen, kept)[0]
+        model.train(was_training)
+        return found
 
     def _signal_loss(self, logits: Tensor, inputs: dict[str, Tensor], settings: Signal) -> Tensor:
         """Return the batch's share of both lambda-weighted signal losses, each a mean over the step's rows."""
@@ -205,7 +229,7 @@ def _encoded(
                 "own_refusal; set recovery: null for others"
             )
         rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut, part.response_tokens)
-        encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery)
+        encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery, is_distilled=part.is_distilled)
         if part.onset is not None:
             if any(row.response_label != 1 for row in dialogues[name]):
                 raise RecipeError(f"parts.{name}.onset needs harmful responses: set response: harmful_response")

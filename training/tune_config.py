@@ -97,6 +97,9 @@ class Part:
     """Examples in one optimiser step."""
     response_tokens: AtLeastOne | None = None
     """Learn only so many first tokens of each response, a harmful prefix not counted; null learns what `cut` leaves."""
+    is_distilled: bool = False
+    """Learn what the plain model, without any adapter, expects of every next token of the responses, instead of the
+    tokens; for its own answers, which are one draw from that."""
     recovery: Recovery | None = None
     """Begin each refusal after a harmful prefix of random length; needs rows that hold one. Null never does."""
     onset: Onset | None = None
@@ -212,6 +215,8 @@ class TuneRecipe(FitRecipe):
         if self.signal is not None and self.constraint is not None:
             raise ValueError("constraint and signal cannot be trained together: the reference reads no [CLS]")
         for name, part in self.parts.items():
+            if part.is_distilled and (self.lora is None or self.constraint is not None or part.recovery is not None):
+                raise ValueError(f"parts.{name}.is_distilled: set lora, without constraint or recovery")
             if part.recovery is not None and self.constraint is not None:
                 raise ValueError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
             if part.onset is not None and (self.signal is None or part.share > 0 or part.recovery is not None):
@@ -223,7 +228,7 @@ class DpoRecipe(FitRecipe):
     """Everything that decides what `ballast-train dpo` writes. Its model is the reference too: merge an adapter."""
 
     part: Part
-    """Triplets; `share`, `recovery` and `response_tokens` have no meaning here."""
+    """Triplets; Beside `sources` and `per_step`, its keys have no meaning here."""
     name: str = "dpo"
     output: str = "runs/dpo/adapter"
     """Folder of the finished adapter."""

@@ -12,6 +12,7 @@ from training.objectives import (
     betas,
     constrained_loss,
     constraint_weights,
+    divergences,
     positions,
     recovery_depth,
     share_weights,
@@ -34,6 +35,27 @@ def test_tokens_that_are_not_learned_count_nothing() -> None:
 
 def test_log_probabilities_of_bfloat16_logits_are_float32() -> None:
     assert token_logprobs(torch.randn(1, 3, 5).bfloat16(), torch.tensor([[0, 1, 2]])).dtype is torch.float32
+
+
+def test_the_divergence_from_a_reference_has_its_hand_computed_value() -> None:
+    logits = torch.tensor([[[0.0, math.log(3.0)], [5.0, 5.0], [9.0, 0.0]]])
+    reference = torch.tensor([[[7.0, 7.0], [2.0, 2.0], [0.0, 9.0]]])
+    found = divergences(logits, reference, torch.tensor([[IGNORED, 1, 0]]))
+    assert found.tolist() == [pytest.approx([0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.0], abs=1e-6)]
+    assert divergences(logits, reference, torch.tensor([[IGNORED, IGNORED, 0]]))[0, 0] == 0
+
+
+def test_the_gradient_of_the_divergence_is_the_mean_one_of_the_cross_entropy_over_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 2, 3, generator=generator, requires_grad=True)
+    reference = torch.randn(1, 2, 3, generator=generator)
+    expected = torch.zeros(1, 2, 3)
+    for token, probability in enumerate(reference[0, 0].softmax(dim=0)):
+        (gradient,) = torch.autograd.grad(-token_logprobs(logits, torch.tensor([[IGNORED, token]])).sum(), logits)
+        expected += probability * gradient
+    divergences(logits, reference, torch.tensor([[IGNORED, 0]])).sum().backward()
+    assert logits.grad is not None
+    assert torch.allclose(logits.grad, expected, atol=1e-6)
 
 
 def test_positions_count_from_the_first_learned_token_under_padding_on_either_side() -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from training.errors import DataError, RecipeError
 from training.merge import merge
 from training.objectives import IGNORED
 from training.tune import _predicting, tune
-from training.tune_config import AnchorRecipe, MergeRecipe
+from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
+
+DISTILLED = {**ANCHORS, "is_distilled": True}
 
 
 def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Path, tmp_path: Path):
@@ -200,6 +203,24 @@ def test_all_weights_can_be_trained(saved_model: Path, data: Path, tmp_path: Pat
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
+def test_a_fresh_adapter_has_nothing_to_learn_from_the_plain_model(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path, parts={"anchors": DISTILLED}, batch_size=3, steps=2), "")
+    assert losses(tmp_path) == [pytest.approx(0.0, abs=1e-6)] * 2
+
+
+@pytest.mark.parametrize("make", [recipe, joint], ids=["plain", "signal"])
+def test_an_adapter_that_went_far_is_brought_back_to_the_plain_model(
+    saved_model: Path, data: Path, tmp_path: Path, make: Callable[..., TuneRecipe]
+):
+    signal = {"signal": {"request_weight": 0, "response_weight": 0}} if make is joint else {}
+    tune(make(saved_model, data, tmp_path / "far", steps=12, **signal), "")
+    changes = {"parts": {"anchors": DISTILLED}, "batch_size": 3, "steps": 12, **signal}
+    tune(make(saved_model, data, tmp_path / "back", adapter=str(tmp_path / "far" / "adapter"), **changes), "")
+    found = losses(tmp_path / "back")
+    assert found[0] > 0.005
+    assert sum(found[-3:]) < 0.8 * sum(found[:3])
+
+
 def test_the_constraint_keeps_the_model_nearer_to_where_it_began(saved_model: Path, data: Path, tmp_path: Path):
     parts = {"task": {**ANCHORS, "share": 1.0, "per_step": 8}}
     for name, constraint in (("plain", None), ("constrained", {"first": 50.0, "early": 50.0, "rest": 50.0})):
@@ -243,6 +264,8 @@ def test_choices_that_do_not_fit_the_data_are_explained(
     ("changes", "message"),
     [
         ({"constraint": {}}, "parts.recovery.recovery: the constrained objective has no reference inside recoveries"),
+        ({"lora": None, "parts": {"anchors": DISTILLED}}, "parts.anchors.is_distilled: set lora, without constraint"),
+        ({"constraint": {}, "parts": {"anchors": DISTILLED}}, "parts.anchors.is_distilled: set lora, without"),
         ({"signal": {}, "lora": None}, "a signal is served beside an adapter: set lora"),
         ({"signal": {}, "constraint": {}, "parts": {"anchors": ANCHORS}}, "constraint and signal cannot be trained"),
     ],
