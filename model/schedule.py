@@ -87,6 +87,14 @@ def parse(name: str, *, longest: int | None = None) -> Schedule:
     raise ValueError(f"unknown schedule {name!r}; there are every, first, annealed and periodic-N, as in periodic-8")
 
 
+def positions(schedule: Schedule, length: int) -> list[int]:
+    """Return where a response of `length` tokens is assessed in which nothing is suspicious: its end is in it."""
+    found = [0]
+    while found[-1] < length:
+        found.append(min(found[-1] + schedule.interval(found[-1]), length))
+    return found[1:]
+
+
 def is_due(schedule: Schedule, position: int, assessed: int, *, is_suspicious: bool) -> bool:
     """Tell whether an assessment is due at `position`, the newest one being at `assessed`.
 

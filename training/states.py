@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.attention import Span
 from model.chat import ChatTemplate, EncodedPrompt, Message
 from model.checkpoint import fingerprint_weights
 from model.cls_signal import OUTPUTS, sliding_windows
@@ -45,11 +46,29 @@ class RowStates(NamedTuple):
     cls_request: float = math.nan
     """Logit of the request that `[CLS]` gives; NaN without one."""
     cls_response: Tensor | None = None
-    """Logit of `[CLS]` at each response token, (T,) in float32; None without one."""
+    """Logit of `[CLS]` at each response token, (T,) in float32, NaN where it was not assessed; None without one."""
 
     def passage(self) -> Tensor:
         """Return what the response head reads at each response token, (T, 2 * S) in float32."""
         return Passage().extend(self.response) if len(self.response) else self.response.new_zeros(0, len(self.request))
+
+
+class Read(NamedTuple):
+    """What the model reads of one row."""
+
+    prompt: EncodedPrompt
+    spans: Sequence[Span]
+    """The assessments of `[CLS]`; empty without one."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What decides its states, beside the model."""
+        covered = [[span.covers for span in self.spans]] if self.spans else []
+        return [self.prompt.request, self.prompt.prefill, self.prompt.query_start, *covered]
+
+    def tokens(self) -> int:
+        """Return how many tokens the model reads."""
+        return len(self.prompt.request) + len(self.prompt.prefill)
 
 
 class Shard(NamedTuple):
@@ -126,6 +145,9 @@ def compute(
 ) -> States:
     """Return the states of `rows` at `layers`, from the cache as far as they are there.
 
+    `[CLS]` is assessed at each response token of held-out rows, which set thresholds. A token head learns from the
+    others: there tokens read it as they do while a response is generated.
+
     Args:
         pretrained: the frozen model.
         rows: rows of one source must stand together, or they fill more files.
@@ -141,20 +163,21 @@ def compute(
     _check(pretrained, layers, cut)
     template = ChatTemplate(pretrained.tokenizer, marks_content=cls is not None)
     encoded = [encode(row, template, cut) for row in rows]
+    spans: list[list[Span]] = [[] for _ in rows]
+    if cls is not None:
+        held_out = [row.part != "train" for row in rows]
+        spans = [cls.spans(len(p.prefill), is_given=given) for p, given in zip(encoded, held_out, strict=True)]
     identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), list(layers), asdict(cut)]
     if cls is not None:
         identity.append([cls.fingerprint, cls.config.windows, cls.config.moves, cls.config.is_read])
     chunks = list(_chunks([row.group for row in rows]))
     shards = []
     for chunk in tracked(chunks, "states", unit=len):
-        prompts = [encoded[index] for index in chunk]
-        path = (
-            cache
-            / "states"
-            / f"{digest(identity, [[p.request, p.prefill, p.query_start] for p in prompts])[:32]}.safetensors"
-        )
+        read = [Read(encoded[index], spans[index]) for index in chunk]
+        name = digest(identity, [row.identity for row in read])[:32]
+        path = cache / "states" / f"{name}.safetensors"
         if not path.is_file():
-            shard = forward(pretrained, prompts, layers, batch_tokens, cls)
+            shard = forward(pretrained, read, layers, batch_tokens, cls)
             kept = {name: tensor for name, tensor in shard._asdict().items() if tensor is not None}
             write_atomically(path, partial(save_file, kept))
         shards.append(Shard(**load_file(path)))
@@ -164,22 +187,22 @@ def compute(
 
 def forward(
     pretrained: Pretrained,
-    prompts: Sequence[EncodedPrompt],
+    rows: Sequence[Read],
     layers: Sequence[int],
     batch_tokens: int,
     cls: ClsReading | None = None,
 ) -> Shard:
     """Return the states of some rows, running those of like length together."""
     states: dict[int, RowStates] = {}
-    for batch in _batches(prompts, batch_tokens):
-        chosen = [prompts[index] for index in batch]
+    for batch in _batches(list(map(Read.tokens, rows)), batch_tokens):
+        chosen = [rows[index] for index in batch]
         found = (
-            _forward_batch(pretrained, chosen, layers)
+            _forward_batch(pretrained, [row.prompt for row in chosen], layers)
             if cls is None
             else _forward_cls_batch(pretrained, chosen, layers, cls)
         )
         states.update(zip(batch, found, strict=True))
-    return Shard.of([states[index] for index in range(len(prompts))])
+    return Shard.of([states[index] for index in range(len(rows))])
 
 
 @torch.inference_mode()
@@ -201,14 +224,14 @@ def _forward_batch(pretrained: Pretrained, prompts: Sequence[EncodedPrompt], lay
 
 @torch.inference_mode()
 def _forward_cls_batch(
-    pretrained: Pretrained, prompts: Sequence[EncodedPrompt], layers: Sequence[int], cls: ClsReading
+    pretrained: Pretrained, rows: Sequence[Read], layers: Sequence[int], cls: ClsReading
 ) -> list[RowStates]:
     """Return the same of a model with `[CLS]`: one pass with a copy for each assessment, as decoding makes them."""
     model: Any = pretrained.model
-    tokens = [(*p.request, *p.prefill) for p in prompts]
-    spans = [cls.spans(len(p.prefill)) for p in prompts]
+    tokens = [(*row.prompt.request, *row.prompt.prefill) for row in rows]
+    spans = [row.spans for row in rows]
     masks, places, _ = padded_masks(
-        [p.content for p in prompts],
+        [row.prompt.content for row in rows],
         list(map(len, tokens)),
         spans,
         windows=sliding_windows(model),
@@ -218,19 +241,18 @@ def _forward_cls_batch(
     longest = max(map(len, tokens))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=model.device)  # (B, T)
     embedded = model.get_input_embeddings()(ids)
-    copies = cls.signal.embedding.to(embedded).expand(len(prompts), places.shape[1] - longest, -1)
+    copies = cls.signal.embedding.to(embedded).expand(len(rows), places.shape[1] - longest, -1)
     output = forward_masked(model.base_model, torch.cat([embedded, copies], dim=1), masks, places, use_cache=False)
     picked = torch.cat([output.hidden_states[layer][:, :longest] for layer in layers], dim=-1)  # (B, T, S)
     logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu()  # (B, K, 2)
-    rows = []
-    for row, prompt in enumerate(prompts):
-        of_row = logits[row, : len(spans[row])]  # (1 + T, 2)
-        found = {
-            "cls_request": float(of_row[0, OUTPUTS.index("request")]),
-            "cls_response": of_row[1:, OUTPUTS.index("response")].clone(),
-        }
-        rows.append(_row_states(picked[row], prompt)._replace(**found))
-    return rows
+    found = []
+    for number, row in enumerate(rows):
+        of_row = logits[number, : len(row.spans)]  # (1 + K', 2)
+        response = torch.full((len(row.prompt.prefill),), torch.nan)
+        response[[span.covers - 1 for span in row.spans[1:]]] = of_row[1:, OUTPUTS.index("response")].float()
+        of_request = float(of_row[0, OUTPUTS.index("request")])
+        found.append(_row_states(picked[number], row.prompt)._replace(cls_request=of_request, cls_response=response))
+    return found
 
 
 def _row_states(states: Tensor, prompt: EncodedPrompt) -> RowStates:
@@ -245,11 +267,10 @@ def _half(states: Tensor) -> Tensor:
     return states.clamp(-LARGEST, LARGEST).half().cpu()
 
 
-def _batches(prompts: Sequence[EncodedPrompt], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Yield indices, shortest rows first, so that rows times longest row stays within `batch_tokens`."""
-    lengths = [len(prompt.request) + len(prompt.prefill) for prompt in prompts]
     batch: list[int] = []
-    for index in sorted(range(len(prompts)), key=lengths.__getitem__):
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
             yield batch
             batch = []

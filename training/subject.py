@@ -14,7 +14,7 @@ from model.config import BaseModel, ClsConfig, RefusalConfig
 from model.pretrained import Pretrained, device_of, load, sha256_of
 from model.reader import BEFORE
 from model.safety_head import TokenHead
-from model.schedule import parse
+from model.schedule import parse, positions
 from training.config import HeadRecipe
 from training.errors import RecipeError
 from training.licences import licence_beside
@@ -29,10 +29,17 @@ class ClsReading:
     fingerprint: str
     """SHA-256 of the signal's weights."""
 
-    def spans(self, length: int) -> list[Span]:
-        """Return the assessments of a request and of a given response of `length` tokens: at each, by rule R2."""
+    def spans(self, length: int, *, is_given: bool) -> list[Span]:
+        """Return the assessments of a request and of a response of `length` tokens, by rule R2.
+
+        Args:
+            length: tokens of the response.
+            is_given: assess each token, as is done with a response that a client sends; otherwise those of the
+                schedule, as while a harmless one is generated.
+        """
         windows = Windows(*self.config.windows)
-        return [BEFORE, *(Span(n, window(n, windows, is_malicious=False)) for n in range(1, length + 1))]
+        numbers = range(1, length + 1) if is_given else positions(parse(self.config.schedule), length)
+        return [BEFORE, *(Span(n, window(n, windows, is_malicious=False)) for n in numbers)]
 
 
 class Brought(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -88,7 +89,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         per_step=steps.per_step,
         optimizers=(_optimiser(whole, recipe), None),
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))
+    with disable_input_dtype_casting(model):  # to float32 and, under autocast, back: a tenth of a step, for nothing
+        trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))
     if trainer.is_world_process_zero():
         _write_signal(recipe, whole)
         learned = {name: (part, dialogues[name]) for name, part in recipe.parts.items()}

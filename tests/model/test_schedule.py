@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.schedule import Annealed, Every, First, Periodic, is_due, parse
+from model.schedule import Annealed, Every, First, Periodic, is_due, parse, positions
 
 
 def assessed_positions(schedule, length: int) -> list[int]:
@@ -12,6 +12,12 @@ def assessed_positions(schedule, length: int) -> list[int]:
         if is_due(schedule, position, positions[-1], is_suspicious=False):
             positions.append(position)
     return positions[1:]
+
+
+@pytest.mark.parametrize("schedule", [Every(), Periodic(3), Annealed(), First()])
+@pytest.mark.parametrize("length", [0, 1, 9, 10, 45])
+def test_the_positions_of_a_clear_response_are_those_where_one_is_due_and_its_end(schedule, length: int):
+    assert positions(schedule, length) == sorted({*assessed_positions(schedule, length), length} - {0})
 
 
 def test_every_assesses_each_token():

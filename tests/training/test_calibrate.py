@@ -9,6 +9,8 @@ import torch
 from model.config import ClsConfig, Side, Thresholds
 from model.guarded_lm import GuardedLM
 from model.pretrained import Pretrained
+from model.reader import Reader
+from model.schedule import Periodic
 from model.scoring import score as slow_score
 from model.testing import tiny_guarded_lm
 from training import calibrate as calibrate_module
@@ -83,6 +85,29 @@ def test_with_cls_too_every_row_has_the_risks_of_the_slow_twin(rows, recipe, tmp
         assert np.ptp(risks) > 0.02
         assert found.risks.tolist() == pytest.approx(list(risks), abs=2e-3)
         assert tuple(found.groups) == groups
+
+
+def test_rows_to_learn_from_are_read_as_a_response_that_is_generated(rows, recipe, tmp_path):
+    """Token by token, `[CLS]` as the schedule asks; the held-out rows of the test above are read at every token."""
+    cls = ClsConfig((3, 4, 3), schedule="periodic-3")
+    lm = tiny_guarded_lm(cls=cls, token_head=None)
+    pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
+    reading = ClsReading(lm.cls, cls, "a fingerprint")
+    states = compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache", cls=reading)
+    learned = [index for index, row in enumerate(rows) if row.part == "train" and len(states[index].response) > 3]
+    for index in learned[:5]:
+        prompt = encode(rows[index], lm.chat, recipe.cut)
+        reader = Reader(lm, prompt, Periodic(3), watches_request=True, watches_response=True)
+        assert states[index].cls_request == pytest.approx(reader.feed(prompt.request).request, abs=1e-4)
+        due = {}
+        for number, token in enumerate(prompt.prefill, start=1):
+            due |= dict(reader.feed([token], must_assess=number == len(prompt.prefill)).response)
+        found = states[index].cls_response
+        assert {n + 1: float(found[n]) for n in (~found.isnan()).nonzero()[:, 0].tolist()} == pytest.approx(
+            due, abs=1e-4
+        )
+        assert 1 < len(due) < len(prompt.prefill)
+    assert learned
 
 
 def test_the_share_of_cls_is_the_one_with_the_best_f1(rows, recipe, lm, tmp_path):
