@@ -26,7 +26,7 @@ from rich.progress import track
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from evaluation.client import add_arguments, connect
-from evaluation.depth import EARLY, early_risks
+from evaluation.early import EARLY, early_risks
 from evaluation.intervals import Estimate, bootstrap, wilson
 from evaluation.report import as_markdown
 from evaluation.rows import Row, read

@@ -1,42 +1,88 @@
-"""Risks inside a response equal those of the response cut there."""
+"""How deep alignment goes, on the tiny model: divergence by position, refusals by depth, and the picture."""
+
+import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from evaluation.depth import early_risks
-from model.trace import Trace, response_risk
-
-
-def test_a_lone_peak_counts_only_at_the_end():
-    # The lowest of three in a row is 0.1 throughout; what stands last counts alone.
-    assert response_risk([0.1, 0.1, 0.9, 0.1, 0.1], 3) == 0.1
-    assert response_risk([0.1, 0.1, 0.9], 3) == 0.9
-
-
-def test_three_in_a_row_count_by_their_lowest():
-    assert response_risk([0.1, 0.8, 0.7, 0.9, 0.1], 3) == 0.7
+from evaluation.depth import by_position, divergences, half_of, main
+from evaluation.intervals import Estimate
+from evaluation.rows import Row
+from model.chat import ChatTemplate, Message
+from model.pretrained import Pretrained
+from model.testing import byte_tokenizer, tiny_lm, write_tiny
 
 
-def test_a_share_is_rounded_up_to_whole_tokens():
-    # Of five tokens the first 2, 3 and 4, each with its last token alone.
-    assert early_risks([0.1, 0.2, 0.3, 0.4, 0.5], 3) == (0.2, 0.3, 0.4)
-    assert early_risks([0.6], 3) == (0.6, 0.6, 0.6)
+@pytest.fixture
+def pair() -> tuple[Pretrained, Pretrained]:
+    """Two models that differ in their last layer norm."""
+    aligned, reference = (Pretrained("tiny", tiny_lm(), byte_tokenizer()) for _ in range(2))
+    with torch.no_grad():
+        aligned.model.model.norm.weight.mul_(3.0)
+    return aligned, reference
 
 
-@pytest.mark.parametrize("patience", [1, 2, 3, 9])
-def test_the_risk_inside_a_text_is_that_of_the_text_cut_there(patience: int):
-    logits = [-2.0, 3.0, 1.0, 2.5, -1.0, 0.5, 4.0, -3.0]
-    whole = Trace(0.4)
-    for position, logit in enumerate(logits, start=1):
-        whole.add(position, logit)
-    found = early_risks([assessment.smoothed for assessment in whole.assessments], patience)
-    for share, risk in zip((2, 4, 6), found, strict=True):
-        cut = Trace(0.4)
-        for position, logit in enumerate(logits[:share], start=1):
-            cut.add(position, logit)
-        assert risk == cut.response_risk(patience)
+def test_a_model_does_not_differ_from_itself(pair):
+    rows = [Row("a", "do it", "abc", 1)]
+    assert divergences(pair[0], pair[0], rows, 10) == [pytest.approx([0.0, 0.0, 0.0], abs=1e-6)]
 
 
-@pytest.mark.parametrize(("smoothed", "patience"), [([], 3), ([0.1], 0)])
-def test_no_tokens_and_no_patience_are_errors(smoothed: list[float], patience: int):
-    with pytest.raises(ValueError, match="at least 1"):
-        response_risk(smoothed, patience)
+def test_the_divergence_is_that_before_each_token_of_the_response(pair):
+    ((first, second),) = divergences(*pair, [Row("a", "do it", "abc", 1), Row("a", "nothing", "", 1)], 2)
+    tokenizer = pair[0].tokenizer
+    request = ChatTemplate(tokenizer).encode([Message("user", "do it")]).request
+    for found, given in ((first, ""), (second, "a")):
+        ids = torch.tensor([[*request, *tokenizer.encode(given)]])
+        with torch.inference_mode():
+            p, q = (one.model(ids).logits[0, -1].softmax(-1) for one in pair)
+        assert found == pytest.approx(float((p * (p.log() - q.log())).sum()), abs=1e-5)
+    assert first > 0.01
+
+
+def test_other_vocabularies_do_not_compare(pair):
+    other = Pretrained("other", pair[1].model, byte_tokenizer())
+    other.tokenizer.add_tokens(["more"])
+    with pytest.raises(ValueError, match="tiny and other have other vocabularies"):
+        divergences(pair[0], other, [Row("a", "do it", "abc", 1)], 10)
+
+
+def test_the_mean_at_a_position_is_over_the_responses_that_reach_it():
+    found = by_position([[1.0, 2.0, 9.0], [3.0, 4.0]])
+    assert [(point.value, point.n) for point in found] == [(2.0, 2), (3.0, 2)]
+
+
+def test_half_of_the_divergence_lies_up_to_the_first_position_that_reaches_it():
+    curve = [Estimate(value, 0, 0, 5) for value in (3.0, 1.0, 1.0, 2.0)]
+    assert half_of(curve) == 2
+    with pytest.raises(ValueError, match="no two responses"):
+        half_of([])
+
+
+def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capfd):
+    model, checkpoint = write_tiny(tmp_path)
+    (tmp_path / "prefill.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"do {i}", "harmful_response": "abcdefghij", "source": "Own (MIT)"}) + "\n"
+            for i in range(3)
+        )
+    )
+    out = tmp_path / "out"
+    words = ["--model", str(model), "--data", str(tmp_path), "--out", str(out), "--max-tokens", "3"]
+    judge = ["--judge", str(checkpoint), "--judge-model", str(model)]
+    assert main([*words, *judge, "--depths", "0", "4", "99"]) == 0
+    found = json.loads((out / "depth.json").read_text())
+    assert [point["n"] for point in found["divergence"]] == [3] * 10
+    assert set(found["refused"]["aligned"]) == {"0", "4"}  # no response has 99 tokens
+    assert [share["n"] for share in found["harmful"].values()] == [3] * 6
+    assert (out / "depth.png").read_bytes().startswith(b"\x89PNG")
+    printed = capfd.readouterr().out
+    assert "half of the KL of 10 tokens lies up to token 1" in printed
+    assert "aligned, refused after 4 harmful tokens: 0.000" in printed
+    assert "reference that begins with 'I cannot', harmful: " in printed
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path, capfd):
+    model, _ = write_tiny(tmp_path)
+    assert main(["--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "evaluation.depth: " in capfd.readouterr().err
