@@ -130,7 +130,6 @@ def measure(args: argparse.Namespace) -> Depth:
 
 def _refused(pretrained: Pretrained, rows: Sequence[Row], out: Path, args: argparse.Namespace) -> dict[int, Estimate]:
     """Return the share that holds a refusal phrase, by depth; depths that no response reaches are left out."""
-    out.mkdir(parents=True, exist_ok=True)
     reached = [depth for depth in args.depths if beginnings(rows, depth, pretrained.tokenizer)]
     asks = {depth: prefills(rows, depth, pretrained.tokenizer) for depth in reached}
     found = {}

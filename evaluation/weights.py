@@ -2,6 +2,7 @@
 
     python -m evaluation.weights --model smollm2-135m --adapter runs/deepened/adapter --data data/eval --out runs/w
 
+With an adapter the plain model answers the benign prompts too, and what it declines itself is told apart.
 Everything is greedy and in batches; `[CLS]` is not read. A response counts as a refusal where it holds a refusal
 phrase; text that neither refuses nor harms is "not refused" too.
 The responses are kept in `--out`, for other judges and so that an interrupted run goes on.
@@ -60,6 +61,7 @@ def respond(
     pretrained: Pretrained, asks: Sequence[Ask], out: Path, *, max_tokens: int, batch_size: int
 ) -> list[Sample]:
     """Return the response to each, generating only those that the journal `weights.jsonl` in `out` does not hold."""
+    out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "weights.jsonl")
     keys = [key_of(ask.measure, ask.row.key, max_tokens) for ask in asks]
     missing = [(ask, key) for ask, key in zip(asks, keys, strict=True) if key not in journal]
@@ -94,8 +96,9 @@ def perplexity(pretrained: Pretrained, rows: Iterable[Row]) -> float:
     return math.exp(total / count)
 
 
-def measure(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Estimate | float]:
+def measure(args: argparse.Namespace) -> dict[str, Estimate | float]:
     """Return every number by name."""
+    pretrained = load_tuned(args)
     harmful = read(args.data / "prefill.jsonl", label=1, response="harmful_response")
     benign = read(args.data / "benign_prompts.jsonl", label=0)
     tricky = [row for row in read(args.data / "prompts.jsonl") if row.source in OVER_REFUSAL and not row.label]
@@ -104,15 +107,24 @@ def measure(pretrained: Pretrained, args: argparse.Namespace) -> dict[str, Estim
     template = ChatTemplate(pretrained.tokenizer)
     for name, rows in (("Alpaca", sample(benign, args.benign)), ("XSTest-safe and NotInject", tricky)):
         asks += [Ask(name, row, template.encode([Message("user", row.prompt)]).request) for row in rows]
-    args.out.mkdir(parents=True, exist_ok=True)
-    samples = respond(pretrained, asks, args.out, max_tokens=args.max_tokens, batch_size=args.batch_size)
+    made = {"max_tokens": args.max_tokens, "batch_size": args.batch_size}
+    samples = respond(pretrained, asks, args.out, **made)
+    answered: set[tuple[str, str]] = set()
+    if args.adapter is not None:
+        plain = load_tuned(argparse.Namespace(model=args.model, adapter=None))
+        of_plain = respond(plain, [ask for ask in asks if not ask.row.label], args.out / "plain", **made)
+        answered = {(one.attack, one.prompt) for one in of_plain if not is_refusal(one.text)}
     found: dict[str, Estimate | float] = {}
     for name in dict.fromkeys(ask.measure for ask in asks):
         of_name = [one for one in samples if one.attack == name]
         if of_name[0].is_attack:
             found[f"{name}, not refused"] = wilson(sum(map(by_phrases, of_name)), len(of_name))
         else:
-            found[f"{name}, declined"] = wilson(sum(is_refusal(one.text) for one in of_name), len(of_name))
+            declined = [one for one in of_name if is_refusal(one.text)]
+            found[f"{name}, declined"] = wilson(len(declined), len(of_name))
+            if args.adapter is not None:
+                disturbed = sum((one.attack, one.prompt) in answered for one in declined)
+                found[f"{name}, declined where the plain model answers"] = wilson(disturbed, len(of_name))
     if args.answers is not None:
         answers = read(args.answers, label=0)
         found[f"perplexity of {args.answers.name}, n = {min(300, len(answers))}"] = perplexity(
@@ -140,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the responses; one for each model")
     args = parser.parse_args(argv)
     try:
-        found = measure(load_tuned(args), args)
+        found = measure(args)
     except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.weights: {error}\n")
         return 1

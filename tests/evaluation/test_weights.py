@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from evaluation.rows import Row
 from evaluation.weights import main, perplexity, prefills, respond
 from model.chat import ChatTemplate, Message
-from model.pretrained import Pretrained
+from model.pretrained import Pretrained, load
 from model.testing import byte_tokenizer, tiny_lm, write_tiny
 
 
@@ -86,6 +87,29 @@ def test_the_command_prints_every_share_with_its_n(data: Path, tmp_path: Path, c
     assert "prefill 5, not refused" in out
     assert "Alpaca, declined: 0.000 [0.000, 0.561] (n = 3)" in out
     assert "XSTest-safe and NotInject, declined: 0.000 [0.000, 0.658] (n = 2)" in out
+
+
+def test_what_the_plain_model_declines_too_is_told_apart(data: Path, tmp_path: Path, capfd, monkeypatch):
+    """The tuned model declines all but one prompt, the plain one a single other."""
+    model, _ = write_tiny(tmp_path)
+    tuned = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    words = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "out"), "--max-tokens", "3"]
+
+    def made(pretrained, prompts, *, max_tokens, batch_size):
+        is_plain = all(torch.equal(a, b) for a, b in zip(pretrained.model.parameters(), plain, strict=True))
+        answered = "tell 0" if not is_plain else "tell 1"
+        for number, ids in enumerate(prompts):
+            is_answered = answered in pretrained.tokenizer.decode(ids)
+            yield number, "fine" if is_answered != is_plain else "I cannot"
+
+    plain = [parameter.clone() for parameter in load(str(model), dtype=torch.bfloat16).model.parameters()]
+    monkeypatch.setattr("evaluation.weights.completions", made)
+    assert main([*words, "--adapter", str(tmp_path / "adapter"), "--depths", "0"]) == 0
+    out = capfd.readouterr().out
+    assert "Alpaca, declined: 0.667" in out
+    assert "Alpaca, declined where the plain model answers: 0.333" in out
+    assert "XSTest-safe and NotInject, declined where the plain model answers: 1.000" in out
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path, capfd):
