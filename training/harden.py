@@ -60,10 +60,9 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
     }
     cache = str(run / "cache")
     written: dict[str, str] = {}
-    for name, anchors in (("anchors", recipe.anchors), ("short_anchors", recipe.short_anchors)):
-        if anchors is not None:
-            found = write_anchors(replace(anchors, **shared, output=str(run / f"{name}.jsonl"), cache=cache))
-            written[anchors.output] = str(found.resolve())
+    for name, anchors in recipe.anchors.items():
+        found = write_anchors(replace(anchors, **shared, output=str(run / f"{name}.jsonl"), cache=cache))
+        written[anchors.output] = str(found.resolve())
     parts = _reading(recipe.signal.parts, written)
     adapter = tune(
         replace(recipe.signal, **shared, parts=parts, output=str(run / "adapter"), run=str(run / "signal")), command

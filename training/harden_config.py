@@ -1,5 +1,8 @@
 """The recipe of `ballast-train harden`: one recipe for each of its steps."""
 
+from typing import Annotated
+
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from training.config import STRICT, HeadRecipe, Recipe
@@ -11,8 +14,7 @@ class HardenRecipe(Recipe):
     """Everything that decides what `ballast-train harden` writes.
 
     What is said here of model, device, data, seed and licences holds for every step, and where a step writes follows
-    from `run` and `output`. What `signal` and `head` read of the outputs of `anchors` and `short_anchors` is what those
-    steps wrote.
+    from `run` and `output`. What `signal` and `head` read of the outputs of `anchors` is what those steps wrote.
     """
 
     name: str = "hardened"
@@ -20,10 +22,8 @@ class HardenRecipe(Recipe):
     """Folder of the checkpoint."""
     run: str = "runs/hardened"
     """Folder of everything else."""
-    anchors: AnchorRecipe
-    """The model's own answers."""
-    short_anchors: AnchorRecipe | None = None
-    """The beginnings of more of them; null makes none."""
+    anchors: Annotated[dict[str, AnchorRecipe], Field(min_length=1)]
+    """The model's own answers, and beginnings of more of them, each set by a name."""
     signal: TuneRecipe
     """Deepened refusals and the `[CLS]` signal, in one run."""
     head: HeadRecipe

@@ -46,8 +46,10 @@ def config(recipe: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) ->
         "device": "cpu",
         "output": str(tmp_path / "hardened"),
         "run": str(tmp_path / "run"),
-        "anchors": ANCHORS,
-        "short_anchors": {**ANCHORS, "output": "runs/short.jsonl", "sources": SHORT, "answers": {"max_tokens": 2}},
+        "anchors": {
+            "anchors": ANCHORS,
+            "short": {**ANCHORS, "output": "runs/short.jsonl", "sources": SHORT, "answers": {"max_tokens": 2}},
+        },
         "signal": TypeAdapter(TuneRecipe).dump_python(signal, mode="json"),
         "head": TypeAdapter(HeadRecipe).dump_python(recipe, mode="json"),
     }
@@ -58,8 +60,7 @@ def config(recipe: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) ->
 
 def test_the_shipped_recipe_reads_only_answers_that_it_writes():
     recipe = recipe_file.load(HardenRecipe, "harden")
-    assert recipe.short_anchors is not None
-    written = {recipe.anchors.output, recipe.short_anchors.output}
+    written = {anchors.output for anchors in recipe.anchors.values()}
     parts = recipe.signal.parts.values()
     read = {source.path for part in parts for source in part.sources.values()}
     read |= {part.onset.openings.path for part in parts if part.onset is not None}
@@ -105,10 +106,10 @@ def test_the_quick_check_counts_nothing_that_the_policy_lets_pass(monkeypatch):
 
 def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     found = recipe_file.load(HardenRecipe, "harden", ["signal.steps=7", "head.seed=3"])
-    assert found.anchors == recipe_file.load(AnchorRecipe, "anchors")
+    assert found.anchors["anchors"] == recipe_file.load(AnchorRecipe, "anchors")
     assert found.signal.adapter is None
     assert found.signal.steps == 7
-    assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal").parts
+    assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal_balanced").parts
     assert found.head == recipe_file.load(HeadRecipe, "head_deepened_signal", ["seed=3"])
 
 
