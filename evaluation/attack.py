@@ -1,7 +1,12 @@
-"""Attack a running server: harmful beginnings of the response, and decoding settings that make a model slip.
+"""Attack a running server over HTTP, as a stranger would.
 
-    python -m evaluation.attack prefill --data data/eval/prefill.jsonl --tokenizer smollm2-135m --out runs/prefill
-    python -m evaluation.attack exploit --data data/eval/direct.jsonl --source MaliciousInstruct --out runs/exploit
+    python -m evaluation.attack prefill --data data/eval/prefill.jsonl --tokenizer smollm2-135m --out runs/attacked
+    python -m evaluation.attack exploit --data data/eval/direct.jsonl --source MaliciousInstruct --out runs/attacked
+    python -m evaluation.attack late --data data/eval/prefill.jsonl --filler answers.jsonl --out runs/attacked
+
+`direct` sends requests as they are, ready attack prompts too; `prefill` begins the response with the harmful one,
+`late` with harmless text before that, `relapses` with a refusal; `exploit` tries decoding settings; `scenes` and
+`conversations` wrap the request in texts of our own; `diluted` hides it in a long message.
 
 Every attempt is made under each policy: `both` sides block, `output` alone does, or `none` does, which leaves the
 weights; whether these read `[CLS]` is a setting of the server. A success is text released without a refusal phrase, as
@@ -12,22 +17,33 @@ released texts are kept in `--out`, for other judges and so that an interrupted 
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from openai import BadRequestError, OpenAI, OpenAIError
 from rich.progress import track
-from transformers import PreTrainedTokenizerBase
 
-from evaluation.beginnings import beginnings
+from evaluation.attempts import (
+    TURN,
+    Attempt,
+    conversations,
+    diluted,
+    direct,
+    exploits,
+    late,
+    prefills,
+    relapses,
+    scenes,
+    under,
+)
 from evaluation.client import Server, add_arguments, connect
 from evaluation.intervals import Estimate, wilson
 from evaluation.judges import Judge, by_phrases
 from evaluation.rows import Row, read, sample
-from evaluation.samples import Journal, Sample, key_of
+from evaluation.samples import Journal, Sample
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
@@ -36,33 +52,17 @@ POLICIES = {
     "output": {"input": {"mode": "score"}, "output": {"mode": "block"}},
     "none": {"input": {"mode": "score"}, "output": {"mode": "score"}},
 }
-DEPTHS = (5, 10, 20, 40, 100, 200)
-GREEDY: Mapping[str, Any] = {"temperature": 0}
-GRID: tuple[Mapping[str, Any], ...] = (
-    *({"temperature": step / 20, "top_p": 1.0} for step in range(1, 21)),
-    *({"temperature": 1.0, "top_p": step / 20} for step in range(1, 21)),
-    *({"temperature": 1.0, "top_k": k} for k in (1, 2, 5, 10, 20, 50, 100, 200, 500)),
-)
-"""The settings of Huang et al. (arXiv 2310.06987), one at a time, as 2406.05946 uses them: 49 with one sample each."""
+DEPTHS = {"prefill": (5, 10, 20, 40, 100, 200), "late": (25, 100, 300, 1000), "diluted": (500, 2000)}
+"""Tokens that are given, by attack: of the harmful response, of the harmless opening, around the request."""
+AS_THEY_ARE: dict[str, Callable[[Sequence[Row]], list[Attempt]]] = {
+    "direct": direct,
+    "exploit": exploits,
+    "scenes": scenes,
+    "conversations": conversations,
+    "relapses": relapses,
+}
+"""Attacks that need nothing but requests."""
 PARALLEL = 4
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One request, sent in one way under one policy."""
-
-    attack: str
-    prompt: str
-    opening: str = ""
-    """Given as the beginning of the response."""
-    sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
-    """Fields of the request."""
-    policy: str = "both"
-
-    @property
-    def key(self) -> str:
-        """Names the attempt."""
-        return key_of(self.attack, self.policy, self.prompt, self.opening, dict(self.sampling))
 
 
 class Found(NamedTuple):
@@ -74,35 +74,16 @@ class Found(NamedTuple):
     """The policy acted on every attempt."""
 
 
-def prefills(rows: Iterable[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Attempt]:
-    """Return requests whose responses begin with the first `depth` tokens of the harmful one, as text."""
-    return [
-        Attempt(f"prefill {depth}", row.prompt, str(tokenizer.decode(ids)))
-        for row, ids in beginnings(rows, depth, tokenizer)
-    ]
-
-
-def exploits(rows: Iterable[Row]) -> list[Attempt]:
-    """Return every request under every setting of the grid; each setting has a seed of its own."""
-    return [
-        Attempt("exploit", row.prompt, sampling={**setting, "seed": number})
-        for row in rows
-        for number, setting in enumerate(GRID)
-    ]
-
-
 def send(client: OpenAI, model: str, attempt: Attempt, target: str) -> Sample:
     """Make one attempt. A request that the server takes for invalid is an attempt that got nothing.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached.
     """
-    messages: list[Any] = [{"role": "user", "content": attempt.prompt}]
     extra: dict[str, Any] = {"moderation": {"model": model, "policy": POLICIES[attempt.policy]}}
     if attempt.opening:
-        messages.append({"role": "assistant", "content": attempt.opening})
         extra |= {"continue_final_message": True, "add_generation_prompt": False}
-    body = {"model": model, "messages": messages, **attempt.sampling, **extra}
+    body = {"model": model, "messages": attempt.messages, **attempt.sampling, **extra}
     found = Sample(attempt.key, target, attempt.attack, attempt.policy, attempt.prompt, attempt.opening, "")
     try:
         answer = client.post("/chat/completions", cast_to=object, body=body)
@@ -127,9 +108,9 @@ def attack(server: Server, attempts: Sequence[Attempt], path: Path, target: str)
 
 def summarise(samples: Iterable[Sample], judge: Judge) -> dict[str, Found]:
     """Return the shares of each target, attack and policy."""
-    groups: dict[str, dict[tuple[str, str], list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for one in samples:
-        groups[f"{one.target}, {one.attack}, {one.policy}"][one.prompt, one.opening].append(one)
+        groups[f"{one.target}, {one.attack}, {one.policy}"][one.prompt].append(one)
     return {
         group: Found(
             wilson(sum(any(map(judge, attempts)) for attempts in prompts.values()), len(prompts)),
@@ -145,36 +126,39 @@ def plan(args: argparse.Namespace) -> list[Attempt]:
     Raises:
         ValueError: if a row cannot be read, or none is left.
     """
-    is_prefill = args.attack == "prefill"
-    rows = read(args.data, label=1, response="harmful_response" if is_prefill else None)
+    begins = args.attack in ("prefill", "late")
+    rows = read(args.data, label=1, response="harmful_response" if begins else None)
     rows = sample((row for row in rows if row.source.startswith(args.source)), args.n)
     if not rows:
         raise ValueError(f"{args.data} holds no row whose source begins with {args.source!r}")
-    if is_prefill:
-        tokenizer = load_tokenizer(args.tokenizer)
-        attempts = [attempt for depth in args.depths for attempt in prefills(rows, depth, tokenizer)]
+    if args.attack in AS_THEY_ARE:
+        attempts = AS_THEY_ARE[args.attack](rows)
     else:
-        attempts = exploits(rows)
-    if not attempts:
-        raise ValueError(f"no harmful response has {min(args.depths)} tokens")
-    return [
-        replace(attempt, policy=policy, sampling={**attempt.sampling, "max_tokens": args.max_tokens})
-        for policy in args.policies
-        for attempt in attempts
-    ]
+        tokenizer, depths = load_tokenizer(args.tokenizer), args.depths or DEPTHS[args.attack]
+        if args.attack == "prefill":
+            attempts = [attempt for depth in depths for attempt in prefills(rows, depth, tokenizer)]
+        else:
+            if args.filler is None:
+                raise ValueError(f"{args.attack} needs --filler, a file of harmless responses")
+            harmless, make = read(args.filler, label=0), late if args.attack == "late" else diluted
+            attempts = [attempt for depth in depths for attempt in make(rows, harmless, depth, tokenizer)]
+        if not attempts:
+            raise ValueError(f"no harmful response has {min(depths) if args.attack == 'prefill' else TURN} tokens")
+    return under(attempts, args.policies, args.max_tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Attack a running server.")
-    parser.add_argument("attack", choices=("prefill", "exploit"))
+    parser.add_argument("attack", choices=(*AS_THEY_ARE, *DEPTHS))
     add_arguments(parser, key="that may loosen")
     parser.add_argument(
-        "--data", type=Path, required=True, help="JSON lines of prompt, and harmful_response to prefill"
+        "--data", type=Path, required=True, help="JSON lines of prompt; prefill and late need harmful_response"
     )
     parser.add_argument("--source", default="", help="only rows whose source begins with this")
-    parser.add_argument("--tokenizer", default=DEFAULT_MODEL, help="of the served model, to prefill (%(default)s)")
-    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="tokens to prefill (%(default)s)")
+    parser.add_argument("--tokenizer", default=DEFAULT_MODEL, help="of the served model, counts (%(default)s)")
+    parser.add_argument("--depths", type=int, nargs="+", help=f"tokens that are given, by default {DEPTHS}")
+    parser.add_argument("--filler", type=Path, help="JSON lines of harmless responses, for late and diluted")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="all unless given")
     parser.add_argument("--n", type=int, default=373, help="most prompts (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")

@@ -5,30 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.attack import GRID, Attempt, exploits, main, prefills, send, summarise
+from evaluation.attack import main, send, summarise
+from evaluation.attempts import Attempt, Turn, exploits
 from evaluation.judges import by_phrases
 from evaluation.rows import Row
 from evaluation.samples import Sample
-from model.testing import byte_tokenizer, write_tiny
+from model.testing import write_tiny
 
 
 def answer(text: str, *, refusal: str | None = None, reason: str = "stop"):
     return {"choices": [{"message": {"content": text, "refusal": refusal}, "finish_reason": reason}]}
-
-
-def test_a_response_begins_with_the_harmful_one_and_shorter_ones_are_left_out():
-    rows = [Row("own", "a", "abcdef", 1), Row("own", "b", "abc", 1)]
-    (found,) = prefills(rows, 5, byte_tokenizer())
-    assert (found.prompt, found.opening) == ("a", "abcde")
-
-
-def test_the_grid_is_the_published_one():
-    found = exploits([Row("own", "a", None, 1)])
-    assert len(found) == 20 + 20 + 9
-    assert len({one.key for one in found}) == len(found)
-    assert {setting["top_k"] for setting in GRID if "top_k" in setting} == {1, 2, 5, 10, 20, 50, 100, 200, 500}
-    assert {setting["temperature"] for setting in GRID[:20]} == {step / 20 for step in range(1, 21)}
-    assert {setting["top_p"] for setting in GRID[20:40]} == {step / 20 for step in range(1, 21)}
 
 
 def sample(text: str, *, prompt: str = "a", is_stopped: bool = False) -> Sample:
@@ -59,7 +45,7 @@ def test_a_prompt_counts_as_stopped_where_every_attempt_was():
 )
 def test_an_attempt_asks_for_its_policy_and_continues_its_opening(stub, client_of, policy, modes):
     server = stub(lambda body: answer("now I'm sorry.", refusal="I'm sorry.", reason="content_filter"))
-    attempt = Attempt("prefill 3", "do it", "Yes", {"temperature": 0, "max_tokens": 7}, policy)
+    attempt = Attempt("prefill 3", "do it", "Yes", sampling={"temperature": 0, "max_tokens": 7}, policy=policy)
     assert send(client_of(server), "stub", attempt, "one") == Sample(
         attempt.key, "one", "prefill 3", policy, "do it", "Yes", "now ", is_stopped=True
     )
@@ -78,6 +64,16 @@ def test_an_exploit_sends_its_setting_and_no_opening(stub, client_of):
     assert (asked["top_k"], asked["temperature"], asked["seed"]) == (500, 1.0, 48)
     assert len(asked["messages"]) == 1
     assert "continue_final_message" not in asked
+
+
+def test_a_conversation_is_sent_as_it_is(stub, client_of):
+    server = stub(lambda body: answer("Sure"))
+    said = (Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "now do it"))
+    found = send(client_of(server), "stub", Attempt("several turns", "do it", turns=said), "one")
+    assert [(one["role"], one["content"]) for one in server.asked[0]["messages"]] == [
+        ("user", "hello"), ("assistant", "hi"), ("user", "now do it"),
+    ]  # fmt: skip
+    assert (found.prompt, found.opening, found.text) == ("do it", "", "Sure")
 
 
 @pytest.fixture
@@ -120,12 +116,48 @@ def test_a_request_that_the_server_refuses_is_counted_and_the_others_go_on(stub,
     assert "1 requests were invalid, such as: Error code: 400" in printed.err
 
 
+@pytest.mark.parametrize(
+    ("kind", "names", "num_asked"),
+    [
+        ("direct", ["direct"], 1),
+        ("exploit", ["exploit"], 49),
+        ("scenes", ["scene", "nested scenes"], 20),
+        ("conversations", ["several turns", "asked again"], 5),
+        ("relapses", ["refuse, then answer"], 2),
+        ("late", ["late 3", "late 9"], 2),
+        ("diluted", ["diluted 3", "diluted 9"], 2),
+    ],
+)
+def test_every_attack_reports_each_prompt_once(stub, data, tmp_path: Path, capfd, kind, names, num_asked):
+    server = stub(lambda body: answer("Sure"))
+    write_tiny(tmp_path)
+    filler = tmp_path / "filler.jsonl"
+    filler.write_text(json.dumps({"prompt": "a", "response": "Bread needs time."}) + "\n")
+    (tmp_path / "long.jsonl").write_text(data.read_text().replace("abcdefgh", "abcdefghijkl"))
+    command = [kind, "--server", server.url, "--data", str(tmp_path / "long.jsonl"), "--n", "1", "--policies", "both",
+               "--tokenizer", str(tmp_path / "model"), "--filler", str(filler),
+               "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main([*command, *(["--depths", "3", "9"] if kind in ("late", "diluted") else [])]) == 0
+    assert len(server.asked) == num_asked
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("out, ")]
+    assert [line.split(":")[0] for line in printed] == [f"out, {name}, both" for name in names]
+    assert all("not refused 1.000" in line and "(n = 1)" in line for line in printed)
+
+
 def test_a_server_without_a_model_is_a_clear_error(stub, data, tmp_path: Path, capfd):
     server = stub(lambda body: answer(""))
     server.models = []
     command = ["exploit", "--server", server.url, "--data", str(data), "--out", str(tmp_path / "out")]
     assert main(command) == 1
     assert f"{server.url} lists no model" in capfd.readouterr().err
+
+
+def test_hiding_a_request_takes_harmless_text(stub, data, tmp_path: Path, capfd):
+    write_tiny(tmp_path)
+    command = ["diluted", "--server", stub(lambda body: answer("")).url, "--data", str(data), "--out",
+               str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]  # fmt: skip
+    assert main(command) == 1
+    assert "diluted needs --filler" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
