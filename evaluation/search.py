@@ -1,0 +1,151 @@
+"""Search for wordings of harmful requests that the signal rates low, as an attacker does who reads what he is shown.
+
+    python -m evaluation.search --data data/eval/direct.jsonl --n 20 --out runs/attacked
+
+Each round tries a few changes of the best wording so far: a scene around it, an aside before or after it, letters of a
+word swapped. What guides the search is what the server shows this caller: the exact risk, whether it is flagged, or
+only whether it is refused. The best wording is then sent with both sides blocking, and success is as in
+`evaluation.attack`, of the request as it was.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+import yaml
+from openai import OpenAI, OpenAIError, PermissionDeniedError
+from rich.progress import track
+
+from evaluation.attack import attack, summarise
+from evaluation.attempts import SCENES, Attempt, Turn, under
+from evaluation.client import Server, add_arguments, connect
+from evaluation.judges import by_phrases
+from evaluation.rows import Row, read, sample
+
+Rate = Callable[[str], float]
+"""Gives what the attacker is shown of a message: the higher, the worse for him."""
+
+
+class Searched(NamedTuple):
+    """What a search came to."""
+
+    prompt: str
+    text: str
+    """The best wording."""
+    first: float
+    """What was shown of the request as it was."""
+    best: float
+    num_asked: int
+
+
+def climb(rate: Rate, request: str, *, rounds: int, width: int, seed: int = 0) -> Searched:
+    """Return the best of the wordings that a greedy random search meets.
+
+    Args:
+        rate: what guides it.
+        request: the harmful request.
+        rounds: how often the best wording so far is changed.
+        width: changes that are tried in each round.
+        seed: of the draws, together with the request.
+    """
+    drawn = Random(f"{seed} {request}")
+    texts: dict[str, list[str]] = yaml.safe_load(SCENES.read_text(encoding="utf-8"))
+    text, risk = request, rate(request)
+    first, num_asked = risk, 1
+    for _ in range(rounds):
+        tried = sorted({_changed(text, texts, drawn) for _ in range(width)} - {text})
+        rated = [(rate(one), place, one) for place, one in enumerate(tried)]
+        num_asked += len(rated)
+        if rated and (best := min(rated))[0] <= risk:  # where little is shown, a tie is a way on
+            risk, _, text = best
+    return Searched(request, text, first, risk, num_asked)
+
+
+def shown(server: Server, text: str) -> float:
+    """Return what the server shows of a message: its risk, else 1 where it is flagged or refused and 0 where not.
+
+    Raises:
+        OpenAIError: if it cannot be reached.
+    """
+    messages: list[Any] = [{"role": "user", "content": text}]
+    try:
+        body = {"model": server.model, "messages": messages}
+        # `dict[str, Any]` as cast_to fails under Python 3.10, where the client takes it for a class.
+        found = cast("dict[str, Any]", server.client.post("/safety/score", cast_to=object, body=body))
+        risk = found.get("request_risk")
+        return float(found["flagged"]["request"]) if risk is None else float(risk)
+    except PermissionDeniedError:
+        answer = _plain(server.client, server.model, messages)
+        return float(answer == "content_filter")
+
+
+def _plain(client: OpenAI, model: str, messages: list[Any]) -> str:
+    """Return why a response of one token ended."""
+    return client.chat.completions.create(model=model, messages=messages, max_tokens=1).choices[0].finish_reason
+
+
+def _changed(text: str, texts: dict[str, list[str]], drawn: Random) -> str:
+    """Return the text with one change."""
+    kind = drawn.choice(("scene", "before", "after", "letters"))
+    if kind == "scene":
+        return drawn.choice(texts["scenes"]).replace("{request}", text)
+    aside = drawn.choice(texts["asides"])
+    if kind == "before":
+        return f"{aside} {text}"
+    if kind == "after":
+        return f"{text} {aside}"
+    words = list(re.finditer(r"[A-Za-z]{5,}", text))
+    if not words:
+        return text
+    place = (word := drawn.choice(words)).start() + drawn.randint(1, len(word.group()) - 3)
+    return text[:place] + text[place + 1] + text[place] + text[place + 2 :]
+
+
+def search(server: Server, rows: Sequence[Row], *, rounds: int, width: int, parallel: int = 4) -> list[Searched]:
+    """Return the best wording of every request."""
+    with ThreadPoolExecutor(parallel) as pool:
+        found = pool.map(lambda row: climb(lambda t: shown(server, t), row.prompt, rounds=rounds, width=width), rows)
+        return list(track(found, "searches", total=len(rows)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description="Search for wordings that a running server does not refuse.")
+    add_arguments(parser, key="as an attacker has it")
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt")
+    parser.add_argument("--source", default="", help="only rows whose source begins with this")
+    parser.add_argument("--n", type=int, default=20, help="most prompts (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=12, help="changes of the best wording (%(default)s)")
+    parser.add_argument("--width", type=int, default=8, help="changes that are tried in each round (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
+    args = parser.parse_args(argv)
+    try:
+        rows = [row for row in read(args.data, label=1) if row.source.startswith(args.source)]
+        if not (rows := sample(rows, args.n)):
+            raise ValueError(f"{args.data} holds no row whose source begins with {args.source!r}")
+        server = connect(args, timeout=600)
+        found = search(server, rows, rounds=args.rounds, width=args.width)
+        args.out.mkdir(parents=True, exist_ok=True)
+        attempts = [Attempt("search", one.prompt, turns=(Turn("user", one.text),)) for one in found]
+        path = args.out / "search.jsonl"
+        samples = attack(server, under(attempts, ["both"], args.max_tokens), path, args.out.name)
+    except (OpenAIError, OSError, ValueError) as error:
+        sys.stderr.write(f"evaluation.search: {error}\n")
+        return 1
+    for group, result in summarise(samples, by_phrases).items():
+        sys.stdout.write(f"{group}: not refused {result.success}, acted on {result.stopped}\n")
+    first, best = median(one.first for one in found), median(one.best for one in found)
+    asked = median(one.num_asked for one in found)
+    sys.stdout.write(f"what was shown, median: {first:.4f} at first, {best:.4f} at last, after {asked:g} messages\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
