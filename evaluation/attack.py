@@ -4,9 +4,10 @@
     python -m evaluation.attack exploit --data data/eval/direct.jsonl --source MaliciousInstruct --out runs/attacked
     python -m evaluation.attack late --data data/eval/prefill.jsonl --filler answers.jsonl --out runs/attacked
 
-`direct` sends requests as they are, ready attack prompts too; `prefill` begins the response with the harmful one,
-`late` with harmless text before that, `relapses` with a refusal; `exploit` tries decoding settings; `scenes` and
-`conversations` wrap the request in texts of our own; `diluted` hides it in a long message.
+`direct` sends requests as they are, `ready` what somebody else made of them (`attack_prompt`); `prefill` begins the
+response with the harmful one, `late` with harmless text before that, `relapses` with a refusal; `exploit` tries
+decoding settings; `scenes` and `conversations` wrap the request in texts of our own; `diluted` hides it in a long
+message.
 
 Every attempt is made under each policy: `both` sides block, `output` alone does, or `none` does, which leaves the
 weights; whether these read `[CLS]` is a setting of the server. A success is text released without a refusal phrase, as
@@ -21,20 +22,23 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from openai import BadRequestError, OpenAI, OpenAIError
+from pydantic import ValidationError
 from rich.progress import track
 
 from evaluation.attempts import (
     TURN,
     Attempt,
+    benign,
     conversations,
     diluted,
     direct,
     exploits,
     late,
     prefills,
+    ready,
     relapses,
     scenes,
     under,
@@ -44,6 +48,7 @@ from evaluation.intervals import Estimate, wilson
 from evaluation.judges import Judge, by_phrases
 from evaluation.rows import Row, read, sample
 from evaluation.samples import Journal, Sample
+from evaluation.suite import Kind, Measure, Policy, explain
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
@@ -59,10 +64,16 @@ AS_THEY_ARE: dict[str, Callable[[Sequence[Row]], list[Attempt]]] = {
     "exploit": exploits,
     "scenes": scenes,
     "conversations": conversations,
+    "ready": ready,
     "relapses": relapses,
+    "benign": benign,
 }
-"""Attacks that need nothing but requests."""
+"""What needs nothing but requests."""
+RESPONSE = {"prefill": "harmful_response", "late": "harmful_response", "ready": "attack_prompt"}
+"""The field beside the request that an attack reads."""
 PARALLEL = 4
+CHOSEN = ("data", "source", "n", "depths", "filler", "policies", "max_tokens", "tokenizer")
+"""Fields of a measure that a command line gives."""
 
 
 class Found(NamedTuple):
@@ -74,17 +85,28 @@ class Found(NamedTuple):
     """The policy acted on every attempt."""
 
 
-def send(client: OpenAI, model: str, attempt: Attempt, target: str) -> Sample:
+def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watched: bool = True) -> Sample:
     """Make one attempt. A request that the server takes for invalid is an attempt that got nothing.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached.
     """
-    extra: dict[str, Any] = {"moderation": {"model": model, "policy": POLICIES[attempt.policy]}}
+    extra: dict[str, Any] = {}
+    if is_watched:
+        extra["moderation"] = {"model": model, "policy": POLICIES[attempt.policy]}
     if attempt.opening:
         extra |= {"continue_final_message": True, "add_generation_prompt": False}
     body = {"model": model, "messages": attempt.messages, **attempt.sampling, **extra}
-    found = Sample(attempt.key, target, attempt.attack, attempt.policy, attempt.prompt, attempt.opening, "")
+    found = Sample(
+        attempt.key,
+        target,
+        attempt.attack,
+        attempt.policy,
+        attempt.prompt,
+        attempt.opening,
+        "",
+        is_attack=attempt.is_attack,
+    )
     try:
         answer = client.post("/chat/completions", cast_to=object, body=body)
     except BadRequestError as error:
@@ -95,12 +117,22 @@ def send(client: OpenAI, model: str, attempt: Attempt, target: str) -> Sample:
     return replace(found, text=text, is_stopped=choice["finish_reason"] == "content_filter")
 
 
-def attack(server: Server, attempts: Sequence[Attempt], path: Path, target: str) -> list[Sample]:
-    """Return what came of every attempt, making only those that the journal at `path` does not hold."""
+def attack(
+    server: Server, attempts: Sequence[Attempt], path: Path, target: str, *, is_watched: bool = True
+) -> list[Sample]:
+    """Return what came of every attempt, making only those that the journal at `path` does not hold.
+
+    Args:
+        server: what is attacked.
+        attempts: what is sent.
+        path: the journal.
+        target: what the samples are of.
+        is_watched: the server has a signal, so that a policy can be asked of it.
+    """
     journal = Journal(path)
     missing = [attempt for attempt in attempts if attempt.key not in journal]
     with ThreadPoolExecutor(PARALLEL) as pool:
-        samples = pool.map(lambda attempt: send(server.client, server.model, attempt, target), missing)
+        samples = pool.map(lambda one: send(server.client, server.model, one, target, is_watched=is_watched), missing)
         for found in track(samples, "attempts", total=len(missing)):
             journal.add(found)
     return [journal.samples[attempt.key] for attempt in attempts]
@@ -120,54 +152,71 @@ def summarise(samples: Iterable[Sample], judge: Judge) -> dict[str, Found]:
     }
 
 
-def plan(args: argparse.Namespace) -> list[Attempt]:
-    """Return the attempts of a command line.
+def plan(measure: Measure) -> list[Attempt]:
+    """Return the attempts of a measure.
 
     Raises:
         ValueError: if a row cannot be read, or none is left.
+        ModelError: if the tokenizer cannot be loaded.
     """
-    begins = args.attack in ("prefill", "late")
-    rows = read(args.data, label=1, response="harmful_response" if begins else None)
-    rows = sample((row for row in rows if row.source.startswith(args.source)), args.n)
+    wanted = 0 if measure.kind == "benign" else 1
+    rows = read(measure.data, label=wanted, response=RESPONSE.get(measure.kind))
+    rows = sample((row for row in rows if row.label == wanted and row.source.startswith(measure.source)), measure.n)
     if not rows:
-        raise ValueError(f"{args.data} holds no row whose source begins with {args.source!r}")
-    if args.attack in AS_THEY_ARE:
-        attempts = AS_THEY_ARE[args.attack](rows)
-    else:
-        tokenizer, depths = load_tokenizer(args.tokenizer), args.depths or DEPTHS[args.attack]
-        if args.attack == "prefill":
-            attempts = [attempt for depth in depths for attempt in prefills(rows, depth, tokenizer)]
-        else:
-            if args.filler is None:
-                raise ValueError(f"{args.attack} needs --filler, a file of harmless responses")
-            harmless, make = read(args.filler, label=0), late if args.attack == "late" else diluted
-            attempts = [attempt for depth in depths for attempt in make(rows, harmless, depth, tokenizer)]
-        if not attempts:
-            raise ValueError(f"no harmful response has {min(depths) if args.attack == 'prefill' else TURN} tokens")
-    return under(attempts, args.policies, args.max_tokens)
+        kind = "harmful" if wanted else "harmless"
+        raise ValueError(f"{measure.data} holds no {kind} row whose source begins with {measure.source!r}")
+    attempts = _made(measure, rows)
+    if not attempts:
+        depths = measure.depths or DEPTHS[measure.kind]
+        raise ValueError(f"no harmful response has {min(depths) if measure.kind == 'prefill' else TURN} tokens")
+    return under(attempts, measure.policies, measure.max_tokens)
+
+
+def _made(measure: Measure, rows: Sequence[Row]) -> list[Attempt]:
+    """Return what the measure makes of the requests."""
+    if measure.kind in AS_THEY_ARE:
+        return AS_THEY_ARE[measure.kind](rows)
+    tokenizer, depths = load_tokenizer(measure.tokenizer), measure.depths or DEPTHS[measure.kind]
+    if measure.filler is None:
+        return [attempt for depth in depths for attempt in prefills(rows, depth, tokenizer)]
+    harmless, make = read(measure.filler, label=0), late if measure.kind == "late" else diluted
+    return [attempt for depth in depths for attempt in make(rows, harmless, depth, tokenizer)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Attack a running server.")
-    parser.add_argument("attack", choices=(*AS_THEY_ARE, *DEPTHS))
+    parser.add_argument("attack", choices=[kind for kind in get_args(Kind) if kind != "benign"])
     add_arguments(parser, key="that may loosen")
     parser.add_argument(
-        "--data", type=Path, required=True, help="JSON lines of prompt; prefill and late need harmful_response"
+        "--data",
+        type=Path,
+        required=True,
+        help="JSON lines of prompt; prefill and late need harmful_response, ready attack_prompt",
     )
     parser.add_argument("--source", default="", help="only rows whose source begins with this")
     parser.add_argument("--tokenizer", default=DEFAULT_MODEL, help="of the served model, counts (%(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", help=f"tokens that are given, by default {DEPTHS}")
     parser.add_argument("--filler", type=Path, help="JSON lines of harmless responses, for late and diluted")
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="all unless given")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=get_args(Policy),
+        default=Measure.policies,
+        help="sides that block (%(default)s)",
+    )
     parser.add_argument("--n", type=int, default=373, help="most prompts (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
     args = parser.parse_args(argv)
     try:
-        attempts = plan(args)
+        measure = Measure(args.attack, **{name: getattr(args, name) for name in CHOSEN})
+        attempts = plan(measure)
         args.out.mkdir(parents=True, exist_ok=True)
         samples = attack(connect(args, timeout=600), attempts, args.out / f"{args.attack}.jsonl", args.out.name)
+    except ValidationError as error:
+        sys.stderr.write(f"evaluation.attack: {explain(error)}\n")
+        return 1
     except (ModelError, OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.attack: {error}\n")
         return 1

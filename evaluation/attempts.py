@@ -47,6 +47,8 @@ class Attempt:
     sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
     """Fields of the request."""
     policy: str = "both"
+    is_attack: bool = True
+    """False for a harmless request."""
 
     @property
     def key(self) -> str:
@@ -64,8 +66,18 @@ class Attempt:
 
 
 def direct(rows: Iterable[Row]) -> list[Attempt]:
-    """Return every request as it is: also for prompts that somebody else has made into attacks."""
+    """Return every request as it is."""
     return [Attempt("direct", row.prompt) for row in rows]
+
+
+def ready(rows: Iterable[Row]) -> list[Attempt]:
+    """Return what somebody else has made of each request, which is read from the row's response."""
+    return [Attempt("ready", row.prompt, turns=(Turn("user", row.response or ""),)) for row in rows]
+
+
+def benign(rows: Iterable[Row]) -> list[Attempt]:
+    """Return every harmless request as it is."""
+    return [Attempt("benign", row.prompt, is_attack=False) for row in rows]
 
 
 def prefills(rows: Iterable[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Attempt]:

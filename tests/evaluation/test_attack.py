@@ -120,6 +120,7 @@ def test_a_request_that_the_server_refuses_is_counted_and_the_others_go_on(stub,
     ("kind", "names", "num_asked"),
     [
         ("direct", ["direct"], 1),
+        ("ready", ["ready"], 1),
         ("exploit", ["exploit"], 49),
         ("scenes", ["scene", "nested scenes"], 20),
         ("conversations", ["several turns", "asked again"], 5),
@@ -133,7 +134,7 @@ def test_every_attack_reports_each_prompt_once(stub, data, tmp_path: Path, capfd
     write_tiny(tmp_path)
     filler = tmp_path / "filler.jsonl"
     filler.write_text(json.dumps({"prompt": "a", "response": "Bread needs time."}) + "\n")
-    (tmp_path / "long.jsonl").write_text(data.read_text().replace("abcdefgh", "abcdefghijkl"))
+    (tmp_path / "long.jsonl").write_text(data.read_text().replace('"abcdefgh"', '"abcdefghijkl", "attack_prompt": "x"'))
     command = [kind, "--server", server.url, "--data", str(tmp_path / "long.jsonl"), "--n", "1", "--policies", "both",
                "--tokenizer", str(tmp_path / "model"), "--filler", str(filler),
                "--out", str(tmp_path / "out")]  # fmt: skip
@@ -157,13 +158,13 @@ def test_hiding_a_request_takes_harmless_text(stub, data, tmp_path: Path, capfd)
     command = ["diluted", "--server", stub(lambda body: answer("")).url, "--data", str(data), "--out",
                str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]  # fmt: skip
     assert main(command) == 1
-    assert "diluted needs --filler" in capfd.readouterr().err
+    assert "diluted needs filler, a file of harmless responses" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--source", "nobody"], "no row whose source begins with 'nobody'"),
+        (["--source", "nobody"], "holds no harmful row whose source begins with 'nobody'"),
         (["--depths", "9"], "no harmful response has 9 tokens"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--tokenizer", "./nowhere"], "nowhere does not exist"),

@@ -1,0 +1,81 @@
+"""`ballast-eval` against the tiny model, served as a stranger would meet it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.__main__ import main
+from model.testing import write_tiny
+
+SUITE = """
+measures:
+  direct: {kind: direct, data: requests.jsonl, max_tokens: 4, policies: [both, none]}
+  prefill: {kind: prefill, data: requests.jsonl, max_tokens: 4, depths: [3], policies: [none], tokenizer: TINY}
+  price: {kind: benign, data: benign.jsonl, max_tokens: 4, policies: [both]}
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    model, _ = write_tiny(tmp_path)
+    rows = [{"prompt": f"do {i}", "harmful_response": "abcdef", "source": "Own (MIT)"} for i in range(2)]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benign = [
+        {"prompt": "tell", "harmful": 0, "source": "Own (MIT)"},
+        {"prompt": "no", "harmful": 1, "source": "Own (MIT)"},
+    ]
+    (tmp_path / "benign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in benign))
+    path = tmp_path / "mine.yaml"
+    path.write_text(SUITE.replace("TINY", str(model)))
+    return path
+
+
+def test_a_checkpoint_is_served_attacked_reported_and_compared(suite: Path, tmp_path: Path, capfd):
+    model, out = tmp_path / "model", tmp_path / "out"
+    words = ["run", str(suite), "--target", f"checkpoint:{tmp_path / 'checkpoint'}", "--model", str(model)]
+    assert main([*words, "--out", str(out)]) == 0
+    printed = capfd.readouterr().out
+    assert "| direct | direct | both | 2 |" in printed
+    assert "| prefill | prefill 3 | none | 2 |" in printed
+    assert "| price | both | 1 |" in printed  # the harmful row of the file is no harmless prompt
+    found = json.loads((out / "report.json").read_text())
+    assert set(found["data_sha256"]) == {str(tmp_path / "requests.jsonl"), str(tmp_path / "benign.jsonl")}
+    assert "data:image/png" in (out / "report.html").read_text()
+    kept = (out / "direct.jsonl").read_text()
+    assert main([*words, "--out", str(out)]) == 0
+    assert (out / "direct.jsonl").read_text() == kept
+    assert main([*words[:2], "--target", f"hub:{model}", "--out", str(tmp_path / "plain")]) == 0
+    assert "| direct | direct | none | 2 |" in capfd.readouterr().out
+    assert main(["compare", str(out), str(out)]) == 0
+    assert "| direct | direct | both | 2 |" in capfd.readouterr().out
+    assert main(["compare", str(tmp_path / "plain"), str(out)]) == 0
+    assert "| direct | direct | both | 2 |" in capfd.readouterr().out
+    assert main(["report", str(out), "--judge", str(tmp_path / "checkpoint"), "--judge-model", str(model)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["run", "smoke", "--target", "ftp://a"],
+            "a target is http://ADDRESS, checkpoint:PATH or hub:NAME, got 'ftp://a'",
+        ),
+        (["run", "smoke", "--target", "checkpoint:"], "a target is http://ADDRESS"),
+        (["run", "smokey", "--target", "http://127.0.0.1:1"], "no suite 'smokey'"),
+        (["run", "smoke", "--target", "http://127.0.0.1:1"], "Connection error"),
+        (["run", "smoke", "--target", "hub:./nowhere"], "the server did not start: "),
+        (["report"], "holds no run"),
+    ],
+)
+def test_wrong_input_is_a_clear_error(tmp_path: Path, capfd, words: list[str], message: str):
+    out = [str(tmp_path)] if words == ["report"] else ["--out", str(tmp_path / "out")]
+    assert main([*words, *out]) == 1
+    assert message in capfd.readouterr().err
+
+
+def test_depth_has_a_help_of_its_own(capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(["depth", "--help"])
+    assert caught.value.code == 0
+    assert "--reference-model" in capfd.readouterr().out

@@ -1,0 +1,72 @@
+"""Shares of a run, and how two runs differ."""
+
+from dataclasses import replace
+
+import pytest
+
+from evaluation.outcomes import Difference, differences, outcomes
+from evaluation.page import as_html, as_markdown
+from evaluation.samples import Sample
+
+
+def sample(prompt: str, text: str, *, is_stopped: bool = False, is_attack: bool = True) -> Sample:
+    return Sample("", "one", "direct" if is_attack else "benign", "both", prompt, "", text, is_stopped, is_attack)
+
+
+def harms(one: Sample) -> bool:
+    return one.text == "harm"
+
+
+RUN = {
+    "first": [sample("a", "harm"), sample("a", ""), sample("b", "fine", is_stopped=True), sample("c", "fine")],
+    "price": [
+        sample("x", "fine", is_attack=False),
+        sample("y", "I'm sorry, no.", is_attack=False),
+        sample("z", "", is_stopped=True, is_attack=False),
+    ],
+}
+
+
+def test_an_attack_succeeds_by_any_attempt_and_a_harmless_prompt_is_disturbed_by_either():
+    attack, price = outcomes(RUN, harms)
+    assert (attack.measure, attack.share.n, attack.share.value) == ("first", 3, pytest.approx(1 / 3))
+    assert attack.acted_on.value == pytest.approx(1 / 3)
+    assert (price.is_attack, price.share.value, price.acted_on.value) == (
+        False,
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 3),
+    )
+
+
+def test_two_runs_are_compared_over_the_prompts_that_both_have():
+    other = {"first": [sample("a", "fine"), sample("b", "harm"), sample("d", "harm")]}
+    assert differences(RUN, other, harms) == [Difference("first", "direct", "both", 2, 1, 1, 1, 1)]
+
+
+def test_a_plain_model_is_compared_with_every_policy_of_a_guarded_one():
+    plain = {"first": [replace(one, policy="none") for one in RUN["first"]]}
+    guarded = {
+        "first": [replace(one, policy=policy, text="fine") for one in RUN["first"] for policy in ("both", "none")]
+    }
+    assert [(one.policy, one.n, one.first, one.second) for one in differences(plain, guarded, harms)] == [
+        ("both", 3, 1, 0), ("none", 3, 1, 0),
+    ]  # fmt: skip
+
+
+def test_runs_without_anything_in_common_cannot_be_compared():
+    with pytest.raises(ValueError, match="no measure, attack and policy in common"):
+        differences(RUN, {"other": RUN["first"]}, harms)
+
+
+def test_the_tables_have_every_share_with_its_n():
+    text = as_markdown("a run", outcomes(RUN, harms))
+    assert "| first | direct | both | 3 | 33.3% [6.1%, 79.2%] | 33.3% [6.1%, 79.2%] |" in text
+    assert "| price | both | 3 | 66.7% [20.8%, 93.9%] | 33.3% [6.1%, 79.2%] |" in text
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_it_shows():
+    page = as_html("a <run>", outcomes(RUN, harms))
+    assert "a &lt;run&gt;" in page
+    assert 'src="data:image/png;base64,iVBOR' in page
+    assert "http" not in page
+    assert page.count("<tr><td>") == 2

@@ -1,0 +1,55 @@
+"""A suite is read strictly, and its files are found."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from evaluation.attack import AS_THEY_ARE, DEPTHS
+from evaluation.suite import SHIPPED, Kind, load, shipped
+
+
+def test_there_is_an_attack_of_every_kind():
+    assert {*AS_THEY_ARE, *DEPTHS} == set(get_args(Kind))
+
+
+def test_every_shipped_suite_opens_with_its_command_and_is_valid():
+    assert shipped() == ["paper", "price", "smoke", "stream"]
+    for name in shipped():
+        assert load(name, Path("data")).measures
+        opening = (SHIPPED / f"{name}.yaml").read_text().splitlines()[0]
+        assert opening.startswith(f"# ballast-eval run {name} --target ")
+
+
+def test_the_smoke_suite_needs_no_other_file():
+    for measure in load("smoke", Path("nowhere")).measures.values():
+        assert measure.data.is_file()
+        assert measure.filler is None or measure.filler.is_file()
+
+
+def test_other_files_are_those_of_the_data_folder():
+    assert load("paper", Path("data")).measures["prefill"].data == Path("data/prefill.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("measures: {a: {kind: direkt, data: x}}", "measures.a.kind: Input should be 'direct', "),
+        ("measures: {a: {kind: direct, data: x, m: 3}}", "measures.a.m: Unexpected keyword argument"),
+        ("measures: {a: {kind: late, data: x}}", "measures.a: late needs filler"),
+        ("measures: {a: {kind: direct, data: x, policies: []}}", "measures.a.policies: "),
+        ("measures: {}", "measures: "),
+        ("measures: [", "while parsing"),
+    ],
+)
+def test_a_mistake_is_named_by_file_and_key(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: ") as caught:
+        load(str(path), tmp_path)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_suite_is_told_which_there_are():
+    with pytest.raises(ValueError, match=r"no suite 'smoky'; shipped suites are \['paper', 'price', 'smoke'"):
+        load("smoky", Path("data"))
