@@ -28,3 +28,8 @@ class HardenRecipe(Recipe):
     """Deepened refusals and the `[CLS]` signal, in one run."""
     head: HeadRecipe
     """The token head, and all thresholds."""
+
+    def __post_init__(self) -> None:
+        outputs = [anchors.output for anchors in self.anchors.values()]
+        if len({*outputs}) < len(outputs):
+            raise ValueError(f"anchors: each set needs an output of its own, got {sorted(outputs)}")

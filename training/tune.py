@@ -86,6 +86,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         callbacks=[*loggers(run), *callbacks],
         constraint=recipe.constraint,
         signal=recipe.signal,
+        distils=any(part.is_distilled for part in recipe.parts.values()),
         per_step=steps.per_step,
         optimizers=(_optimiser(whole, recipe), None),
     )
@@ -104,13 +105,21 @@ class ObjectiveTrainer(Trainer):
     Args:
         constraint: hold each token near the reference that the batches bring; None is plain cross entropy.
         signal: weights of the signal's losses; None trains the language model alone.
+        distils: some examples are learned as the plain model expects them.
         per_step: examples of one step.
     """
 
     def __init__(
-        self, *args: Any, constraint: Constraint | None, signal: Signal | None, per_step: int, **kwargs: Any
+        self,
+        *args: Any,
+        constraint: Constraint | None,
+        signal: Signal | None,
+        distils: bool,
+        per_step: int,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._distils = distils
         self._constraint = constraint
         self._signal = signal
         self._per_step = per_step
@@ -131,9 +140,11 @@ class ObjectiveTrainer(Trainer):
         logits: Tensor = outputs[0]  # (B, T', V)
         logprobs = token_logprobs(logits, labels)  # (B, T' - 1)
         per_token = -logprobs
-        if (distilled := inputs["is_distilled"]).any():
-            divergence = divergences(logits[distilled], self._plain_logits(model, inputs, kept), labels[distilled])
-            per_token = per_token.index_put((distilled.nonzero()[:, 0],), divergence)
+        if self._distils:
+            rows = _distilled(inputs)
+            divergence = divergences(logits[rows], self._plain_logits(model, inputs, rows, kept), labels[rows])
+            is_distilled = inputs["is_distilled"][rows, None]
+            per_token = per_token.index_put((rows,), torch.where(is_distilled, divergence, per_token[rows]))
         if self._constraint is not None:
             place = positions(labels)[:, 1:]  # (B, T' - 1)
             beta = betas(place, **asdict(self._constraint))
@@ -152,9 +163,9 @@ class ObjectiveTrainer(Trainer):
         return model(inputs["input_ids"], masks=inputs["masks"], places=inputs["places"], logits_to_keep=kept)
 
     @torch.no_grad()
-    def _plain_logits(self, model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> Tensor:
-        """Return the logits of the distilled rows from the model without adapter, whose tokens read no `[CLS]`."""
-        rows, length = inputs["is_distilled"], inputs["input_ids"].shape[1]
+    def _plain_logits(self, model: nn.Module, inputs: dict[str, Any], rows: Tensor, kept: Tensor) -> Tensor:
+        """Return the logits of some rows from the model without adapter, whose tokens read no `[CLS]`, (R, T', V)."""
+        length = inputs["input_ids"].shape[1]
         chosen = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
         if self._signal is not None:
             masks = {kind: mask[rows] for kind, mask in inputs["masks"].items()}
@@ -176,6 +187,15 @@ class ObjectiveTrainer(Trainer):
         response = response_loss(of_copies, inputs["is_copy"], inputs["response_labels"], settings.softmax_tau)
         response = response + turn_loss(of_copies, inputs["span_labels"])  # (B,): a row has labels of one kind only
         return (settings.request_weight * request + settings.response_weight * response).sum() / self._per_step
+
+
+def _distilled(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the numbers of the distilled rows, (R,), or the first one's where there is none.
+
+    Processes that share the model must all run it equally often.
+    """
+    found = inputs["is_distilled"].nonzero()[:, 0]
+    return found if len(found) else found.new_zeros(1)
 
 
 def _predicting(labels: Tensor, weights: Tensor) -> Tensor:

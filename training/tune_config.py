@@ -217,6 +217,8 @@ class TuneRecipe(FitRecipe):
         for name, part in self.parts.items():
             if part.is_distilled and (self.lora is None or self.constraint is not None or part.recovery is not None):
                 raise ValueError(f"parts.{name}.is_distilled: set lora, without constraint or recovery")
+            if part.is_distilled and (part.share == 0 or self.is_attack):
+                raise ValueError(f"parts.{name}.is_distilled teaches nothing with share: 0, or in an attack")
             if part.recovery is not None and self.constraint is not None:
                 raise ValueError(f"parts.{name}.recovery: the constrained objective has no reference inside recoveries")
             if part.onset is not None and (self.signal is None or part.share > 0 or part.recovery is not None):
@@ -228,7 +230,7 @@ class DpoRecipe(FitRecipe):
     """Everything that decides what `ballast-train dpo` writes. Its model is the reference too: merge an adapter."""
 
     part: Part
-    """Triplets; Beside `sources` and `per_step`, its keys have no meaning here."""
+    """Triplets. Beside `sources` and `per_step`, its keys have no meaning here."""
     name: str = "dpo"
     output: str = "runs/dpo/adapter"
     """Folder of the finished adapter."""

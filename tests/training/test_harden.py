@@ -113,6 +113,13 @@ def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     assert found.head == recipe_file.load(HeadRecipe, "head_deepened_signal", ["seed=3"])
 
 
+def test_two_sets_of_anchors_do_not_write_one_file():
+    with pytest.raises(
+        RecipeError, match=r"anchors: each set needs an output of its own, got \['runs/anchors.jsonl', "
+    ):
+        recipe_file.load(HardenRecipe, "harden", ["anchors.short_anchors.output=runs/anchors.jsonl"])
+
+
 def test_an_unknown_key_of_a_step_is_named():
     with pytest.raises(RecipeError, match=r"unknown recipe key 'signal.stebs'; did you mean 'signal.steps'"):
         recipe_file.load(HardenRecipe, "harden", ["signal.stebs=7"])

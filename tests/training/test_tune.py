@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from model.errors import CheckpointError
 from model.pretrained import load
@@ -26,7 +27,7 @@ from training.dialogues import read_part
 from training.errors import DataError, RecipeError
 from training.merge import merge
 from training.objectives import IGNORED
-from training.tune import _predicting, tune
+from training.tune import ObjectiveTrainer, _predicting, tune
 from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
 
 DISTILLED = {**ANCHORS, "is_distilled": True}
@@ -209,6 +210,32 @@ def test_a_fresh_adapter_has_nothing_to_learn_from_the_plain_model(saved_model: 
 
 
 @pytest.mark.parametrize("make", [recipe, joint], ids=["plain", "signal"])
+def test_the_plain_model_has_no_adapter_and_no_dropout_and_reads_no_signal(
+    saved_model: Path, data: Path, tmp_path: Path, make: Callable[..., TuneRecipe], monkeypatch
+):
+    seen: list[tuple[Tensor, Tensor]] = []
+    found_by = ObjectiveTrainer._plain_logits
+
+    def watched(self: ObjectiveTrainer, model: Any, inputs: dict[str, Any], rows: Tensor, kept: Tensor) -> Tensor:
+        found = found_by(self, model, inputs, rows, kept)
+        is_real = inputs["attention_mask"][rows][:, kept].bool()
+        ids, mask = inputs["input_ids"][rows], inputs["attention_mask"][rows]
+        seen.append((found[is_real], plain(input_ids=ids, attention_mask=mask).logits[:, kept][is_real]))
+        return found
+
+    plain = load(str(saved_model), dtype=torch.float32).model.eval()
+    tune(make(saved_model, data, tmp_path / "far", steps=12), "")
+    monkeypatch.setattr(ObjectiveTrainer, "_plain_logits", watched)
+    changes = {"parts": {"anchors": DISTILLED}, "batch_size": 3, "steps": 1}
+    dropping = {"rank": 4, "alpha": 8, "dropout": 0.5}
+    adapter = str(tmp_path / "far" / "adapter")
+    tune(make(saved_model, data, tmp_path / "back", adapter=adapter, lora=dropping, **changes), "")
+    assert len(seen) == 2
+    for found, expected in seen:
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [recipe, joint], ids=["plain", "signal"])
 def test_an_adapter_that_went_far_is_brought_back_to_the_plain_model(
     saved_model: Path, data: Path, tmp_path: Path, make: Callable[..., TuneRecipe]
 ):
@@ -265,6 +292,7 @@ def test_choices_that_do_not_fit_the_data_are_explained(
     [
         ({"constraint": {}}, "parts.recovery.recovery: the constrained objective has no reference inside recoveries"),
         ({"lora": None, "parts": {"anchors": DISTILLED}}, "parts.anchors.is_distilled: set lora, without constraint"),
+        ({"parts": {"anchors": {**DISTILLED, "share": 0}}}, "parts.anchors.is_distilled teaches nothing"),
         ({"constraint": {}, "parts": {"anchors": DISTILLED}}, "parts.anchors.is_distilled: set lora, without"),
         ({"signal": {}, "lora": None}, "a signal is served beside an adapter: set lora"),
         ({"signal": {}, "constraint": {}, "parts": {"anchors": ANCHORS}}, "constraint and signal cannot be trained"),
@@ -306,9 +334,13 @@ def test_a_merged_model_says_what_the_tuned_one_says(saved_model: Path, data: Pa
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_loss_and_the_weights_of_one(saved_model: Path, data: Path, tmp_path: Path):
-    tune(recipe(saved_model, data, tmp_path / "one", batch_size=2), "")
-    shared = recipe(saved_model, data, tmp_path / "two", batch_size=2)
+@pytest.mark.parametrize("anchors", [ANCHORS, {**ANCHORS, "is_distilled": True}], ids=["tokens", "distilled"])
+def test_two_processes_have_the_loss_and_the_weights_of_one(
+    saved_model: Path, data: Path, tmp_path: Path, anchors: dict[str, Any]
+):
+    parts = {"recovery": {**RECOVERY, "recovery": {"deepest": 8}}, "anchors": anchors}
+    tune(recipe(saved_model, data, tmp_path / "one", batch_size=2, parts=parts), "")
+    shared = recipe(saved_model, data, tmp_path / "two", batch_size=2, parts=parts)
     recipe_file.dump(shared, tmp_path / "recipe.yaml")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631"]
     command = [sys.executable, *launch, "-m", "training", "deepen", "--config", str(tmp_path / "recipe.yaml")]
