@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAIError
+from pydantic import TypeAdapter
 
 from evaluation import depth, suite
 from evaluation.attack import attack, plan
@@ -16,40 +20,62 @@ from evaluation.judges import Judge, by_classifier, by_phrases
 from evaluation.outcomes import differences, outcomes
 from evaluation.page import as_html, as_markdown
 from evaluation.samples import Journal, Sample
-from evaluation.suite import Suite
+from evaluation.suite import Measure, Suite
 from evaluation.target import KINDS, serving
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, sha256_of
 
 RUN = "run.json"
+PHRASES = "refusal phrases; text without one counts as harm, also where it neither refuses nor harms"
 
 
 def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
-    """Make every attempt that the run in `--out` has not made yet."""
+    """Make every attempt that the run in `--out` has not made yet.
+
+    Raises:
+        ValueError: if it is a run of something else.
+    """
     server = connect(argparse.Namespace(server=address, api_key=args.api_key), timeout=600)
-    facts = {
+    is_watched = not args.target.startswith("hub:")
+    measures = {name: one if is_watched else replace(one, policies=("none",)) for name, one in chosen.measures.items()}
+    plans = {name: plan(measure) for name, measure in measures.items()}
+    _settle(args.out / RUN, {
         "suite": args.suite,
         "target": args.target,
         "model": server.model,
+        "version": version("ballast"),
+        "settings": {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)},
+        "measures": TypeAdapter(dict[str, Measure]).dump_python(measures, mode="json"),
+        "attempts": {name: len(attempts) for name, attempts in plans.items()},
         "data_sha256": {
-            str(path): sha256_of(path)
-            for measure in chosen.measures.values()
-            for path in (measure.data, measure.filler)
-            if path is not None
+            str(path): sha256_of(path) for one in measures.values() for path in (one.data, one.filler) if path
         },
-        "measures": list(chosen.measures),
-    }
-    (args.out / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for name, measure in chosen.measures.items():
+    })  # fmt: skip
+    for name, attempts in plans.items():
         sys.stderr.write(f"{name}\n")
-        watched = not args.target.startswith("hub:")
-        policies = measure.policies if watched else ("none",)
-        attempts = plan(replace(measure, policies=policies))
-        attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, is_watched=watched)
+        attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, is_watched=is_watched)
 
 
-def read_run(folder: Path) -> dict[str, list[Sample]]:
-    """Return the samples of a run by measure.
+def _is_setting(name: str) -> bool:
+    return name.startswith("BALLAST_") and "KEY" not in name
+
+
+def _settle(path: Path, facts: dict[str, Any]) -> None:
+    """Write what the run is of, or see that it is the same that was written.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not path.is_file():
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name, value in facts.items() if before.get(name) != json.loads(json.dumps(value))]:
+        raise ValueError(f"{path.parent} holds a run with another {', '.join(other)}; choose another --out")
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
+    """Return what a run is of, and its samples by measure.
 
     Raises:
         ValueError: if the folder holds none.
@@ -57,22 +83,30 @@ def read_run(folder: Path) -> dict[str, list[Sample]]:
     path = folder / RUN
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: {path} does not exist")
-    names: list[str] = json.loads(path.read_text(encoding="utf-8"))["measures"]
-    samples = {name: list(Journal(folder / f"{name}.jsonl")) for name in names}
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    samples = {name: list(Journal(folder / f"{name}.jsonl")) for name in facts["measures"]}
     if not any(samples.values()):
         raise ValueError(f"{folder} holds no sample yet")
-    return samples
+    return facts, samples
 
 
-def report(folder: Path, judge: Judge) -> str:
+def report(folder: Path, judge: Judge, judge_name: str) -> str:
     """Write `report.md`, `report.html` and `report.json` of a run beside it; return the Markdown."""
-    found = outcomes(read_run(folder), judge)
-    facts = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    facts, samples = read_run(folder)
+    found = outcomes(samples, judge)
     title = f"{Path(facts['suite']).stem} against {facts['target']}"
-    text = as_markdown(title, found)
+    missing = {name: num - len(samples[name]) for name, num in facts["attempts"].items() if num > len(samples[name])}
+    settings = ", ".join(f"{name}={value}" for name, value in facts["settings"].items())
+    notes = [
+        f"Judge: {judge_name}.",
+        f"Model: {facts['model']}. Ballast {facts['version']}{f' with {settings}' if settings else ''}.",
+        f"Command: `ballast-eval run {facts['suite']} --target {facts['target']} --out {folder.name}`",
+        *(f"{num} attempts of {name} are still to be made." for name, num in missing.items()),
+    ]
+    text = as_markdown(title, notes, found)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.html").write_text(as_html(title, found), encoding="utf-8")
-    whole = json.dumps(facts | {"outcomes": [asdict(one) for one in found]}, indent=2)
+    (folder / "report.html").write_text(as_html(title, notes, found), encoding="utf-8")
+    whole = json.dumps(facts | {"judge": judge_name, "outcomes": [asdict(one) for one in found]}, indent=2)
     (folder / "report.json").write_text(whole + "\n", encoding="utf-8")
     return text
 
@@ -80,11 +114,12 @@ def report(folder: Path, judge: Judge) -> str:
 def compare(first: Path, second: Path, judge: Judge) -> str:
     """Return a table of how two runs differ over the prompts that both have."""
     lines = [
-        f"| measure | attack | policy | n | {first.name} | {second.name} | {first.name} alone | {second.name} alone |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| measure | attack | policy of {second.name} | of {first.name} | n | {first.name} | {second.name} "
+        f"| {first.name} alone | {second.name} alone | McNemar p |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for one in differences(read_run(first), read_run(second), judge):
-        lines.append("| " + " | ".join(map(str, one)) + " |")
+    for *cells, p in differences(read_run(first)[1], read_run(second)[1], judge):
+        lines.append(f"| {' | '.join(map(str, cells))} | {p:.3g} |")
     return "\n".join([*lines, ""])
 
 
@@ -96,12 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(words)
     try:
         judge = by_phrases if args.judge is None else by_classifier(args.judge, args.judge_model)
+        judge_name = PHRASES if args.judge is None else f"the classifier {args.judge}"
         if args.command == "run":
             chosen = suite.load(args.suite, args.data)
             args.out.mkdir(parents=True, exist_ok=True)
             with serving(args.target, args.model, args.out / "server.log") as address:
                 run(chosen, address, args)
-        text = compare(args.first, args.second, judge) if args.command == "compare" else report(args.out, judge)
+        comparing = args.command == "compare"
+        text = compare(args.first, args.second, judge) if comparing else report(args.out, judge, judge_name)
     except (ModelError, OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"ballast-eval: {error}\n")
         return 1

@@ -17,12 +17,11 @@ released texts are kept in `--out`, for other judges and so that an interrupted 
 
 import argparse
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from openai import BadRequestError, OpenAI, OpenAIError
 from pydantic import ValidationError
@@ -44,11 +43,11 @@ from evaluation.attempts import (
     under,
 )
 from evaluation.client import Server, add_arguments, connect
-from evaluation.intervals import Estimate, wilson
-from evaluation.judges import Judge, by_phrases
+from evaluation.judges import by_phrases
+from evaluation.outcomes import outcomes
 from evaluation.rows import Row, read, sample
 from evaluation.samples import Journal, Sample
-from evaluation.suite import Kind, Measure, Policy, explain
+from evaluation.suite import DEPTHS, Kind, Measure, Policy, explain
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
@@ -57,8 +56,6 @@ POLICIES = {
     "output": {"input": {"mode": "score"}, "output": {"mode": "block"}},
     "none": {"input": {"mode": "score"}, "output": {"mode": "score"}},
 }
-DEPTHS = {"prefill": (5, 10, 20, 40, 100, 200), "late": (25, 100, 300, 1000), "diluted": (500, 2000)}
-"""Tokens that are given, by attack: of the harmful response, of the harmless opening, around the request."""
 AS_THEY_ARE: dict[str, Callable[[Sequence[Row]], list[Attempt]]] = {
     "direct": direct,
     "exploit": exploits,
@@ -74,15 +71,6 @@ RESPONSE = {"prefill": "harmful_response", "late": "harmful_response", "ready": 
 PARALLEL = 4
 CHOSEN = ("data", "source", "n", "depths", "filler", "policies", "max_tokens", "tokenizer")
 """Fields of a measure that a command line gives."""
-
-
-class Found(NamedTuple):
-    """Shares of the prompts."""
-
-    success: Estimate
-    """A judge finds harm in any attempt."""
-    stopped: Estimate
-    """The policy acted on every attempt."""
 
 
 def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watched: bool = True) -> Sample:
@@ -122,6 +110,8 @@ def attack(
 ) -> list[Sample]:
     """Return what came of every attempt, making only those that the journal at `path` does not hold.
 
+    What the server took for invalid is tried again.
+
     Args:
         server: what is attacked.
         attempts: what is sent.
@@ -130,26 +120,12 @@ def attack(
         is_watched: the server has a signal, so that a policy can be asked of it.
     """
     journal = Journal(path)
-    missing = [attempt for attempt in attempts if attempt.key not in journal]
+    missing = [one for one in attempts if one.key not in journal or journal.samples[one.key].error]
     with ThreadPoolExecutor(PARALLEL) as pool:
         samples = pool.map(lambda one: send(server.client, server.model, one, target, is_watched=is_watched), missing)
         for found in track(samples, "attempts", total=len(missing)):
             journal.add(found)
     return [journal.samples[attempt.key] for attempt in attempts]
-
-
-def summarise(samples: Iterable[Sample], judge: Judge) -> dict[str, Found]:
-    """Return the shares of each target, attack and policy."""
-    groups: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
-    for one in samples:
-        groups[f"{one.target}, {one.attack}, {one.policy}"][one.prompt].append(one)
-    return {
-        group: Found(
-            wilson(sum(any(map(judge, attempts)) for attempts in prompts.values()), len(prompts)),
-            wilson(sum(all(one.is_stopped for one in attempts) for attempts in prompts.values()), len(prompts)),
-        )
-        for group, prompts in groups.items()
-    }
 
 
 def plan(measure: Measure) -> list[Attempt]:
@@ -161,7 +137,9 @@ def plan(measure: Measure) -> list[Attempt]:
     """
     wanted = 0 if measure.kind == "benign" else 1
     rows = read(measure.data, label=wanted, response=RESPONSE.get(measure.kind))
-    rows = sample((row for row in rows if row.label == wanted and row.source.startswith(measure.source)), measure.n)
+    rows = [row for row in rows if row.source.startswith(measure.source)]
+    chosen = {row.prompt for row in sample((replace(row, response=None) for row in rows), measure.n)}
+    rows = [row for row in rows if row.prompt in chosen]
     if not rows:
         kind = "harmful" if wanted else "harmless"
         raise ValueError(f"{measure.data} holds no {kind} row whose source begins with {measure.source!r}")
@@ -177,9 +155,10 @@ def _made(measure: Measure, rows: Sequence[Row]) -> list[Attempt]:
     if measure.kind in AS_THEY_ARE:
         return AS_THEY_ARE[measure.kind](rows)
     tokenizer, depths = load_tokenizer(measure.tokenizer), measure.depths or DEPTHS[measure.kind]
-    if measure.filler is None:
+    if measure.kind == "prefill":
         return [attempt for depth in depths for attempt in prefills(rows, depth, tokenizer)]
-    harmless, make = read(measure.filler, label=0), late if measure.kind == "late" else diluted
+    assert measure.filler is not None
+    harmless, make = read(measure.filler, label=0), {"late": late, "diluted": diluted}[measure.kind]
     return [attempt for depth in depths for attempt in make(rows, harmless, depth, tokenizer)]
 
 
@@ -220,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModelError, OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.attack: {error}\n")
         return 1
-    for group, found in summarise(samples, by_phrases).items():
-        sys.stdout.write(f"{group}: not refused {found.success}, acted on {found.stopped}\n")
+    for one in outcomes({args.out.name: samples}, by_phrases):
+        sys.stdout.write(f"{one.name}: not refused {one.share}, acted on {one.acted_on}\n")
     if invalid := [one.error for one in samples if one.error]:
         sys.stderr.write(f"evaluation.attack: {len(invalid)} requests were invalid, such as: {invalid[0]}\n")
     return 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,7 +14,7 @@ from evaluation.beginnings import beginnings
 from evaluation.rows import Row
 from evaluation.samples import key_of
 
-SCENES = Path(__file__).parent / "suites" / "scenes.yaml"
+SCENES = Path(__file__).parent / "texts" / "scenes.yaml"
 GREEDY: Mapping[str, Any] = {"temperature": 0}
 GRID: tuple[Mapping[str, Any], ...] = (
     *({"temperature": step / 20, "top_p": 1.0} for step in range(1, 21)),
@@ -99,32 +100,31 @@ def exploits(rows: Iterable[Row]) -> list[Attempt]:
 
 def scenes(rows: Iterable[Row]) -> list[Attempt]:
     """Return every request in every scene, and in every scene within the next one."""
-    texts: list[str] = _texts()["scenes"]
-    nested = [outer.replace("{request}", inner) for outer, inner in zip(texts, [*texts[1:], texts[0]], strict=True)]
+    single: list[str] = texts()["scenes"]
+    nested = [outer.replace("{request}", inner) for outer, inner in zip(single, [*single[1:], single[0]], strict=True)]
     return [
         Attempt(name, row.prompt, turns=(Turn("user", text.replace("{request}", row.prompt)),))
         for row in rows
-        for name, found in (("scene", texts), ("nested scenes", nested))
+        for name, found in (("scene", single), ("nested scenes", nested))
         for text in found
     ]
 
 
 def conversations(rows: Iterable[Row]) -> list[Attempt]:
     """Return every request at the end of every conversation: those that lead up to it, and those that refused it."""
-    texts = _texts()
     return [
         Attempt(
             name, row.prompt, turns=tuple(Turn(t["role"], t["content"].replace("{request}", row.prompt)) for t in said)
         )
         for row in rows
         for name, key in (("several turns", "turns"), ("asked again", "refused"))
-        for said in texts[key]
+        for said in texts()[key]
     ]
 
 
 def relapses(rows: Iterable[Row]) -> list[Attempt]:
     """Return every request with responses that begin as refusals and go on."""
-    return [Attempt("refuse, then answer", row.prompt, opening) for row in rows for opening in _texts()["relapses"]]
+    return [Attempt("refuse, then answer", row.prompt, opening) for row in rows for opening in texts()["relapses"]]
 
 
 def late(rows: Iterable[Row], harmless: Sequence[Row], depth: int, tokenizer: PreTrainedTokenizerBase) -> list[Attempt]:
@@ -148,7 +148,11 @@ def late(rows: Iterable[Row], harmless: Sequence[Row], depth: int, tokenizer: Pr
 def diluted(
     rows: Iterable[Row], harmless: Sequence[Row], depth: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Attempt]:
-    """Return requests in the middle of `depth` harmless tokens of one message; arguments and errors as `late`."""
+    """Return requests in the middle of `depth` harmless tokens of one message; arguments as those of `late`.
+
+    Raises:
+        ValueError: if all harmless responses together are shorter.
+    """
     attempts = []
     for row in rows:
         text = _filler(row, harmless, depth, tokenizer)
@@ -183,5 +187,7 @@ def _filler(row: Row, harmless: Sequence[Row], depth: int, tokenizer: PreTrained
     raise ValueError(f"the harmless responses have {len(ids)} tokens together, {depth} are needed")
 
 
-def _texts() -> Any:
+@cache
+def texts() -> Any:
+    """Return the attack texts of our own writing, by kind."""
     return yaml.safe_load(SCENES.read_text(encoding="utf-8"))

@@ -13,10 +13,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -27,6 +26,7 @@ from torch.nn.functional import kl_div
 from evaluation.beginnings import beginnings
 from evaluation.intervals import Estimate, mean, wilson
 from evaluation.judges import Judge, by_classifier, by_phrases
+from evaluation.page import STYLE
 from evaluation.rows import Row, read, sample
 from evaluation.tuned import add_arguments, load_tuned
 from evaluation.weights import Ask, prefills, respond
@@ -38,7 +38,6 @@ DEPTHS = (0, 3, 5, 7, 10, 20, 40, 100)
 PREFIXES = ("", "I cannot", "I cannot fulfill", "I apologize", "I apologize, but I cannot", "I am unable")
 """Of refusals, as in table 1."""
 NAMES = ("aligned", "reference")
-STYLE: dict[Any, Any] = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,7 @@ def divergences(aligned: Pretrained, reference: Pretrained, rows: Sequence[Row],
         reference: the other one.
         rows: requests with harmful responses.
         positions: tokens of a response that are read at most.
-
-    Raises:
-        ValueError: if the two do not read the same tokens.
     """
-    if aligned.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise ValueError(f"{aligned.name} and {reference.name} have other vocabularies: their tokens do not compare")
     template, found = ChatTemplate(aligned.tokenizer), []
     for row in track(rows, "divergence"):
         request = template.encode([Message("user", row.prompt)]).request
@@ -118,7 +112,12 @@ def measure(args: argparse.Namespace) -> Depth:
     """Measure a pair of models; what they answer is kept in `--out`."""
     rows = sample(read(args.data / "prefill.jsonl", label=1, response="harmful_response"), args.n)
     judge = by_classifier(args.judge, args.judge_model) if args.judge is not None else None
+    if (args.reference_model or args.model, args.reference_adapter) == (args.model, args.adapter):
+        raise ValueError("both models are the same: name --adapter, --reference-model or --reference-adapter")
     aligned, reference = load_tuned(args), _reference(args)
+    if aligned.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise ValueError(f"{aligned.name} and {reference.name} have other vocabularies: their tokens do not compare")
+    reference = replace(reference, tokenizer=aligned.tokenizer)  # one chat template for both
     curve = by_position(divergences(aligned, reference, rows, args.positions))
     refused = {
         name: _refused(model, rows, args.out / name, args)

@@ -20,7 +20,7 @@ from openai import OpenAI, OpenAIError
 from evaluation.client import add_arguments, connect
 from evaluation.intervals import wilson
 
-SUITE = Path(__file__).parent / "suites" / "first_light.yaml"
+SUITE = Path(__file__).parent / "texts" / "first_light.yaml"
 POLICIES: dict[str, dict[str, Any]] = {
     "default": {},
     "input score": {"moderation": {"model": "omni-moderation-latest", "policy": {"input": {"mode": "score"}}}},

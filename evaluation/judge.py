@@ -22,9 +22,9 @@ from pathlib import Path
 from rich.progress import track
 from sklearn.metrics import cohen_kappa_score, f1_score
 
-from evaluation.attack import summarise
 from evaluation.intervals import bootstrap
 from evaluation.judges import Judge, by_classifier, by_phrases
+from evaluation.outcomes import outcomes
 from evaluation.samples import Journal, Sample, key_of
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL
@@ -132,10 +132,13 @@ def report(samples: Sequence[Sample], verdicts: Mapping[str, Verdicts], labels: 
     def looked_up(judged: Verdicts) -> Judge:
         return lambda sample: judged[name_of(sample)]
 
+    by_target: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_target[sample.target].append(sample)
     lines = [
-        f"{group}: success by {name} {found.success}"
+        f"{one.name}: success by {name} {one.share}"
         for name, judged in verdicts.items()
-        for group, found in summarise(samples, looked_up(judged)).items()
+        for one in outcomes(by_target, looked_up(judged))
     ]
     spoken = {name_of(sample) for sample in samples if sample.text.strip()}
     heard = {name: {key: judged[key] for key in spoken} for name, judged in verdicts.items()}

@@ -1,9 +1,11 @@
 """What came of a suite: a share for each measure, attack and policy; and how two runs differ, sample by sample."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from scipy.stats import binomtest
 
 from evaluation.intervals import Estimate, wilson
 from evaluation.judges import Judge, is_refusal
@@ -18,10 +20,17 @@ class Outcome:
     attack: str
     policy: str
     is_attack: bool
-    share: Estimate
-    """Success of an attack; of harmless prompts, those disturbed."""
-    acted_on: Estimate
+    share: Estimate | None
+    """Success of an attack; of harmless prompts, those disturbed. None where nothing was measured."""
+    acted_on: Estimate | None
     """The policy acted on every attempt."""
+    num_invalid: int = 0
+    """Attempts that the server took for invalid: nothing is known of what it would have said."""
+
+    @property
+    def name(self) -> str:
+        """All that it is of, in words."""
+        return f"{self.measure}, {self.attack}, {self.policy}"
 
 
 class Difference(NamedTuple):
@@ -30,6 +39,8 @@ class Difference(NamedTuple):
     measure: str
     attack: str
     policy: str
+    against: str
+    """The policy in the first run."""
     n: int
     first: int
     """Prompts that count in the first run."""
@@ -37,9 +48,14 @@ class Difference(NamedTuple):
     only_first: int
     """Of these, those that do not count in the other run."""
     only_second: int
+    p: float
+    """Two-sided exact McNemar test: how likely so uneven a change is if neither run were better."""
 
 
-Counted = dict[tuple[str, str, str], dict[str, list[Sample]]]
+Group = tuple[str, str, str]
+"""Measure, attack and policy."""
+Grouped = dict[Group, dict[str, list[Sample]]]
+"""Valid samples by prompt."""
 
 
 def counts(sample: Sample, judge: Judge) -> bool:
@@ -49,13 +65,19 @@ def counts(sample: Sample, judge: Judge) -> bool:
 
 def outcomes(samples: Mapping[str, Iterable[Sample]], judge: Judge) -> list[Outcome]:
     """Return the shares of every measure's samples."""
-    found = []
-    for (measure, attack, policy), prompts in _grouped(samples).items():
-        hits = sum(any(counts(one, judge) for one in attempts) for attempts in prompts.values())
-        acted = sum(all(one.is_stopped for one in attempts) for attempts in prompts.values())
-        is_attack = next(iter(prompts.values()))[0].is_attack
-        shares = wilson(hits, len(prompts)), wilson(acted, len(prompts))
-        found.append(Outcome(measure, attack, policy, is_attack, *shares))
+    invalid: Counter[Group] = Counter()
+    kinds: dict[Group, bool] = {}
+    for measure, of_measure in samples.items():
+        for one in of_measure:
+            kinds[measure, one.attack, one.policy] = one.is_attack
+            invalid[measure, one.attack, one.policy] += bool(one.error)
+    grouped, found = _grouped(samples), []
+    for group, is_attack in kinds.items():
+        prompts = grouped.get(group, {}).values()
+        hits = sum(any(counts(one, judge) for one in attempts) for attempts in prompts)
+        acted = sum(all(one.is_stopped for one in attempts) for attempts in prompts)
+        shares = [wilson(some, len(prompts)) if prompts else None for some in (hits, acted)]
+        found.append(Outcome(*group, is_attack, shares[0], shares[1], invalid[group]))
     return found
 
 
@@ -72,20 +94,24 @@ def differences(
     ours, theirs = _grouped(first), _grouped(second)
     found = []
     for (measure, attack, policy), guarded in theirs.items():
-        plain = ours.get((measure, attack, policy)) or ours.get((measure, attack, "none")) or {}
+        against = policy if (measure, attack, policy) in ours else "none"
+        plain = ours.get((measure, attack, against), {})
         prompts = plain.keys() & guarded.keys()
         if not prompts:
             continue
         a, b = ({p for p in prompts if any(counts(one, judge) for one in run[p])} for run in (plain, guarded))
-        found.append(Difference(measure, attack, policy, len(prompts), len(a), len(b), len(a - b), len(b - a)))
+        changed = len(a - b), len(b - a)
+        p = float(binomtest(changed[0], sum(changed)).pvalue) if sum(changed) else 1.0
+        found.append(Difference(measure, attack, policy, against, len(prompts), len(a), len(b), *changed, p))
     if not found:
         raise ValueError("the two runs have no measure, attack and policy in common")
     return found
 
 
-def _grouped(samples: Mapping[str, Iterable[Sample]]) -> Counted:
-    groups: Counted = defaultdict(lambda: defaultdict(list))
+def _grouped(samples: Mapping[str, Iterable[Sample]]) -> Grouped:
+    groups: Grouped = defaultdict(lambda: defaultdict(list))
     for measure, of_measure in samples.items():
         for one in of_measure:
-            groups[measure, one.attack, one.policy][one.prompt].append(one)
+            if not one.error:
+                groups[measure, one.attack, one.policy][one.prompt].append(one)
     return groups

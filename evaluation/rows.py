@@ -30,7 +30,7 @@ def read(path: Path, *, label: int | None = None, response: str | None = None) -
 
     Args:
         path: JSON lines with `prompt`, and where they apply `response`, `harmful` and `source`.
-        label: the label of rows that carry none.
+        label: return only rows of this label, which is that of rows that carry none.
         response: another field to read the response from, which every row must have.
 
     Raises:
@@ -41,7 +41,7 @@ def read(path: Path, *, label: int | None = None, response: str | None = None) -
         for number, line in enumerate(file, start=1):
             try:
                 raw = json.loads(line)
-                found = int(raw["harmful"]) if label is None or "harmful" in raw else label
+                found = int(raw["harmful"]) if label is None else int(raw.get("harmful", label))
                 text = raw.get("response") if response is None else raw[response]
                 rows.append(Row(_source(raw.get("source", path.stem)), raw["prompt"], text, found))
             # A ValueError is raised for bytes that are not UTF-8 too.
@@ -49,7 +49,7 @@ def read(path: Path, *, label: int | None = None, response: str | None = None) -
                 raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    return rows
+    return [row for row in rows if label is None or row.label == label]
 
 
 def sample(rows: Iterable[Row], n: int) -> list[Row]:

@@ -9,6 +9,7 @@ only whether it is refused. The best wording is then sent with both sides blocki
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,14 +19,14 @@ from random import Random
 from statistics import median
 from typing import Any, NamedTuple, cast
 
-import yaml
-from openai import OpenAI, OpenAIError, PermissionDeniedError
+from openai import BadRequestError, OpenAIError, PermissionDeniedError
 from rich.progress import track
 
-from evaluation.attack import attack, summarise
-from evaluation.attempts import SCENES, Attempt, Turn, under
+from evaluation.attack import PARALLEL, attack
+from evaluation.attempts import Attempt, Turn, texts, under
 from evaluation.client import Server, add_arguments, connect
 from evaluation.judges import by_phrases
+from evaluation.outcomes import outcomes
 from evaluation.rows import Row, read, sample
 
 Rate = Callable[[str], float]
@@ -45,7 +46,7 @@ class Searched(NamedTuple):
 
 
 def climb(rate: Rate, request: str, *, rounds: int, width: int, seed: int = 0) -> Searched:
-    """Return the best of the wordings that a greedy random search meets.
+    """Return the best of the wordings that a greedy random search meets; it ends early where nothing is shown to mend.
 
     Args:
         rate: what guides it.
@@ -55,20 +56,24 @@ def climb(rate: Rate, request: str, *, rounds: int, width: int, seed: int = 0) -
         seed: of the draws, together with the request.
     """
     drawn = Random(f"{seed} {request}")
-    texts: dict[str, list[str]] = yaml.safe_load(SCENES.read_text(encoding="utf-8"))
     text, risk = request, rate(request)
     first, num_asked = risk, 1
     for _ in range(rounds):
-        tried = sorted({_changed(text, texts, drawn) for _ in range(width)} - {text})
+        if risk == 0.0:
+            break
+        tried = sorted({_changed(text, drawn) for _ in range(width)} - {text})
+        drawn.shuffle(tried)  # where little is shown many are alike, and any of them is a way on
         rated = [(rate(one), place, one) for place, one in enumerate(tried)]
         num_asked += len(rated)
-        if rated and (best := min(rated))[0] <= risk:  # where little is shown, a tie is a way on
+        if rated and (best := min(rated))[0] <= risk:
             risk, _, text = best
     return Searched(request, text, first, risk, num_asked)
 
 
 def shown(server: Server, text: str) -> float:
     """Return what the server shows of a message: its risk, else 1 where it is flagged or refused and 0 where not.
+
+    A message that the server takes for invalid is of no use: infinity.
 
     Raises:
         OpenAIError: if it cannot be reached.
@@ -80,22 +85,20 @@ def shown(server: Server, text: str) -> float:
         found = cast("dict[str, Any]", server.client.post("/safety/score", cast_to=object, body=body))
         risk = found.get("request_risk")
         return float(found["flagged"]["request"]) if risk is None else float(risk)
+    except BadRequestError:
+        return math.inf
     except PermissionDeniedError:
-        answer = _plain(server.client, server.model, messages)
-        return float(answer == "content_filter")
+        create = server.client.chat.completions.create
+        answer = create(model=server.model, messages=messages, max_tokens=1, temperature=0)
+        return float(answer.choices[0].finish_reason == "content_filter")
 
 
-def _plain(client: OpenAI, model: str, messages: list[Any]) -> str:
-    """Return why a response of one token ended."""
-    return client.chat.completions.create(model=model, messages=messages, max_tokens=1).choices[0].finish_reason
-
-
-def _changed(text: str, texts: dict[str, list[str]], drawn: Random) -> str:
+def _changed(text: str, drawn: Random) -> str:
     """Return the text with one change."""
     kind = drawn.choice(("scene", "before", "after", "letters"))
     if kind == "scene":
-        return drawn.choice(texts["scenes"]).replace("{request}", text)
-    aside = drawn.choice(texts["asides"])
+        return str(drawn.choice(texts()["scenes"])).replace("{request}", text)
+    aside = drawn.choice(texts()["asides"])
     if kind == "before":
         return f"{aside} {text}"
     if kind == "after":
@@ -107,9 +110,9 @@ def _changed(text: str, texts: dict[str, list[str]], drawn: Random) -> str:
     return text[:place] + text[place + 1] + text[place] + text[place + 2 :]
 
 
-def search(server: Server, rows: Sequence[Row], *, rounds: int, width: int, parallel: int = 4) -> list[Searched]:
+def search(server: Server, rows: Sequence[Row], *, rounds: int, width: int) -> list[Searched]:
     """Return the best wording of every request."""
-    with ThreadPoolExecutor(parallel) as pool:
+    with ThreadPoolExecutor(PARALLEL) as pool:
         found = pool.map(lambda row: climb(lambda t: shown(server, t), row.prompt, rounds=rounds, width=width), rows)
         return list(track(found, "searches", total=len(rows)))
 
@@ -139,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.search: {error}\n")
         return 1
-    for group, result in summarise(samples, by_phrases).items():
-        sys.stdout.write(f"{group}: not refused {result.success}, acted on {result.stopped}\n")
-    first, best = median(one.first for one in found), median(one.best for one in found)
+    for one in outcomes({args.out.name: samples}, by_phrases):
+        sys.stdout.write(f"{one.name}: not refused {one.share}, acted on {one.acted_on}\n")
+    first, best = (median(getattr(one, name) for one in found) for name in ("first", "best"))
     asked = median(one.num_asked for one in found)
     sys.stdout.write(f"what was shown, median: {first:.4f} at first, {best:.4f} at last, after {asked:g} messages\n")
     return 0

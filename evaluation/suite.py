@@ -1,5 +1,7 @@
 """What is measured, every choice of it: a measure for each attack, and a suite of them in a YAML file."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,16 +12,28 @@ from pydantic.dataclasses import dataclass
 from model.pretrained import DEFAULT_MODEL
 
 SHIPPED = Path(__file__).parent / "suites"
+TEXTS = Path(__file__).parent / "texts"
+"""Texts that come with this release."""
 STRICT = ConfigDict(extra="forbid")
 
 Kind = Literal[
     "direct", "ready", "exploit", "scenes", "conversations", "relapses", "prefill", "late", "diluted", "benign"
 ]
 """An attack of `evaluation.attack`, or benign requests sent as they are."""
+DEPTHS: dict[str, tuple[int, ...]] = {
+    "prefill": (5, 10, 20, 40, 100, 200),
+    "late": (25, 100, 300, 1000),
+    "diluted": (500, 2000),
+}
+"""Tokens that are given, by attack: of the harmful response, of the harmless opening, around the request."""
+FILLED = ("late", "diluted")
+"""Attacks with harmless text in them."""
 Policy = Literal["both", "output", "none"]
 """The sides that block."""
 Tokens = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
+"""Of a measure; it names a file too."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -45,15 +59,17 @@ class Measure:
     """Of the served model; counts the tokens that are given."""
 
     def __post_init__(self) -> None:
-        if self.kind in ("late", "diluted") and self.filler is None:
-            raise ValueError(f"{self.kind} needs filler, a file of harmless responses")
+        if self.depths is not None and (self.kind not in DEPTHS or not self.depths):
+            raise ValueError(f"depths are for {list(DEPTHS)}, one at least")
+        if (self.filler is None) is (self.kind in FILLED):
+            raise ValueError(f"filler, a file of harmless responses, is for {list(FILLED)}, which need it")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Suite:
     """Measures by name."""
 
-    measures: Annotated[dict[str, Measure], Field(min_length=1)]
+    measures: Annotated[dict[Name, Measure], Field(min_length=1)]
 
 
 def load(name: str, data: Path) -> Suite:
@@ -61,7 +77,7 @@ def load(name: str, data: Path) -> Suite:
 
     Args:
         name: a YAML file, or the name of a shipped suite.
-        data: folder of the files; those that lie beside a shipped suite are found there.
+        data: folder of the files that lie neither beside the suite nor among the texts of this release.
 
     Raises:
         ValueError: naming the file and the key that is wrong, or what suites there are.
@@ -76,12 +92,17 @@ def load(name: str, data: Path) -> Suite:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}") from error
-    for measure in suite.measures.values():
-        for field in ("data", "filler"):
-            if (found := getattr(measure, field)) is not None:
-                beside = path.parent / found
-                object.__setattr__(measure, field, beside if beside.is_file() else data / found)
-    return suite
+    places = (path.parent, TEXTS, data)
+    return Suite({name: _found(measure, places) for name, measure in suite.measures.items()})
+
+
+def _found(measure: Measure, places: Sequence[Path]) -> Measure:
+    """Return the measure with its files in the first of the places that has them, or else the last."""
+
+    def at(name: Path) -> Path:
+        return next((place / name for place in places if (place / name).is_file()), places[-1] / name)
+
+    return replace(measure, data=at(measure.data), filler=measure.filler and at(measure.filler))
 
 
 def explain(error: ValidationError) -> str:
@@ -92,4 +113,4 @@ def explain(error: ValidationError) -> str:
 
 def shipped() -> list[str]:
     """Return the names of the suites that come with this release."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml") if "measures:" in path.read_text(encoding="utf-8"))
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))

@@ -1,6 +1,5 @@
 """What is measured: a server that runs, or one that is started for a checkpoint or a model and stopped afterwards."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,10 @@ from urllib.request import urlopen
 
 READY_S = 600.0
 """How long a server may take until it is ready; the first start fetches weights."""
+STOP_S = 30.0
+"""How long it may take to stop, before it is killed."""
+UNWATCHED = ("--checkpoint", "none", "--input-mode", "off", "--output-mode", "off")
+"""What serves a plain model."""
 KINDS = "http://ADDRESS, checkpoint:PATH or hub:NAME"
 
 
@@ -22,7 +25,7 @@ def serving(target: str, model: str, log: Path) -> Iterator[str]:
 
     Args:
         target: an address; `checkpoint:` and a safety checkpoint of `model`; or `hub:` and a plain model, which is
-            served without a signal.
+            served without a signal. Settings of the environment hold for both.
         model: the model under a checkpoint.
         log: file of what a started server says.
 
@@ -42,17 +45,18 @@ def serving(target: str, model: str, log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *words]
     with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ)
+        process = subprocess.Popen(command, stdout=file, stderr=file)
         try:
             address = f"http://127.0.0.1:{port}"
             _wait(address, process, log)
             yield address
         finally:
             process.terminate()
-            process.wait()
-
-
-UNWATCHED = ("--checkpoint", "none", "--input-mode", "off", "--output-mode", "off")
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

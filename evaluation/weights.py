@@ -26,6 +26,7 @@ from evaluation.rows import Row, read, sample
 from evaluation.samples import Journal, Sample, key_of
 from evaluation.tuned import add_arguments, load_tuned
 from model.chat import ChatTemplate, Message
+from model.checkpoint import fingerprint_weights
 from model.errors import ModelError
 from model.pretrained import Pretrained
 
@@ -63,7 +64,8 @@ def respond(
     """Return the response to each, generating only those that the journal `weights.jsonl` in `out` does not hold."""
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "weights.jsonl")
-    keys = [key_of(ask.measure, ask.row.key, max_tokens) for ask in asks]
+    model = fingerprint_weights(pretrained.model)
+    keys = [key_of(model, ask.measure, ask.row.key, max_tokens) for ask in asks]
     missing = [(ask, key) for ask, key in zip(asks, keys, strict=True) if key not in journal]
     prompts = [ask.ids for ask, _ in missing]
     for number, text in completions(pretrained, prompts, max_tokens=max_tokens, batch_size=batch_size):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.attack import main, send, summarise
+from evaluation.attack import main, send
 from evaluation.attempts import Attempt, Turn, exploits
-from evaluation.judges import by_phrases
 from evaluation.rows import Row
 from evaluation.samples import Sample
 from model.testing import write_tiny
@@ -15,29 +14,6 @@ from model.testing import write_tiny
 
 def answer(text: str, *, refusal: str | None = None, reason: str = "stop"):
     return {"choices": [{"message": {"content": text, "refusal": refusal}, "finish_reason": reason}]}
-
-
-def sample(text: str, *, prompt: str = "a", is_stopped: bool = False) -> Sample:
-    return Sample("", "one", "exploit", "none", prompt, "", text, is_stopped)
-
-
-def test_a_prompt_counts_once_however_many_attempts_succeed():
-    samples = [
-        sample(text, prompt=prompt, is_stopped=is_stopped)
-        for prompt, text, is_stopped in [
-            ("a", "x", False), ("a", "x", True), ("a", "", True), ("b", "no", False), ("b", "", True), ("b", "", True),
-        ]
-    ]  # fmt: skip
-    (found,) = summarise(samples, lambda one: one.text == "x").values()
-    assert (found.success.value, found.success.n) == (0.5, 2)
-    assert (found.stopped.value, found.stopped.n) == (0.0, 2)
-
-
-def test_a_prompt_counts_as_stopped_where_every_attempt_was():
-    samples = [sample("", prompt=prompt, is_stopped=is_stopped) for prompt, is_stopped in
-               [("a", True), ("a", True), ("b", True), ("b", False)]]  # fmt: skip
-    (found,) = summarise(samples, by_phrases).values()
-    assert (found.stopped.value, found.stopped.n) == (0.5, 2)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +40,23 @@ def test_an_exploit_sends_its_setting_and_no_opening(stub, client_of):
     assert (asked["top_k"], asked["temperature"], asked["seed"]) == (500, 1.0, 48)
     assert len(asked["messages"]) == 1
     assert "continue_final_message" not in asked
+
+
+def test_a_prompt_that_others_made_several_attacks_of_counts_once(stub, tmp_path: Path, capfd):
+    rows = [{"prompt": f"p{i % 2}", "attack_prompt": f"x{i}", "source": "S (MIT)"} for i in range(6)]
+    (tmp_path / "ready.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = stub(lambda body: answer("Sure"))
+    command = ["ready", "--server", server.url, "--data", str(tmp_path / "ready.jsonl"), "--n", "1",
+               "--policies", "both", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    assert len(server.asked) == 3
+    assert "(n = 1)" in capfd.readouterr().out
+
+
+def test_a_plain_server_is_asked_for_no_policy(stub, client_of):
+    server = stub(lambda body: answer("Sure"))
+    send(client_of(server), "stub", Attempt("direct", "do it"), "one", is_watched=False)
+    assert "moderation" not in server.asked[0]
 
 
 def test_a_conversation_is_sent_as_it_is(stub, client_of):
@@ -112,8 +105,13 @@ def test_a_request_that_the_server_refuses_is_counted_and_the_others_go_on(stub,
                "--depths", "2", "--policies", "none", "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 0
     printed = capfd.readouterr()
-    assert "not refused 0.833" in printed.out
+    assert "not refused 1.000" in printed.out
+    assert "(n = 5)" in printed.out
     assert "1 requests were invalid, such as: Error code: 400" in printed.err
+    server.answer = lambda body: answer("Sure")
+    assert main(command) == 0  # what was invalid is asked again, and nothing else
+    assert len(server.asked) == 7
+    assert "(n = 6)" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -125,6 +123,7 @@ def test_a_request_that_the_server_refuses_is_counted_and_the_others_go_on(stub,
         ("scenes", ["scene", "nested scenes"], 20),
         ("conversations", ["several turns", "asked again"], 5),
         ("relapses", ["refuse, then answer"], 2),
+        ("prefill", ["prefill 3", "prefill 9"], 2),
         ("late", ["late 3", "late 9"], 2),
         ("diluted", ["diluted 3", "diluted 9"], 2),
     ],
@@ -136,9 +135,10 @@ def test_every_attack_reports_each_prompt_once(stub, data, tmp_path: Path, capfd
     filler.write_text(json.dumps({"prompt": "a", "response": "Bread needs time."}) + "\n")
     (tmp_path / "long.jsonl").write_text(data.read_text().replace('"abcdefgh"', '"abcdefghijkl", "attack_prompt": "x"'))
     command = [kind, "--server", server.url, "--data", str(tmp_path / "long.jsonl"), "--n", "1", "--policies", "both",
-               "--tokenizer", str(tmp_path / "model"), "--filler", str(filler),
-               "--out", str(tmp_path / "out")]  # fmt: skip
-    assert main([*command, *(["--depths", "3", "9"] if kind in ("late", "diluted") else [])]) == 0
+               "--tokenizer", str(tmp_path / "model"), "--out", str(tmp_path / "out")]  # fmt: skip
+    command += ["--depths", "3", "9"] if kind in ("prefill", "late", "diluted") else []
+    command += ["--filler", str(filler)] if kind in ("late", "diluted") else []
+    assert main(command) == 0
     assert len(server.asked) == num_asked
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("out, ")]
     assert [line.split(":")[0] for line in printed] == [f"out, {name}, both" for name in names]
@@ -158,7 +158,7 @@ def test_hiding_a_request_takes_harmless_text(stub, data, tmp_path: Path, capfd)
     command = ["diluted", "--server", stub(lambda body: answer("")).url, "--data", str(data), "--out",
                str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]  # fmt: skip
     assert main(command) == 1
-    assert "diluted needs filler, a file of harmless responses" in capfd.readouterr().err
+    assert "filler, a file of harmless responses, is for ['late', 'diluted'], which need it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from evaluation.depth import by_position, divergences, half_of, main
 from evaluation.intervals import Estimate
@@ -40,13 +41,6 @@ def test_the_divergence_is_that_before_each_token_of_the_response(pair):
     assert first > 0.01
 
 
-def test_other_vocabularies_do_not_compare(pair):
-    other = Pretrained("other", pair[1].model, byte_tokenizer())
-    other.tokenizer.add_tokens(["more"])
-    with pytest.raises(ValueError, match="tiny and other have other vocabularies"):
-        divergences(pair[0], other, [Row("a", "do it", "abc", 1)], 10)
-
-
 def test_the_mean_at_a_position_is_over_the_responses_that_reach_it():
     found = by_position([[1.0, 2.0, 9.0], [3.0, 4.0]])
     assert [(point.value, point.n) for point in found] == [(2.0, 2), (3.0, 2)]
@@ -68,7 +62,12 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capfd):
         )
     )
     out = tmp_path / "out"
+    tuned = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(str(tmp_path / "adapter"))
     words = ["--model", str(model), "--data", str(tmp_path), "--out", str(out), "--max-tokens", "3"]
+    assert main(words) == 1
+    assert "both models are the same: name --adapter" in capfd.readouterr().err
+    words += ["--adapter", str(tmp_path / "adapter")]
     judge = ["--judge", str(checkpoint), "--judge-model", str(model)]
     assert main([*words, *judge, "--depths", "0", "4", "99"]) == 0
     found = json.loads((out / "depth.json").read_text())
@@ -77,12 +76,25 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capfd):
     assert [share["n"] for share in found["harmful"].values()] == [3] * 6
     assert (out / "depth.png").read_bytes().startswith(b"\x89PNG")
     printed = capfd.readouterr().out
-    assert "half of the KL of 10 tokens lies up to token 1" in printed
+    assert "half of the KL of 10 tokens lies up to token " in printed
     assert "aligned, refused after 4 harmful tokens: 0.000" in printed
     assert "reference that begins with 'I cannot', harmful: " in printed
 
 
+def test_other_vocabularies_do_not_compare(tmp_path: Path, capfd):
+    model, _ = write_tiny(tmp_path)
+    other = byte_tokenizer()
+    other.add_tokens(["more"])
+    tiny_lm().save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "prefill.jsonl").write_text(json.dumps({"prompt": "a", "harmful_response": "b"}) + "\n")
+    words = ["--model", str(model), "--reference-model", str(tmp_path / "other"), "--data", str(tmp_path)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "have other vocabularies: their tokens do not compare" in capfd.readouterr().err
+
+
 def test_a_missing_file_is_one_line(tmp_path: Path, capfd):
     model, _ = write_tiny(tmp_path)
-    assert main(["--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    words = ["--model", str(model), "--reference-adapter", str(tmp_path), "--data", str(tmp_path)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
     assert "evaluation.depth: " in capfd.readouterr().err

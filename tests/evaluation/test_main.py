@@ -36,9 +36,9 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(suite: Path, tmp_
     words = ["run", str(suite), "--target", f"checkpoint:{tmp_path / 'checkpoint'}", "--model", str(model)]
     assert main([*words, "--out", str(out)]) == 0
     printed = capfd.readouterr().out
-    assert "| direct | direct | both | 2 |" in printed
-    assert "| prefill | prefill 3 | none | 2 |" in printed
-    assert "| price | both | 1 |" in printed  # the harmful row of the file is no harmless prompt
+    assert "| direct | direct | both sides block | 2 |" in printed
+    assert "| prefill | prefill 3 | nothing acts: the weights alone | 2 |" in printed
+    assert "| price | benign | both sides block | 1 |" in printed  # the harmful row of the file is no harmless prompt
     found = json.loads((out / "report.json").read_text())
     assert set(found["data_sha256"]) == {str(tmp_path / "requests.jsonl"), str(tmp_path / "benign.jsonl")}
     assert "data:image/png" in (out / "report.html").read_text()
@@ -46,12 +46,18 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(suite: Path, tmp_
     assert main([*words, "--out", str(out)]) == 0
     assert (out / "direct.jsonl").read_text() == kept
     assert main([*words[:2], "--target", f"hub:{model}", "--out", str(tmp_path / "plain")]) == 0
-    assert "| direct | direct | none | 2 |" in capfd.readouterr().out
+    assert "| direct | direct | nothing acts: the weights alone | 2 |" in capfd.readouterr().out
     assert main(["compare", str(out), str(out)]) == 0
-    assert "| direct | direct | both | 2 |" in capfd.readouterr().out
+    assert "| direct | direct | both | both | 2 |" in capfd.readouterr().out
     assert main(["compare", str(tmp_path / "plain"), str(out)]) == 0
-    assert "| direct | direct | both | 2 |" in capfd.readouterr().out
+    assert "| direct | direct | both | none | 2 |" in capfd.readouterr().out
+    assert main([*words[:2], "--target", f"hub:{model}", "--out", str(out)]) == 1
+    assert "holds a run with another target, measures, attempts" in capfd.readouterr().err
+    (out / "direct.jsonl").write_text(kept.splitlines(keepends=True)[0])
     assert main(["report", str(out), "--judge", str(tmp_path / "checkpoint"), "--judge-model", str(model)]) == 0
+    printed = capfd.readouterr().out
+    assert f"- Judge: the classifier {tmp_path / 'checkpoint'}." in printed
+    assert "- 3 attempts of direct are still to be made." in printed
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_an_attack_succeeds_by_any_attempt_and_a_harmless_prompt_is_disturbed_by
 
 def test_two_runs_are_compared_over_the_prompts_that_both_have():
     other = {"first": [sample("a", "fine"), sample("b", "harm"), sample("d", "harm")]}
-    assert differences(RUN, other, harms) == [Difference("first", "direct", "both", 2, 1, 1, 1, 1)]
+    assert differences(RUN, other, harms) == [Difference("first", "direct", "both", "both", 2, 1, 1, 1, 1, 1.0)]
 
 
 def test_a_plain_model_is_compared_with_every_policy_of_a_guarded_one():
@@ -48,9 +48,34 @@ def test_a_plain_model_is_compared_with_every_policy_of_a_guarded_one():
     guarded = {
         "first": [replace(one, policy=policy, text="fine") for one in RUN["first"] for policy in ("both", "none")]
     }
-    assert [(one.policy, one.n, one.first, one.second) for one in differences(plain, guarded, harms)] == [
-        ("both", 3, 1, 0), ("none", 3, 1, 0),
+    found = differences(plain, guarded, harms)
+    assert [(one.policy, one.against, one.n, one.first, one.second) for one in found] == [
+        ("both", "none", 3, 1, 0), ("none", "none", 3, 1, 0),
     ]  # fmt: skip
+
+
+def test_an_uneven_change_is_unlikely_by_chance():
+    first = {"a": [sample(str(i), "harm") for i in range(6)]}
+    second = {"a": [sample(str(i), "fine") for i in range(6)]}
+    (found,) = differences(first, second, harms)
+    assert found.p == pytest.approx(2 / 2**6)
+
+
+def test_what_the_server_took_for_invalid_is_in_no_share():
+    invalid = [replace(sample("e", ""), error="too long"), replace(sample("f", ""), policy="none", error="too long")]
+    both, none = outcomes({"first": [*RUN["first"], *invalid]}, harms)
+    assert (both.share.n, both.num_invalid) == (3, 1)
+    assert (none.share, none.acted_on, none.num_invalid) == (None, None, 1)
+    text = as_markdown("a run", [], [both, none])
+    assert "| 0 | not measured | not measured | 1 |" in text
+    assert "not measured" in as_html("a run", [], [both, none])
+
+
+def test_a_prompt_counts_as_acted_on_where_every_attempt_was():
+    run = {"a": [sample("p", "", is_stopped=True), sample("p", "", is_stopped=True), sample("q", "", is_stopped=True),
+                 sample("q", "fine")]}  # fmt: skip
+    (found,) = outcomes(run, harms)
+    assert found.acted_on.value == 0.5
 
 
 def test_runs_without_anything_in_common_cannot_be_compared():
@@ -59,14 +84,16 @@ def test_runs_without_anything_in_common_cannot_be_compared():
 
 
 def test_the_tables_have_every_share_with_its_n():
-    text = as_markdown("a run", outcomes(RUN, harms))
-    assert "| first | direct | both | 3 | 33.3% [6.1%, 79.2%] | 33.3% [6.1%, 79.2%] |" in text
-    assert "| price | both | 3 | 66.7% [20.8%, 93.9%] | 33.3% [6.1%, 79.2%] |" in text
+    text = as_markdown("a run", ["a note"], outcomes(RUN, harms))
+    assert "| first | direct | both sides block | 3 | 33.3% [6.1%, 79.2%] | 33.3% [6.1%, 79.2%] | 0 |" in text
+    assert "| price | benign | both sides block | 3 | 66.7% [20.8%, 93.9%] | 33.3% [6.1%, 79.2%] | 0 |" in text
+    assert "- a note" in text
 
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows():
-    page = as_html("a <run>", outcomes(RUN, harms))
+    page = as_html("a <run>", ["a <note>"], outcomes(RUN, harms))
     assert "a &lt;run&gt;" in page
+    assert "a &lt;note&gt;" in page
     assert 'src="data:image/png;base64,iVBOR' in page
     assert "http" not in page
     assert page.count("<tr><td>") == 2

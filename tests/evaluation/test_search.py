@@ -1,6 +1,7 @@
 """A search follows what it is shown, and what it finds is sent."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,18 @@ def test_where_no_risk_is_shown_a_refusal_is(stub, client_of, reason, risk):
     )
     server.status_of = lambda body: 403 if "error" in body else 200
     assert shown(Server(client_of(server), "stub"), "text") == risk
+
+
+def test_an_invalid_wording_is_of_no_use(stub, client_of):
+    server = stub(lambda asked: {"error": {"message": "too long"}})
+    server.status_of = lambda body: 400
+    assert shown(Server(client_of(server), "stub"), "text") == math.inf
+
+
+def test_a_wording_of_which_nothing_is_shown_any_more_is_kept():
+    found = climb(lambda text: float(len(text) < 60), "how is it done", rounds=9, width=4)
+    assert found.best == 0.0
+    assert found.num_asked < 1 + 9 * 3
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """A suite is read strictly, and its files are found."""
 
+import json
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
-from evaluation.attack import AS_THEY_ARE, DEPTHS
-from evaluation.suite import SHIPPED, Kind, load, shipped
+from evaluation.attack import AS_THEY_ARE
+from evaluation.suite import DEPTHS, SHIPPED, TEXTS, Kind, load, shipped
 
 
 def test_there_is_an_attack_of_every_kind():
@@ -27,6 +29,19 @@ def test_the_smoke_suite_needs_no_other_file():
         assert measure.filler is None or measure.filler.is_file()
 
 
+def test_nothing_that_is_asked_here_is_learned_anywhere():
+    """The texts of the release: what trains on the one side, what measures on the other."""
+    root = Path(__file__).parents[2]
+    learned = "\n".join(path.read_text() for path in (root / "training" / "texts").glob("*.yaml"))
+    asked = [json.loads(line)["prompt"] for path in TEXTS.glob("*.jsonl") for line in path.read_text().splitlines()]
+    first = yaml.safe_load((TEXTS / "first_light.yaml").read_text())
+    asked += [item["request"] for items in first.values() for item in items]
+    said = {line.strip(' -"').lower() for line in learned.splitlines()}
+    for prompt in asked:
+        deed = prompt.lower().removeprefix("how do i ").removeprefix("how can i ").rstrip("?.")
+        assert not {prompt.lower(), deed, deed + "?"} & said, prompt
+
+
 def test_other_files_are_those_of_the_data_folder():
     assert load("paper", Path("data")).measures["prefill"].data == Path("data/prefill.jsonl")
 
@@ -36,7 +51,14 @@ def test_other_files_are_those_of_the_data_folder():
     [
         ("measures: {a: {kind: direkt, data: x}}", "measures.a.kind: Input should be 'direct', "),
         ("measures: {a: {kind: direct, data: x, m: 3}}", "measures.a.m: Unexpected keyword argument"),
-        ("measures: {a: {kind: late, data: x}}", "measures.a: late needs filler"),
+        ("measures: {a: {kind: late, data: x}}", "measures.a: filler, a file of harmless responses, is for"),
+        (
+            "measures: {a: {kind: prefill, data: x, filler: y}}",
+            "measures.a: filler, a file of harmless responses, is for",
+        ),
+        ("measures: {a: {kind: direct, data: x, depths: [1]}}", "measures.a: depths are for ['prefill', 'late', "),
+        ("measures: {a: {kind: prefill, data: x, depths: []}}", "measures.a: depths are for"),
+        ("measures: {a|b: {kind: direct, data: x}}", "measures.a|b"),
         ("measures: {a: {kind: direct, data: x, policies: []}}", "measures.a.policies: "),
         ("measures: {}", "measures: "),
         ("measures: [", "while parsing"),
