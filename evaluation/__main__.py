@@ -52,7 +52,6 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
         },
     })  # fmt: skip
     for name, attempts in plans.items():
-        sys.stderr.write(f"{name}\n")
         attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, is_watched=is_watched)
 
 

@@ -123,7 +123,7 @@ def attack(
     missing = [one for one in attempts if one.key not in journal or journal.samples[one.key].error]
     with ThreadPoolExecutor(PARALLEL) as pool:
         samples = pool.map(lambda one: send(server.client, server.model, one, target, is_watched=is_watched), missing)
-        for found in track(samples, "attempts", total=len(missing)):
+        for found in track(samples, path.stem, total=len(missing)):
             journal.add(found)
     return [journal.samples[attempt.key] for attempt in attempts]
 
