@@ -89,8 +89,17 @@ def test_the_shipped_requests_are_found_and_balanced(tmp_path: Path):
     assert sorted(path.name for path in SHIPPED.iterdir()) == [
         "check.yaml",
         "identity.jsonl",
+        "near_misses.yaml",
         "own_requests.yaml",
     ]
+
+
+def test_near_misses_are_many_and_each_kind_of_harm_has_a_harmless_twin(tmp_path: Path):
+    rows = read("near", Source(path="near_misses.yaml", kind="prompts"), tmp_path)
+    malicious = sum(row.request_label or 0 for row in rows)
+    assert len(rows) > 1000
+    assert 0.2 < malicious / len(rows) < 0.3
+    assert len({row.key for row in rows}) == len(rows)  # no request under both labels
 
 
 def test_templates_that_do_not_exist_are_an_error(tmp_path: Path):
