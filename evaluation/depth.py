@@ -176,7 +176,9 @@ def draw(found: Depth, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description="Measure how deep a model's alignment goes.")
+    parser = argparse.ArgumentParser(
+        prog="ballast-eval depth", description="Measure how deep a model's alignment goes."
+    )
     add_arguments(parser)
     parser.add_argument("--reference-model", help="the other model; by default the same")
     parser.add_argument("--reference-adapter", type=Path, help="folder of its adapter; by default it has none")
