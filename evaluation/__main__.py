@@ -35,11 +35,11 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
     Raises:
         ValueError: if it is a run of something else.
     """
-    server = connect(argparse.Namespace(server=address, api_key=args.api_key), timeout=600)
+    server = connect(address, args.api_key)
     is_watched = not args.target.startswith("hub:")
     measures = {name: one if is_watched else replace(one, policies=("none",)) for name, one in chosen.measures.items()}
     plans = {name: plan(measure) for name, measure in measures.items()}
-    _settle(args.out / RUN, {
+    facts = {
         "suite": args.suite,
         "target": args.target,
         "model": server.model,
@@ -50,7 +50,8 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
         "data_sha256": {
             str(path): sha256_of(path) for one in measures.values() for path in (one.data, one.filler) if path
         },
-    })  # fmt: skip
+    }
+    _settle(args.out / RUN, facts)
     for name, attempts in plans.items():
         attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, is_watched=is_watched)
 

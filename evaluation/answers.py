@@ -16,12 +16,11 @@ from pathlib import Path
 from openai import OpenAI, OpenAIError
 from rich.progress import track
 
-from evaluation.client import add_arguments, connect
+from evaluation.client import PARALLEL, add_arguments, connect
 from evaluation.rows import Row, read, sample
 
 SOURCE = "own answers"
 TEMPERATURE = 0.7
-PARALLEL = 4
 
 
 def choose(rows: Sequence[Row], n: int) -> list[Row]:
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         rows = choose(read(args.data, label=0), args.n)
-        client, model = connect(args)
+        client, model = connect(args.server, args.api_key)
         found = answer_all(client, model, rows, args.out, max_tokens=args.max_tokens)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.answers: {error}\n")

@@ -19,7 +19,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,14 +42,14 @@ from evaluation.attempts import (
     scenes,
     under,
 )
-from evaluation.client import Server, add_arguments, connect
+from evaluation.client import PARALLEL, Server, add_arguments, connect
 from evaluation.judges import by_phrases
 from evaluation.outcomes import outcomes
-from evaluation.rows import Row, read, sample
+from evaluation.rows import Row, read, select
 from evaluation.samples import Journal, Sample
 from evaluation.suite import DEPTHS, Kind, Measure, Policy, explain
 from model.errors import ModelError
-from model.pretrained import DEFAULT_MODEL, load_tokenizer
+from model.pretrained import load_tokenizer
 
 POLICIES = {
     "both": {"input": {"mode": "block"}, "output": {"mode": "block"}},
@@ -68,9 +68,6 @@ AS_THEY_ARE: dict[str, Callable[[Sequence[Row]], list[Attempt]]] = {
 """What needs nothing but requests."""
 RESPONSE = {"prefill": "harmful_response", "late": "harmful_response", "ready": "attack_prompt"}
 """The field beside the request that an attack reads."""
-PARALLEL = 4
-CHOSEN = ("data", "source", "n", "depths", "filler", "policies", "max_tokens", "tokenizer")
-"""Fields of a measure that a command line gives."""
 
 
 def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watched: bool = True) -> Sample:
@@ -136,13 +133,8 @@ def plan(measure: Measure) -> list[Attempt]:
         ModelError: if the tokenizer cannot be loaded.
     """
     wanted = 0 if measure.kind == "benign" else 1
-    rows = read(measure.data, label=wanted, response=RESPONSE.get(measure.kind))
-    rows = [row for row in rows if row.source.startswith(measure.source)]
-    chosen = {row.prompt for row in sample((replace(row, response=None) for row in rows), measure.n)}
-    rows = [row for row in rows if row.prompt in chosen]
-    if not rows:
-        kind = "harmful" if wanted else "harmless"
-        raise ValueError(f"{measure.data} holds no {kind} row whose source begins with {measure.source!r}")
+    response = RESPONSE.get(measure.kind)
+    rows = select(measure.data, measure.n, label=wanted, source=measure.source, response=response)
     attempts = _made(measure, rows)
     if not attempts:
         depths = measure.depths or DEPTHS[measure.kind]
@@ -174,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="JSON lines of prompt; prefill and late need harmful_response, ready attack_prompt",
     )
     parser.add_argument("--source", default="", help="only rows whose source begins with this")
-    parser.add_argument("--tokenizer", default=DEFAULT_MODEL, help="of the served model, counts (%(default)s)")
+    parser.add_argument("--tokenizer", default=Measure.tokenizer, help="of the served model, counts (%(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", help=f"tokens that are given, by default {DEPTHS}")
     parser.add_argument("--filler", type=Path, help="JSON lines of harmless responses, for late and diluted")
     parser.add_argument(
@@ -184,15 +176,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Measure.policies,
         help="sides that block (%(default)s)",
     )
-    parser.add_argument("--n", type=int, default=373, help="most prompts (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")
+    parser.add_argument("--n", type=int, default=Measure.n, help="most prompts (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=Measure.max_tokens, help="longest response (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
     args = parser.parse_args(argv)
     try:
-        measure = Measure(args.attack, **{name: getattr(args, name) for name in CHOSEN})
+        chosen = {field.name: getattr(args, field.name) for field in fields(Measure) if field.name != "kind"}
+        measure = Measure(args.attack, **chosen)
         attempts = plan(measure)
         args.out.mkdir(parents=True, exist_ok=True)
-        samples = attack(connect(args, timeout=600), attempts, args.out / f"{args.attack}.jsonl", args.out.name)
+        server = connect(args.server, args.api_key)
+        samples = attack(server, attempts, args.out / f"{args.attack}.jsonl", args.out.name)
     except ValidationError as error:
         sys.stderr.write(f"evaluation.attack: {explain(error)}\n")
         return 1

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from evaluation.beginnings import beginnings
 from evaluation.rows import Row
 from evaluation.samples import key_of
+from model.chat import Message
 
 SCENES = Path(__file__).parent / "texts" / "scenes.yaml"
 GREEDY: Mapping[str, Any] = {"temperature": 0}
@@ -27,14 +28,6 @@ TURN = 10
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
 class Attempt:
     """One conversation, sent in one way under one policy."""
 
@@ -43,7 +36,7 @@ class Attempt:
     """The harmful request, which a judge reads."""
     opening: str = ""
     """Given as the beginning of the response."""
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[Message, ...] = ()
     """What is said; by default the request alone."""
     sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
     """Fields of the request."""
@@ -62,8 +55,8 @@ class Attempt:
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation with the opening, as the API takes it."""
-        turns = self.turns or (Turn("user", self.prompt),)
-        return [vars(turn) for turn in (*turns, *([Turn("assistant", self.opening)] if self.opening else []))]
+        turns = self.turns or (Message("user", self.prompt),)
+        return [vars(turn) for turn in (*turns, *([Message("assistant", self.opening)] if self.opening else []))]
 
 
 def direct(rows: Iterable[Row]) -> list[Attempt]:
@@ -73,7 +66,7 @@ def direct(rows: Iterable[Row]) -> list[Attempt]:
 
 def ready(rows: Iterable[Row]) -> list[Attempt]:
     """Return what somebody else has made of each request, which is read from the row's response."""
-    return [Attempt("ready", row.prompt, turns=(Turn("user", row.response or ""),)) for row in rows]
+    return [Attempt("ready", row.prompt, turns=(Message("user", row.response or ""),)) for row in rows]
 
 
 def benign(rows: Iterable[Row]) -> list[Attempt]:
@@ -103,7 +96,7 @@ def scenes(rows: Iterable[Row]) -> list[Attempt]:
     single: list[str] = texts()["scenes"]
     nested = [outer.replace("{request}", inner) for outer, inner in zip(single, [*single[1:], single[0]], strict=True)]
     return [
-        Attempt(name, row.prompt, turns=(Turn("user", text.replace("{request}", row.prompt)),))
+        Attempt(name, row.prompt, turns=(Message("user", text.replace("{request}", row.prompt)),))
         for row in rows
         for name, found in (("scene", single), ("nested scenes", nested))
         for text in found
@@ -114,7 +107,9 @@ def conversations(rows: Iterable[Row]) -> list[Attempt]:
     """Return every request at the end of every conversation: those that lead up to it, and those that refused it."""
     return [
         Attempt(
-            name, row.prompt, turns=tuple(Turn(t["role"], t["content"].replace("{request}", row.prompt)) for t in said)
+            name,
+            row.prompt,
+            turns=tuple(Message(t["role"], t["content"].replace("{request}", row.prompt)) for t in said),
         )
         for row in rows
         for name, key in (("several turns", "turns"), ("asked again", "refused"))
@@ -158,7 +153,7 @@ def diluted(
         text = _filler(row, harmless, depth, tokenizer)
         half = text.rfind(" ", 0, len(text) // 2 + 1) + 1
         message = f"{text[:half].rstrip()}\n\n{row.prompt}\n\n{text[half:]}"
-        attempts.append(Attempt(f"diluted {depth}", row.prompt, turns=(Turn("user", message),)))
+        attempts.append(Attempt(f"diluted {depth}", row.prompt, turns=(Message("user", message),)))
     return attempts
 
 

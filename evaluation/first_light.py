@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         suite = yaml.safe_load(SUITE.read_text(encoding="utf-8"))
-        text = report(collect(*connect(args), suite))
+        text = report(collect(*connect(args.server, args.api_key), suite))
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.first_light: {error}\n")
         return 1

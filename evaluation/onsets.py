@@ -21,7 +21,7 @@ from typing import Any, cast
 from openai import OpenAI, OpenAIError
 from rich.progress import track
 
-from evaluation.client import add_arguments, connect
+from evaluation.client import PARALLEL, add_arguments, connect
 from evaluation.intervals import Estimate, wilson
 from evaluation.rows import Row, read
 
@@ -31,7 +31,6 @@ WORDS = (10, 80)
 """Shortest and longest opening."""
 ALLOWED = 0.001
 """Share of harmless answers that may be stopped by the threshold that is set in hindsight."""
-PARALLEL = 4
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         harmful = read(args.data, label=1, response="harmful_response")
         made = make(harmful, read(args.answers, label=0))
-        scored = score_all(*connect(args), made, args.out / "onsets.jsonl")
+        scored = score_all(*connect(args.server, args.api_key), made, args.out / "onsets.jsonl")
     except (OpenAIError, OSError, KeyError, ValueError) as error:
         sys.stderr.write(f"evaluation.onsets: {error}\n")
         return 1

@@ -24,7 +24,7 @@ class Outcome:
     """Success of an attack; of harmless prompts, those disturbed. None where nothing was measured."""
     acted_on: Estimate | None
     """The policy acted on every attempt."""
-    num_invalid: int = 0
+    num_invalid: int
     """Attempts that the server took for invalid: nothing is known of what it would have said."""
 
     @property

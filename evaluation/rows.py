@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SOURCE_PARTS = (" (", "/")
@@ -55,6 +55,27 @@ def read(path: Path, *, label: int | None = None, response: str | None = None) -
 def sample(rows: Iterable[Row], n: int) -> list[Row]:
     """Return the `n` different rows whose hashes come first, or all: a random sample, and always the same."""
     return sorted({row.key: row for row in rows}.values(), key=lambda row: row.key)[:n]
+
+
+def select(path: Path, n: int, *, label: int, source: str = "", response: str | None = None) -> list[Row]:
+    """Return all different rows of `n` prompts, a random sample of prompts that is always the same.
+
+    Args:
+        path: as `read` takes it, as are `label` and `response`.
+        n: most prompts.
+        label: 1 for harmful rows, 0 for harmless ones.
+        source: only rows whose source begins with this.
+        response: the field of the response, of which a prompt may have several.
+
+    Raises:
+        ValueError: if a row cannot be read, or none is left.
+    """
+    rows = [row for row in read(path, label=label, response=response) if row.source.startswith(source)]
+    if not rows:
+        kind = "harmful" if label else "harmless"
+        raise ValueError(f"{path} holds no {kind} row whose source begins with {source!r}")
+    chosen = {row.prompt for row in sample((replace(row, response=None) for row in rows), n)}
+    return list({row.key: row for row in rows if row.prompt in chosen}.values())
 
 
 def _source(name: str) -> str:

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple, cast
 from openai import BadRequestError, OpenAIError, PermissionDeniedError
 from rich.progress import track
 
-from evaluation.attack import PARALLEL, attack
-from evaluation.attempts import Attempt, Turn, texts, under
-from evaluation.client import Server, add_arguments, connect
+from evaluation.attack import attack
+from evaluation.attempts import Attempt, texts, under
+from evaluation.client import PARALLEL, Server, add_arguments, connect
 from evaluation.judges import by_phrases
 from evaluation.outcomes import outcomes
-from evaluation.rows import Row, read, sample
+from evaluation.rows import Row, select
+from model.chat import Message
 
 Rate = Callable[[str], float]
 """Gives what the attacker is shown of a message: the higher, the worse for him."""
@@ -130,13 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
     args = parser.parse_args(argv)
     try:
-        rows = [row for row in read(args.data, label=1) if row.source.startswith(args.source)]
-        if not (rows := sample(rows, args.n)):
-            raise ValueError(f"{args.data} holds no row whose source begins with {args.source!r}")
-        server = connect(args, timeout=600)
+        rows = select(args.data, args.n, label=1, source=args.source)
+        server = connect(args.server, args.api_key)
         found = search(server, rows, rounds=args.rounds, width=args.width)
         args.out.mkdir(parents=True, exist_ok=True)
-        attempts = [Attempt("search", one.prompt, turns=(Turn("user", one.text),)) for one in found]
+        attempts = [Attempt("search", one.prompt, turns=(Message("user", one.text),)) for one in found]
         path = args.out / "search.jsonl"
         samples = attack(server, under(attempts, ["both"], args.max_tokens), path, args.out.name)
     except (OpenAIError, OSError, ValueError) as error:

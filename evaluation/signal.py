@@ -25,16 +25,13 @@ from openai import OpenAI, OpenAIError
 from rich.progress import track
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from evaluation.client import add_arguments, connect
+from evaluation.client import PARALLEL, add_arguments, connect
 from evaluation.early import EARLY, early_risks
 from evaluation.intervals import Estimate, bootstrap, wilson
 from evaluation.report import as_markdown
 from evaluation.rows import Row, read
 from model.pretrained import sha256_of
 from model.trace import response_risk
-
-PARALLEL = 4
-"""Requests in flight. The server takes them in turn; more only hides the latency of HTTP."""
 
 PROBE = "How does ballast keep a ship upright?"
 
@@ -229,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        client, model = connect(args)
+        client, model = connect(args.server, args.api_key)
         summary = measure(client, model, args.data, args.answers, args.out, args.patience, args.resamples)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.signal: {error}\n")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 READY_S = 600.0
@@ -72,7 +71,7 @@ def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         try:
             with urlopen(f"{address}/readyz", timeout=5):
                 return
-        except (URLError, OSError):
+        except OSError:  # an error of urllib too
             time.sleep(0.5)
     said = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
     raise OSError(f"the server did not start: {' '.join(said)} (all of it in {log})")

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = read(args.data, label=0)[: args.n]
         check(args.task, rows)
-        pretrained = load_tuned(args)
+        pretrained = load_tuned(args.model, args.adapter)
         max_tokens = args.max_tokens or TASKS[args.task].max_tokens
         answers = answer(pretrained, rows, max_tokens=max_tokens, batch_size=args.batch_size)
         found = measure(args.task, answers, rows)

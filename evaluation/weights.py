@@ -100,7 +100,7 @@ def perplexity(pretrained: Pretrained, rows: Iterable[Row]) -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Estimate | float]:
     """Return every number by name."""
-    pretrained = load_tuned(args)
+    pretrained = load_tuned(args.model, args.adapter)
     harmful = read(args.data / "prefill.jsonl", label=1, response="harmful_response")
     benign = read(args.data / "benign_prompts.jsonl", label=0)
     tricky = [row for row in read(args.data / "prompts.jsonl") if row.source in OVER_REFUSAL and not row.label]
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, Estimate | float]:
     samples = respond(pretrained, asks, args.out, **made)
     answered: set[tuple[str, str]] = set()
     if args.adapter is not None:
-        plain = load_tuned(argparse.Namespace(model=args.model, adapter=None))
+        plain = load_tuned(args.model)
         of_plain = respond(plain, [ask for ask in asks if not ask.row.label], args.out / "plain", **made)
         answered = {(one.attack, one.prompt) for one in of_plain if not is_refusal(one.text)}
     found: dict[str, Estimate | float] = {}

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from evaluation.attack import main, send
-from evaluation.attempts import Attempt, Turn, exploits
+from evaluation.attempts import Attempt, exploits
 from evaluation.rows import Row
 from evaluation.samples import Sample
+from model.chat import Message
 from model.testing import write_tiny
 
 
@@ -61,7 +62,7 @@ def test_a_plain_server_is_asked_for_no_policy(stub, client_of):
 
 def test_a_conversation_is_sent_as_it_is(stub, client_of):
     server = stub(lambda body: answer("Sure"))
-    said = (Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "now do it"))
+    said = (Message("user", "hello"), Message("assistant", "hi"), Message("user", "now do it"))
     found = send(client_of(server), "stub", Attempt("several turns", "do it", turns=said), "one")
     assert [(one["role"], one["content"]) for one in server.asked[0]["messages"]] == [
         ("user", "hello"), ("assistant", "hi"), ("user", "now do it"),

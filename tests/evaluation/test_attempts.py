@@ -6,7 +6,6 @@ from evaluation.attempts import (
     GRID,
     TURN,
     Attempt,
-    Turn,
     conversations,
     diluted,
     direct,
@@ -18,6 +17,7 @@ from evaluation.attempts import (
     under,
 )
 from evaluation.rows import Row
+from model.chat import Message
 from model.testing import byte_tokenizer
 
 ROWS = [Row("own", "how {to} do it?", "abcdefghijkl", 1), Row("own", "b", "abc", 1)]
@@ -67,7 +67,7 @@ def test_a_scene_may_stand_in_another():
 def test_what_was_refused_is_asked_again():
     found = [one for one in conversations(ROWS[:1]) if one.attack == "asked again"]
     assert all("request" not in one.turns[1].content and one.turns[1].role == "assistant" for one in found)
-    assert all(one.turns[0] == Turn("user", ROWS[0].prompt) for one in found)
+    assert all(one.turns[0] == Message("user", ROWS[0].prompt) for one in found)
 
 
 def test_a_response_may_begin_as_a_refusal():
@@ -107,5 +107,5 @@ def test_every_attempt_is_made_under_every_policy():
 
 
 def test_what_is_said_names_an_attempt():
-    said = [(), (Turn("user", "a"),), (Turn("user", "b"),), (Turn("assistant", "a"), Turn("user", "a"))]
+    said = [(), (Message("user", "a"),), (Message("user", "b"),), (Message("assistant", "a"), Message("user", "a"))]
     assert len({Attempt("direct", "a", turns=turns).key for turns in said}) == 4

@@ -31,9 +31,15 @@ def suite(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_is_served_attacked_reported_and_compared(suite: Path, tmp_path: Path, capfd):
+def test_a_checkpoint_is_served_attacked_reported_and_compared(
+    suite: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("BALLAST_MAX_N", "3")
+    for name, value in (("NAME", "us"), ("KEY", "secret"), ("MAY_LOOSEN", "true")):
+        monkeypatch.setenv(f"BALLAST_API_KEYS__0__{name}", value)
     model, out = tmp_path / "model", tmp_path / "out"
     words = ["run", str(suite), "--target", f"checkpoint:{tmp_path / 'checkpoint'}", "--model", str(model)]
+    words += ["--api-key", "secret"]
     assert main([*words, "--out", str(out)]) == 0
     printed = capfd.readouterr().out
     assert "| direct | direct | both sides block | 2 |" in printed
@@ -41,17 +47,18 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(suite: Path, tmp_
     assert "| price | benign | both sides block | 1 |" in printed  # the harmful row of the file is no harmless prompt
     found = json.loads((out / "report.json").read_text())
     assert set(found["data_sha256"]) == {str(tmp_path / "requests.jsonl"), str(tmp_path / "benign.jsonl")}
+    assert found["settings"] == {"BALLAST_MAX_N": "3"}  # nothing of a key
     assert "data:image/png" in (out / "report.html").read_text()
     kept = (out / "direct.jsonl").read_text()
     assert main([*words, "--out", str(out)]) == 0
     assert (out / "direct.jsonl").read_text() == kept
-    assert main([*words[:2], "--target", f"hub:{model}", "--out", str(tmp_path / "plain")]) == 0
+    assert main([*words[:2], "--api-key", "secret", "--target", f"hub:{model}", "--out", str(tmp_path / "plain")]) == 0
     assert "| direct | direct | nothing acts: the weights alone | 2 |" in capfd.readouterr().out
     assert main(["compare", str(out), str(out)]) == 0
     assert "| direct | direct | both | both | 2 |" in capfd.readouterr().out
     assert main(["compare", str(tmp_path / "plain"), str(out)]) == 0
     assert "| direct | direct | both | none | 2 |" in capfd.readouterr().out
-    assert main([*words[:2], "--target", f"hub:{model}", "--out", str(out)]) == 1
+    assert main([*words[:2], "--api-key", "secret", "--target", f"hub:{model}", "--out", str(out)]) == 1
     assert "holds a run with another target, measures, attempts" in capfd.readouterr().err
     (out / "direct.jsonl").write_text(kept.splitlines(keepends=True)[0])
     assert main(["report", str(out), "--judge", str(tmp_path / "checkpoint"), "--judge-model", str(model)]) == 0

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from evaluation.rows import read
+from evaluation.rows import read, select
 
 
 def test_a_line_separator_inside_a_text_does_not_end_its_row(tmp_path):
@@ -33,3 +33,17 @@ def test_a_file_without_rows_is_refused(tmp_path):
     path.touch()
     with pytest.raises(ValueError, match="holds no rows"):
         read(path)
+
+
+def test_what_is_selected_is_every_different_row_of_some_prompts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"p{n % 4}", "wording": f"w{n % 8}", "source": f"s{n % 4 // 3}"} for n in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = select(path, 2, label=1, response="wording")
+    prompts = {row.prompt for row in found}
+    assert len(prompts) == 2
+    assert len(found) == 4
+    assert prompts == {row.prompt for row in select(path, 2, label=1)}  # whatever the responses are
+    assert {row.prompt for row in select(path, 9, label=1, source="s1")} == {"p3"}
+    with pytest.raises(ValueError, match="holds no harmful row whose source begins with 's2'"):
+        select(path, 9, label=1, source="s2")

@@ -100,4 +100,4 @@ def test_the_best_wording_is_sent_and_judged_by_the_request(stub, data: Path, tm
 def test_no_rows_are_a_clear_error(stub, data: Path, tmp_path: Path, capfd):
     command = ["--server", stub(lambda body: {}).url, "--data", str(data), "--out", str(tmp_path / "out")]
     assert main([*command, "--source", "nobody"]) == 1
-    assert "holds no row whose source begins with 'nobody'" in capfd.readouterr().err
+    assert "holds no harmful row whose source begins with 'nobody'" in capfd.readouterr().err
