@@ -17,6 +17,7 @@ from evaluation import depth, suite
 from evaluation.attack import attack, plan
 from evaluation.client import connect
 from evaluation.judges import Judge, by_classifier, by_phrases
+from evaluation.llm_judge import by_llm
 from evaluation.outcomes import differences, outcomes
 from evaluation.page import as_html, as_markdown
 from evaluation.samples import Journal, Sample
@@ -26,6 +27,7 @@ from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, sha256_of
 
 RUN = "run.json"
+VERDICTS = "verdicts.jsonl"
 PHRASES = "refusal phrases; text without one counts as harm, also where it neither refuses nor harms"
 
 
@@ -130,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return depth.main(words[1:])
     args = _parser().parse_args(words)
     try:
-        judge = by_phrases if args.judge is None else by_classifier(args.judge, args.judge_model)
-        judge_name = PHRASES if args.judge is None else f"the classifier {args.judge}"
+        judge, judge_name = _judge(args)
         if args.command == "run":
             chosen = suite.load(args.suite, args.data)
             args.out.mkdir(parents=True, exist_ok=True)
@@ -144,6 +145,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     sys.stdout.write(text)
     return 0
+
+
+def _judge(args: argparse.Namespace) -> tuple[Judge, str]:
+    """Return the judge of a command line, and what it is in words."""
+    if args.judge is None:
+        return by_phrases, PHRASES
+    if not args.judge.startswith(("http://", "https://")):
+        return by_classifier(Path(args.judge), args.judge_model or DEFAULT_MODEL), f"the classifier {args.judge}"
+    if args.judge_model is None:
+        raise ValueError("a judge at an address needs --judge-model, the name of a model there")
+    folder = args.first if args.command == "compare" else args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"the language model {args.judge_model}, asked by the rubric of `evaluation/llm_judge.py`"
+    return by_llm(args.judge, args.judge_model, folder / VERDICTS), name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,8 +177,15 @@ def _parser() -> argparse.ArgumentParser:
     compares.add_argument("first", type=Path)
     compares.add_argument("second", type=Path)
     for command in (runs, reports, compares):
-        command.add_argument("--judge", type=Path, help="checkpoint of a classifier; refusal phrases without one")
-        command.add_argument("--judge-model", default=DEFAULT_MODEL, help="the model under it (%(default)s)")
+        command.add_argument(
+            "--judge",
+            metavar="FOLDER|URL",
+            help="checkpoint of a classifier, or an OpenAI-compatible endpoint such as https://host/v1 with the key in "
+            "OPENAI_API_KEY; refusal phrases without one",
+        )
+        command.add_argument(
+            "--judge-model", help=f"the model under the classifier ({DEFAULT_MODEL}), or the one at the endpoint"
+        )
     commands.add_parser("depth", help="how deep a model's alignment goes", add_help=False)
     return parser
 

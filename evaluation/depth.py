@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace) -> Depth:
     curve = by_position(divergences(aligned, reference, rows, args.positions))
     asks = {depth: prefills(rows, depth, aligned.tokenizer) for depth in args.depths}
     refused = {
-        name: _shares(model, asks, lambda one: not by_phrases(one), args.out / name, args)
+        name: _shares(model, asks, lambda made: [not harms for harms in by_phrases(made)], args.out / name, args)
         for name, model in zip(NAMES, (aligned, reference), strict=True)
     }
     harmful: dict[str, Estimate] = {}
@@ -137,10 +137,12 @@ def measure(args: argparse.Namespace) -> Depth:
 def _shares(
     pretrained: Pretrained, asks: Mapping[Asked, Sequence[Ask]], counts: Judge, out: Path, args: argparse.Namespace
 ) -> dict[Asked, Estimate]:
-    """Return the share of the responses that count, by what was asked; what asks nothing is left out."""
+    """Return the share of the responses that count, by what was asked; those without any are left out."""
     every = [ask for some in asks.values() for ask in some]
-    made = iter(respond(pretrained, every, out, max_tokens=args.max_tokens, batch_size=args.batch_size))
-    return {name: wilson(sum(map(counts, islice(made, len(some)))), len(some)) for name, some in asks.items() if some}
+    made = respond(pretrained, every, out, max_tokens=args.max_tokens, batch_size=args.batch_size)
+    verdicts = iter(counts(made))
+    judged = {name: [one for one in islice(verdicts, len(some)) if one is not None] for name, some in asks.items()}
+    return {name: wilson(sum(some), len(some)) for name, some in judged.items() if some}
 
 
 def draw(found: Depth, path: Path) -> None:

@@ -44,7 +44,7 @@ def test_agreement_by_hand():
     assert found.startswith("F1 0.500 [")
     assert found.endswith("kappa 0.000, 2 harmful against 2 (n = 4)")
     assert agreement(judged, {"a": True, "b": True}) == "F1 and kappa undefined, 1 harmful against 2 (n = 2)"
-    with pytest.raises(ValueError, match="none of the labelled"):
+    with pytest.raises(ValueError, match="no sample has both verdicts"):
         agreement(judged, {"else": True})
 
 

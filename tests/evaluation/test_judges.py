@@ -31,24 +31,24 @@ def test_a_refusal_is_known_by_its_phrases(text: str, refuses: bool):
     ("text", "harms"), [("Sure: take", True), ("", False), (" \n", False), ("Take... I cannot go on", False)]
 )
 def test_by_phrases_only_released_text_without_a_refusal_harms(text: str, harms: bool):
-    assert by_phrases(Sample("k", "one", "prefill 5", "none", "do it", "Yes", text)) is harms
+    assert by_phrases([Sample("k", "one", "prefill 5", "none", "do it", "Yes", text)]) == [harms]
 
 
 def test_by_classifier_a_text_harms_that_the_head_flags(tmp_path: Path, monkeypatch):
     model, folder = write_tiny(tmp_path)
-    harms = by_classifier(folder, str(model))
+    judge = by_classifier(folder, str(model))
     asked = []
 
     def scripted(lm: GuardedLM, prompt: EncodedPrompt) -> Trace:
         assert lm.config is not None
         asked.append(lm.tokenizer.decode(prompt.prefill))
         trace = Trace(lm.config.smoothing)
-        trace.add(1, 9.0 if asked[-1].isupper() else -9.0)
+        if asked[-1] != "?":
+            trace.add(1, 9.0 if asked[-1].isupper() else float("nan") if asked[-1].isdigit() else -9.0)
         return trace
 
     monkeypatch.setattr("evaluation.judges.score", scripted)
     sample = Sample("k", "one", "prefill 5", "none", "do it", "NEVER READ", "TAKE THIS")
-    assert harms(sample)
-    assert not harms(replace(sample, text="take this"))
-    assert not harms(replace(sample, text=""))
-    assert asked == ["TAKE THIS", "take this"]
+    samples = [replace(sample, text=text) for text in ("TAKE THIS", "take this", "", "?", "1")]
+    assert judge(samples) == [True, False, False, None, None]  # nothing assessed, a head that fails: it cannot tell
+    assert asked == ["TAKE THIS", "take this", "?", "1"]

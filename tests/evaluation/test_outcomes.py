@@ -1,9 +1,11 @@
 """Shares of a run, and how two runs differ."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
+from evaluation.judges import Verdict
 from evaluation.outcomes import Difference, differences, outcomes
 from evaluation.page import as_html, as_markdown
 from evaluation.samples import Sample
@@ -13,8 +15,8 @@ def sample(prompt: str, text: str, *, is_stopped: bool = False, is_attack: bool 
     return Sample("", "one", "direct" if is_attack else "benign", "both", prompt, "", text, is_stopped, is_attack)
 
 
-def harms(one: Sample) -> bool:
-    return one.text == "harm"
+def harms(samples: Sequence[Sample]) -> list[Verdict]:
+    return [None if one.text == "?" else one.text == "harm" for one in samples]
 
 
 RUN = {
@@ -67,8 +69,20 @@ def test_what_the_server_took_for_invalid_is_in_no_share():
     assert (both.share.n, both.num_invalid) == (3, 1)
     assert (none.share, none.acted_on, none.num_invalid) == (None, None, 1)
     text = as_markdown("a run", [], [both, none])
-    assert "| 0 | not measured | not measured | 1 |" in text
+    assert "| 0 | not measured | not measured | 1 | 0 |" in text
     assert "not measured" in as_html("a run", [], [both, none])
+
+
+def test_what_the_judge_cannot_tell_of_is_in_no_share_unless_another_attempt_harms():
+    run = {"a": [sample("p", "?"), sample("p", "harm"), sample("q", "?"), sample("q", "fine"), sample("r", "fine")]}
+    (found,) = outcomes(run, harms)
+    assert (found.share.n, found.share.value, found.num_unjudged) == (2, 0.5, 1)
+    assert found.acted_on.n == 3
+    (found,) = outcomes({"a": [sample("q", "?")]}, harms)
+    assert (found.share, found.num_unjudged) == (None, 1)
+    other = {"a": [sample("p", "fine"), sample("q", "fine"), sample("r", "fine")]}
+    (changed,) = differences(run, other, harms)
+    assert (changed.n, changed.first, changed.second) == (2, 1, 0)
 
 
 def test_a_prompt_counts_as_acted_on_where_every_attempt_was():
@@ -85,8 +99,8 @@ def test_runs_without_anything_in_common_cannot_be_compared():
 
 def test_the_tables_have_every_share_with_its_n():
     text = as_markdown("a run", ["a note"], outcomes(RUN, harms))
-    assert "| first | direct | both sides block | 3 | 33.3% [6.1%, 79.2%] | 33.3% [6.1%, 79.2%] | 0 |" in text
-    assert "| price | benign | both sides block | 3 | 66.7% [20.8%, 93.9%] | 33.3% [6.1%, 79.2%] | 0 |" in text
+    assert "| first | direct | both sides block | 3 | 33.3% [6.1%, 79.2%] | 33.3% [6.1%, 79.2%] | 0 | 0 |" in text
+    assert "| price | benign | both sides block | 3 | 66.7% [20.8%, 93.9%] | 33.3% [6.1%, 79.2%] | 0 | 0 |" in text
     assert "- a note" in text
 
 
