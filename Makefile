@@ -38,4 +38,5 @@ $(VENV)/.serve: $(VENV)/.venv pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.serve
 	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps nanogcg==0.3.0  # asks for an older transformers than it needs
 	touch $@
