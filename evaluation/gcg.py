@@ -16,6 +16,7 @@ begins with the token for the beginning of text (ChatML), that token is left in 
 import argparse
 import copy
 import json
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ from model.pretrained import DEFAULT_MODEL, device_of, load
 from model.safety_head import Passage
 from model.schedule import positions
 
-INIT = " ".join(20 * "x")
+INIT = 20 * " x"
 MARGIN = 1.0
 """Logits below a threshold from which on the signal does not weigh any more."""
 
@@ -98,8 +99,8 @@ class SignalGCG(GCG):  # type: ignore[misc]  # untyped
         Raises:
             ModelError: if the chat template cannot be taken apart around the suffix.
         """
-        self.prompt = self._lm.chat.encode([Message("user", f"{request} {INIT}")])
-        return self.run([{"role": "user", "content": f"{request} {{optim_str}}"}], target)
+        self.prompt = self._lm.chat.encode([Message("user", f"{request}{INIT}")])
+        return self.run([{"role": "user", "content": f"{request}{{optim_str}}"}], target)
 
     def compute_token_gradient(self, optim_ids: Tensor) -> Tensor:
         """Return the gradient of the loss by the one-hot suffix, (1, N, V)."""
@@ -232,13 +233,13 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
     targets = beginnings(rows, settings.target_tokens, lm.tokenizer)
     if not targets:
         raise ValueError(f"no harmful response has {settings.target_tokens} tokens")
+    logging.getLogger("nanogcg").setLevel(logging.ERROR)  # it tells every step
     config = GCGConfig(
         num_steps=settings.steps,
         search_width=settings.width,
         optim_str_init=INIT,
         batch_size=batch_size,
         use_prefix_cache=False,
-        verbosity="WARNING",
         seed=seed,
     )
     for row, ids in targets:
@@ -247,7 +248,7 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
         target = str(lm.tokenizer.decode(ids))
         result = SignalGCG(lm, config, settings.weight).attack(row.prompt, target)
         losses = {"first_loss": result.losses[0], "best_loss": result.best_loss}
-        attacked = {"prompt": row.prompt, "attack_prompt": f"{row.prompt} {result.best_string}", "harmful": 1}
+        attacked = {"prompt": row.prompt, "attack_prompt": f"{row.prompt}{result.best_string}", "harmful": 1}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(attacked | {"source": "GCG"} | facts | losses) + "\n")
         sys.stdout.write(f"loss {losses['first_loss']:.3f} to {losses['best_loss']:.3f}\n")

@@ -37,7 +37,7 @@ def test_the_loss_reads_the_risks_that_scoring_finds(signal: str):
     lm = tiny_guarded_lm(**SIGNALS[signal])
     gcg = search(lm, num_steps=1)
     result = gcg.attack("do it", "yes sir")
-    request = f"do it {result.best_string}"
+    request = f"do it{result.best_string}"
     prompt = lm.chat.encode([Message("user", request), Message("assistant", "yes sir")], continue_final=True)
     trace = score(lm, prompt)
     embeddings = gcg.embedding_layer(torch.tensor([[*prompt.request, *prompt.prefill]]))
@@ -64,7 +64,7 @@ def test_a_search_lowers_the_loss_with_text_that_a_server_takes():
     lm = tiny_guarded_lm()
     result = search(lm, num_steps=8, search_width=32).attack("do it", "yes")
     assert min(result.losses) < result.losses[0]
-    lm.chat.encode([Message("user", f"do it {result.best_string}")])  # no control token in it
+    lm.chat.encode([Message("user", f"do it{result.best_string}")])  # no control token in it
     assert result.best_string.isascii()
 
 
@@ -74,7 +74,7 @@ def test_a_template_that_cannot_be_taken_apart_is_an_error():
     gcg.attack("do it", "yes")
     gcg.prompt = lm.chat.encode([Message("system", "be good"), Message("user", "do it")])
     with pytest.raises(ModelError, match="other tokens of a request"):
-        gcg.run([{"role": "user", "content": "do it {optim_str}"}], "yes")
+        gcg.run([{"role": "user", "content": "do it{optim_str}"}], "yes")
 
 
 def write(path: Path, *prompts: str) -> Path:
@@ -94,7 +94,7 @@ def test_the_command_writes_prompts_that_can_be_sent_and_goes_on(tmp_path: Path,
     assert out.read_text().startswith(first)
     found = read(out, label=1, response="attack_prompt")
     assert [row.prompt for row in found] == ["a", "b"]
-    assert all(row.response.startswith(f"{row.prompt} ") for row in found)
+    assert all(row.response.startswith(row.prompt) for row in found)
     assert main([*guarded, "--data", str(tmp_path / "two.jsonl"), "--weight", "2"]) == 1
     assert "holds prompts of other settings" in capfd.readouterr().err
     plain = [*words[:-1], str(tmp_path / "plain.jsonl"), "--data", str(tmp_path / "one.jsonl")]
