@@ -21,6 +21,7 @@ from model.chat import EncodedPrompt, Message
 from model.cls_signal import ClsSignal
 from model.config import ClsConfig
 from model.guarded_lm import GuardedLM
+from model.passes import Solo
 from model.reader import Reader
 
 PROMPT = "Explain in a few sentences how a sailing boat can move against the wind, and what ballast is for."
@@ -46,11 +47,12 @@ def variants(lm: GuardedLM) -> dict[str, GuardedLM]:
 def seconds_per_token(lm: GuardedLM, prompt: EncodedPrompt, num_tokens: int) -> float:
     """Decode greedily after `prompt` and return seconds per token, the prompt not counted."""
     is_watched = lm.config is not None
+    solo = Solo(lm, prompt)
     reader = Reader(lm, prompt, lm.schedule, watches_request=is_watched, watches_response=is_watched)
-    step = reader.feed(prompt.request)
+    step = solo.complete(reader.feed(prompt.request))
     start = time.perf_counter()
     for _ in range(num_tokens):
-        step = reader.feed([int(step.logits.argmax())])
+        step = solo.complete(reader.feed([int(step.logits.argmax())]))
     return (time.perf_counter() - start) / num_tokens
 
 

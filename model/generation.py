@@ -1,6 +1,7 @@
 """Generate one response under a policy: the slow, plain loop, and the oracle for every faster engine.
 
-Read `Generation.run` top to bottom. The rules it applies are in `model.policy`; what may leave is
+Read `Generation.run` top to bottom. It computes nothing of the model: it yields the forward passes that it wants, and
+whoever drives it runs them, here one sequence alone. The rules it applies are in `model.policy`; what may leave is
 decided in `model.holdback`. A refusal continues from the request alone, without the text that it
 interrupts (docs/adr/0001), so that it is written, and judged, without the harmful context.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 from model.events import Action, Event, Finish, FinishReason, HeadWork, Release
 from model.guarded_lm import GuardedLM
 from model.holdback import Holdback, ResponseToken
+from model.passes import Pass, Passed, Solo, Steps
 from model.policy import Continue, Decision, Mode, Policy, Refuse, Rollback
 from model.reader import Reader, Step
 from model.request import GenerationRequest, admit
@@ -36,7 +38,7 @@ def generate(lm: GuardedLM, request: GenerationRequest, schedule: Schedule | Non
         InvalidRequest: as `model.request.admit`.
     """
     admit(lm, request)
-    return Generation(lm, request, schedule or lm.schedule).run()
+    return Solo(lm, request.prompt).drive(Generation(lm, request, schedule or lm.schedule).run())
 
 
 class Generation:
@@ -65,39 +67,37 @@ class Generation:
         self._untold_head = HeadWork()
         self._num_withdrawn = 0
 
-    def run(self) -> Iterator[Event]:
-        """Yield the events of the response."""
+    def run(self) -> Steps[Release, Finish]:
+        """Yield passes and what they release, and return how the response ended."""
         logits = yield from self._read_request()
         if isinstance(self._policy.decide_request(self._trace.request_risk), Refuse):
-            yield from self._refuse("refused")
-            return
+            return (yield from self._refuse("refused"))
         reason: FinishReason | None = None
         logits, decision = yield from self._read_prefill(logits)
         while isinstance(decision, Continue):
             yield self._release(decision.releasable, is_end=reason is not None)
             if reason is not None:
-                yield self._finish(reason, "none", self._draft.num_released)
-                return
+                return self._finish(reason, "none", self._draft.num_released)
             reason, token_id = self._draw(logits)
             if reason is None:
-                logits, decision = self._step(token_id)
+                logits, decision = yield from self._step(token_id)
             else:
-                decision = self._decide_last()
+                decision = yield from self._decide_last()
         assert isinstance(decision, Rollback)
-        yield from self._roll_back(decision)
+        return (yield from self._roll_back(decision))
 
     @property
     def _length(self) -> int:
         """Response tokens that exist, a prefill's included."""
         return self._num_prefill + len(self._draft)
 
-    def _read_request(self) -> Generator[Event, None, Tensor]:
+    def _read_request(self) -> Steps[Release, Tensor]:
         """Feed the request in chunks, note its risk at its end, and return the logits (V,)."""
         *before, last = chunks(self._request.prompt.request)
         for chunk in before:
-            self._reader.feed(chunk)
+            yield from self._reader.feed(chunk)
             yield Release()
-        step = self._reader.feed(last)
+        step = yield from self._reader.feed(last)
         self._request_head += step.work
         self._untold_head += step.work
         if step.request is not None:
@@ -105,11 +105,11 @@ class Generation:
         yield Release(head=self._pop_head())
         return step.logits
 
-    def _read_prefill(self, logits: Tensor) -> Generator[Event, None, tuple[Tensor, Decision]]:
+    def _read_prefill(self, logits: Tensor) -> Steps[Release, tuple[Tensor, Decision]]:
         """Feed a prefilled assistant message and assess it, like generated text."""
         decision: Decision = Continue(releasable=0)
         for chunk in chunks(self._request.prompt.prefill):
-            step = self._reader.feed(chunk, must_assess=True)
+            step = yield from self._reader.feed(chunk, must_assess=True)
             for position, logit in self._noted(step).response:
                 self._add(position, logit)
                 decision = self._policy.decide(self._trace, position)
@@ -137,21 +137,21 @@ class Generation:
             return "stop", drawn.token_id
         return ("length" if len(self._draft) == self._request.max_tokens else None), drawn.token_id
 
-    def _step(self, token_id: int, *, must_assess: bool = False) -> tuple[Tensor, Decision]:
+    def _step(self, token_id: int, *, must_assess: bool = False) -> Generator[Pass, Passed, tuple[Tensor, Decision]]:
         """Feed the newest token, assess it where that is due, and decide."""
         turned_at = self._policy.turned_at(self._trace)
-        step = self._noted(self._reader.feed([token_id], turned_at=turned_at, must_assess=must_assess))
+        step = self._noted((yield from self._reader.feed([token_id], turned_at=turned_at, must_assess=must_assess)))
         for position, logit in step.response:
             self._add(position, logit)
         return step.logits, self._policy.decide(self._trace, self._length)
 
-    def _decide_last(self) -> Decision:
+    def _decide_last(self) -> Generator[Pass, Passed, Decision]:
         """Make the assessment that comes before every end of a response, and decide on it."""
         if self._policy.output is not Mode.OFF and self._trace.position < self._length:
             if self._reader.length < self._length:  # the newest token has not been fed
-                self._step(self._draft.token_ids[-1], must_assess=True)
+                yield from self._step(self._draft.token_ids[-1], must_assess=True)
             else:
-                step = self._reader.assess_newest(turned_at=self._policy.turned_at(self._trace))
+                step = yield from self._reader.assess_newest(turned_at=self._policy.turned_at(self._trace))
                 self._add(*self._noted(step).response[0])
         return self._policy.decide(self._trace, self._length, is_final=True)
 
@@ -162,7 +162,7 @@ class Generation:
             self._untold_head += step.work
         return step
 
-    def _roll_back(self, decision: Rollback) -> Iterator[Event]:
+    def _roll_back(self, decision: Rollback) -> Steps[Release, Finish]:
         """Withdraw what is unsafe, release what is not, and refuse.
 
         An alarm that reaches into a prefilled message releases none of the model's text.
@@ -170,9 +170,9 @@ class Generation:
         kept = max(0, decision.to - self._num_prefill)
         self._num_withdrawn += self._draft.crop(kept)
         yield self._release(decision.to, is_end=True)
-        yield from self._refuse("rolled_back")
+        return (yield from self._refuse("rolled_back"))
 
-    def _refuse(self, action: Action) -> Iterator[Event]:
+    def _refuse(self, action: Action) -> Steps[Release, Finish]:
         """Force the refusal prefix after the bare request, let the model continue it, and finish.
 
         Greedy and capped; the request's sampling, stop strings and logit_bias do not apply. The
@@ -191,15 +191,15 @@ class Generation:
             yield Release(wording.prefix, is_refusal=True)
         if not is_safe:
             yield Release(wording.ending, is_refusal=True)
-        yield self._finish("content_filter", action, self._draft.num_released + refusal.num_released)
+        return self._finish("content_filter", action, self._draft.num_released + refusal.num_released)
 
-    def _continue_refusal(self, refusal: Holdback, prefix: Sequence[int], budget: int) -> Generator[Event, None, bool]:
+    def _continue_refusal(self, refusal: Holdback, prefix: Sequence[int], budget: int) -> Steps[Release, bool]:
         """Write the refusal; return False if it turned harmful and was cut."""
         self._policy = replace(self._policy, output=Mode.BLOCK)
         self._trace = replace(self._trace, assessments=[])
         for token_id in prefix:
             refusal.push(ResponseToken(token_id))
-        logits = self._reader.begin_refusal(prefix)
+        logits = (yield from self._reader.begin_refusal(prefix)).logits
         text, tokens = refusal.release(len(refusal))
         yield Release(text, tokens, is_refusal=True)
         wording_length = len(refusal.text)
@@ -210,7 +210,7 @@ class Generation:
             if drawn.token_id in self._lm.eos_ids:
                 break
             refusal.push(ResponseToken(drawn.token_id, drawn.logprob, drawn.top))
-            step = self._noted(self._reader.feed([drawn.token_id], must_assess=True))
+            step = self._noted((yield from self._reader.feed([drawn.token_id], must_assess=True)))
             logits = step.logits
             self._trace.add(*step.response[0])
             if refusal.has_stopped or _is_complete(refusal.text, wording_length):

@@ -1,11 +1,11 @@
-"""Feeds one sequence to the model and says what the signal finds: what generating and scoring have in common.
+"""What to feed and to assess next of one sequence, and what the signal says of it: generating and scoring alike.
 
 Where a checkpoint carries both, the logit of a token at which `[CLS]` was assessed is the mean of both, weighted by the
 checkpoint's shares. Between assessments the newest `[CLS]` still counts, but only where it raises the risk: what it has
 not read it cannot clear. So one trace, one threshold and one policy serve both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch import Tensor
 from model.attention import Span, window
 from model.chat import EncodedPrompt
 from model.events import HeadWork
-from model.guarded_lm import Assessed, GuardedLM, StepOutput
-from model.safety_head import Passage
+from model.guarded_lm import GuardedLM
+from model.passes import Pass, Passed
 from model.schedule import Schedule, is_due
 
 BEFORE = Span(0, range(0))
@@ -33,11 +33,15 @@ class Step(NamedTuple):
     work: HeadWork
 
 
+Reading = Generator[Pass, Passed, Step]
+"""Asks for a pass and returns what came of it."""
+
+
 class Reader:
-    """One sequence in the model, and the state of the signal over it.
+    """The state of the signal over one sequence.
 
     Args:
-        lm: the model.
+        lm: the model, of which nothing is computed here.
         prompt: its request is what is fed first.
         schedule: when `[CLS]` is assessed; without one, when the token head is.
         watches_request: assess the request.
@@ -55,20 +59,12 @@ class Reader:
     ) -> None:
         self._lm = lm
         self._schedule = schedule
-        self._cache = lm.new_cache(prompt)
         self._num_request = len(prompt.request)
         self._watched_from = prompt.query_start if watches_request else self._num_request
         self._watches_request = watches_request
         self._watches_response = watches_response
-        self._query = Passage()
         self._num_fed = 0
         self._is_refusal = False
-        self._seconds = 0.0
-        self._begin_response()
-
-    def _begin_response(self) -> None:
-        self._response = Passage()
-        self._features: Tensor | None = None  # what the head reads at the response tokens fed last, (N, 2 * S)
         self._newest_due = 0
         self._held: float | None = None  # the newest response logit of `[CLS]`
 
@@ -77,7 +73,7 @@ class Reader:
         """Response tokens that were fed."""
         return max(0, self._num_fed - self._num_request)
 
-    def feed(self, token_ids: Sequence[int], *, turned_at: int | None = None, must_assess: bool = False) -> Step:
+    def feed(self, token_ids: Sequence[int], *, turned_at: int | None = None, must_assess: bool = False) -> Reading:
         """Feed new tokens, of the request, of the response or of both, and assess them where that is due.
 
         Several response tokens at once are given ones: each is assessed, whatever the schedule, `[CLS]` by rule R2.
@@ -92,54 +88,49 @@ class Reader:
         ends_request = first < border <= stop
         numbers = range(max(first, border) - border + 1, stop - border + 1)  # of the response tokens
         asked = self._due(numbers, is_suspicious=turned_at is not None, must_assess=must_assess)
-        num_query = max(0, min(stop, border) - max(first, self._watched_from))
-        is_watched = num_query > 0 or (len(numbers) > 0 and self._watches_response)
-        output = self._lm.forward(
+        has_both = self._lm.cls is not None and self._lm.head is not None
+        reported = numbers if has_both and self._watches_response else asked
+        asks_request = ends_request and self._watches_request
+        passed = yield Pass(
             token_ids,
-            self._cache,
-            states_of_last=num_query + len(numbers) if is_watched else 0,
+            num_query=max(0, min(stop, border) - max(first, self._watched_from)),
+            num_response=len(numbers) if self._watches_response else 0,
+            asks_request=asks_request,
+            num_asked=len(reported) if self._lm.head is not None else 0,
             spans=self._spans(asked, turned_at, is_first=ends_request),
         )
         self._num_fed = stop
-        if output.states is not None and len(numbers):
-            self._features = self._response.extend(output.states[num_query:])
-        of_query = self._query.extend(output.states[:num_query]) if output.states is not None and num_query else None
-        request = self._assess_request(of_query, output) if ends_request and self._watches_request else None
-        has_both = self._lm.cls is not None and self._lm.head is not None
-        response = self._assess_response(numbers if has_both and self._watches_response else asked, asked, output)
-        return self._step(output.logits, request, response)
+        request = None
+        if asks_request:
+            share = self._lm.cls_config.request_share
+            request = combine(passed.request, passed.cls_request, share, is_fresh=True)
+        return self._step(passed, request, self._assessed(reported, asked, passed))
 
-    def assess_newest(self, *, turned_at: int | None = None) -> Step:
+    def assess_newest(self, *, turned_at: int | None = None) -> Reading:
         """Assess the newest response token, which was fed and not assessed, without feeding another.
 
         Never needed where there are both, as the token head has assessed every token.
         """
         number = self.length
-        if self._lm.cls is None:
-            assert self._features is not None
-            output = StepOutput(self._features, None)
-        else:
-            output = self._lm.forward((), self._cache, spans=self._spans([number], turned_at))
-        return self._step(output.logits, None, self._assess_response([number], [number], output))
+        has_head = self._lm.head is not None
+        passed = yield Pass((), num_asked=int(has_head), spans=self._spans([number], turned_at))
+        return self._step(passed, None, self._assessed([number], [number], passed))
 
-    def begin_refusal(self, prefix: Sequence[int]) -> Tensor:
-        """Forget the response, feed the refusal prefix after the bare request, and return the logits (V,).
+    def begin_refusal(self, prefix: Sequence[int]) -> Reading:
+        """Forget the response, and feed the refusal prefix after the bare request.
 
         Everything that follows is assessed. `[CLS]` is assessed on the request first, so that nothing is left of the
         response in it. It then follows rule R1, where a token head watches the refusal; alone it must go on reading
         what is new.
         """
-        self._lm.crop(self._cache, self._num_request)
-        self._begin_response()
+        self._newest_due, self._held = 0, None
         self._is_refusal = self._watches_response = True
-        self._num_fed = self._num_request + len(prefix)
         spans = self._spans([len(prefix)], None, is_first=True)
-        output = self._lm.forward(prefix, self._cache, states_of_last=len(prefix), spans=spans)
-        if output.states is not None:
-            self._features = self._response.extend(output.states)
-        if output.copies is not None:
-            (self._held,) = self._timed(self._lm.assess_cls("response", output.copies[-1:]))
-        return output.logits
+        passed = yield Pass(prefix, num_response=len(prefix), spans=spans, restarts_at=self._num_request)
+        self._num_fed = self._num_request + len(prefix)
+        if passed.cls_response:
+            self._held = passed.cls_response[-1]
+        return self._step(passed, None, [])
 
     def _due(self, numbers: range, *, is_suspicious: bool, must_assess: bool) -> list[int]:
         """Return at which of the new response tokens the schedule asks for an assessment."""
@@ -167,28 +158,10 @@ class Reader:
         read = [window(number, windows, is_malicious=is_r1, turned_at=turned_at) for number in numbers]
         return [*([BEFORE] if is_first else []), *map(Span, numbers, read)]
 
-    def _assess_request(self, features: Tensor | None, output: StepOutput) -> float:
-        """Return the logit of the request from what the head and `[CLS]` read at its end."""
-        token = cls = None
-        if features is not None and self._lm.head is not None:
-            (token,) = self._timed(self._lm.assess("request", features[-1:]))
-        if output.copies is not None:
-            (cls,) = self._timed(self._lm.assess_cls("request", output.copies[:1]))
-        return combine(token, cls, self._lm.cls_config.request_share, is_fresh=True)
-
-    def _assess_response(
-        self, numbers: Sequence[int], fresh: Sequence[int], output: StepOutput
-    ) -> list[tuple[int, float]]:
+    def _assessed(self, numbers: Sequence[int], fresh: Sequence[int], passed: Passed) -> list[tuple[int, float]]:
         """Return the logits of some new response tokens, `[CLS]` being `fresh` at some of them."""
-        if not numbers:
-            return []
-        token: Sequence[float | None] = [None] * len(numbers)
-        if self._features is not None and self._lm.head is not None:
-            token = self._timed(self._lm.assess("response", self._features[-len(numbers) :]))
-        cls: dict[int, float] = {}
-        if output.copies is not None and fresh:
-            logits = self._timed(self._lm.assess_cls("response", output.copies[-len(fresh) :]))
-            cls = dict(zip(fresh, logits, strict=True))
+        token: Sequence[float | None] = passed.response or [None] * len(numbers)
+        cls = dict(zip(fresh, passed.cls_response, strict=True)) if passed.cls_response else {}
         found = []
         for number, logit in zip(numbers, token, strict=True):
             self._held = cls.get(number, self._held)
@@ -196,14 +169,9 @@ class Reader:
             found.append((number, combine(logit, self._held, share, is_fresh=number in cls)))
         return found
 
-    def _timed(self, found: Assessed) -> list[float]:
-        self._seconds += found.seconds
-        return found.logits
-
-    def _step(self, logits: Tensor, request: float | None, response: list[tuple[int, float]]) -> Step:
+    def _step(self, passed: Passed, request: float | None, response: list[tuple[int, float]]) -> Step:
         found = [logit for _, logit in response] + ([request] if request is not None else [])
-        seconds, self._seconds = self._seconds, 0.0
-        return Step(logits, request, response, HeadWork.of(found, seconds))
+        return Step(passed.logits, request, response, HeadWork.of(found, passed.seconds))
 
 
 def combine(token: float | None, cls: float | None, share: float, *, is_fresh: bool) -> float:

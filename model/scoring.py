@@ -8,6 +8,7 @@ from model.errors import InvalidRequest
 from model.events import HeadWork
 from model.generation import chunks
 from model.guarded_lm import GuardedLM
+from model.passes import Solo, Steps
 from model.reader import Reader
 from model.request import check_prompt
 from model.trace import Trace
@@ -40,17 +41,18 @@ def score_in_passes(lm: GuardedLM, prompt: EncodedPrompt) -> Iterator[HeadWork |
     if lm.config is None:
         raise InvalidRequest("this model carries no safety signal", param="model")
     check_prompt(lm, prompt)
-    return _passes(lm, lm.config, prompt)
+    return Solo(lm, prompt).drive(steps(lm, lm.config, prompt))
 
 
-def _passes(lm: GuardedLM, config: SafetyConfig, prompt: EncodedPrompt) -> Iterator[HeadWork | Trace]:
+def steps(lm: GuardedLM, config: SafetyConfig, prompt: EncodedPrompt) -> Steps[HeadWork, Trace]:
+    """Yield passes over a conversation and what the head did in each, and return the trace."""
     trace = Trace(config.smoothing)
     reader = Reader(lm, prompt, lm.schedule, watches_request=True, watches_response=True)
     for chunk in chunks((*prompt.request, *prompt.prefill)):
-        step = reader.feed(chunk, must_assess=True)
+        step = yield from reader.feed(chunk, must_assess=True)
         if step.request is not None:
             trace.read_request(step.request)
         for position, logit in step.response:
             trace.add(position, logit)
         yield step.work
-    yield trace
+    return trace

@@ -17,6 +17,7 @@ from model.attention import Span
 from model.chat import EncodedPrompt, Message
 from model.config import ClsConfig, RefusalConfig, Thresholds, TokenHeadConfig
 from model.generation import generate
+from model.passes import Solo
 from model.policy import Mode
 from model.reader import BEFORE, Reader, combine
 from model.schedule import Annealed, Every, First, Periodic
@@ -227,12 +228,12 @@ def test_a_failing_cls_counts_as_unsafe(ask):
 def test_assessed_at_every_token_a_generation_has_the_trace_of_scoring_what_it_said(family: str, head):
     lm = tiny_guarded_lm(family, token_head=head, cls=CLS, request=NEVER, response=NEVER)
     prompt = lm.chat.encode([Message("user", "tell me more")])
-    reader = Reader(lm, prompt, Every(), watches_request=True, watches_response=True)
-    step = reader.feed(prompt.request)
+    solo, reader = Solo(lm, prompt), Reader(lm, prompt, Every(), watches_request=True, watches_response=True)
+    step = solo.complete(reader.feed(prompt.request))
     request, said, found = step.request, [], []
     for _ in range(24):
         said.append(int(step.logits.argmax()))
-        step = reader.feed(said[-1:])
+        step = solo.complete(reader.feed(said[-1:]))
         found += step.response
     scored = score(lm, EncodedPrompt(prompt.request, tuple(said), prompt.query_start, prompt.content))
     assert scored.request_risk == pytest.approx(probability(request), abs=1e-4)
@@ -252,13 +253,16 @@ def test_a_refusal_holds_nothing_of_the_response_before_it(make):
     lm = tiny_guarded_lm(cls=CLS, **make)
     prompt, prefix = lm.chat.encode([Message("user", "tell me")]), lm.tokenizer.encode("sorry, no")
     fresh, used = (Reader(lm, prompt, Every(), watches_request=True, watches_response=True) for _ in range(2))
-    for reader in (fresh, used):
-        reader.feed(prompt.request)
-    for token in lm.tokenizer.encode("something else"):
-        used.feed([token])
-    one, other = fresh.begin_refusal(prefix), used.begin_refusal(prefix)
-    assert torch.allclose(one, other, atol=1e-5)
-    one, other = fresh.feed([40], must_assess=True), used.feed([40], must_assess=True)
+    ends = []
+    for reader, said in ((fresh, ""), (used, "something else")):
+        solo = Solo(lm, prompt)
+        solo.complete(reader.feed(prompt.request))
+        for token in lm.tokenizer.encode(said):
+            solo.complete(reader.feed([token]))
+        ends.append((solo.complete(reader.begin_refusal(prefix)), solo.complete(reader.feed([40], must_assess=True))))
+    (one, _), (other, _) = ends
+    assert torch.allclose(one.logits, other.logits, atol=1e-5)
+    (_, one), (_, other) = ends
     assert torch.allclose(one.logits, other.logits, atol=1e-5)
     assert one.response[0] == pytest.approx(other.response[0], abs=1e-4)
 
@@ -286,9 +290,10 @@ def test_reading_is_a_switch(ask, make_request):
     logits = []
     for lm in (read, unread):
         request = make_request(lm)
+        solo = Solo(lm, request.prompt)
         reader = Reader(lm, request.prompt, Every(), watches_request=True, watches_response=True)
-        reader.feed(request.prompt.request)
-        logits.append(reader.feed([40]).logits)
+        solo.complete(reader.feed(request.prompt.request))
+        logits.append(solo.complete(reader.feed([40])).logits)
     assert not torch.allclose(logits[0], logits[1], atol=1e-4)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from model.config import ClsConfig, Side, Thresholds
 from model.guarded_lm import GuardedLM
+from model.passes import Solo
 from model.pretrained import Pretrained
 from model.reader import Reader
 from model.schedule import Periodic
@@ -97,11 +98,13 @@ def test_rows_to_learn_from_are_read_as_a_response_that_is_generated(rows, recip
     learned = [index for index, row in enumerate(rows) if row.part == "train" and len(states[index].response) > 3]
     for index in learned[:5]:
         prompt = encode(rows[index], lm.chat, recipe.cut)
-        reader = Reader(lm, prompt, Periodic(3), watches_request=True, watches_response=True)
-        assert states[index].cls_request == pytest.approx(reader.feed(prompt.request).request, abs=1e-4)
+        solo, reader = Solo(lm, prompt), Reader(lm, prompt, Periodic(3), watches_request=True, watches_response=True)
+        step = solo.complete(reader.feed(prompt.request))
+        assert states[index].cls_request == pytest.approx(step.request, abs=1e-4)
         due = {}
         for number, token in enumerate(prompt.prefill, start=1):
-            due |= dict(reader.feed([token], must_assess=number == len(prompt.prefill)).response)
+            step = solo.complete(reader.feed([token], must_assess=number == len(prompt.prefill)))
+            due |= dict(step.response)
         found = states[index].cls_response
         assert {n + 1: float(found[n]) for n in (~found.isnan()).nonzero()[:, 0].tolist()} == pytest.approx(
             due, abs=1e-4
