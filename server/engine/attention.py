@@ -1,0 +1,154 @@
+"""Attention over keys and values that lie in slots, for any model that takes a registered attention function.
+
+A row, a token or a copy of `[CLS]`, reads the slots that it is told to read: sliding windows, `[CLS]`, its spans and
+shared prompts are all the same to it. Few rows are read by lists of slots, many rows of one sequence by a mask.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+_numbers = count()
+
+
+class Block(NamedTuple):
+    """Some rows, one after the other, that read the same slots through a mask."""
+
+    first: int
+    """The first of the N rows."""
+    slots: Tensor
+    """(S,)."""
+    mask: Tensor
+    """True where a row reads a slot, (N, S)."""
+
+
+class Reads(NamedTuple):
+    """What the rows of a pass read."""
+
+    rows: Tensor
+    """Rows that read by list, (N,)."""
+    slots: Tensor
+    """What each of them reads, padded, (N, S)."""
+    mask: Tensor
+    """False at the padding, (N, S)."""
+    blocks: Sequence[Block]
+    """All other rows."""
+
+    @classmethod
+    def of(cls, lists: Mapping[int, Tensor], blocks: Sequence[Block]) -> "Reads":
+        """Return what rows read, by number and list of slots, and in blocks."""
+        longest = max(map(len, lists.values()), default=0)
+        rows = torch.tensor(list(lists), dtype=torch.long)
+        slots = [pad(found, (0, longest - len(found)), value=-1) for found in lists.values()]
+        padded = torch.stack(slots) if slots else torch.empty(0, 0, dtype=torch.long)
+        return cls(rows, padded.clamp(min=0), padded >= 0, blocks)
+
+    def to(self, device: torch.device) -> "Reads":
+        """Return the same on a device."""
+        blocks = [Block(first, slots.to(device), mask.to(device)) for first, slots, mask in self.blocks]
+        return Reads(self.rows.to(device), self.slots.to(device), self.mask.to(device), blocks)
+
+
+class SlotAttention:
+    """The attention of one model, and the slots that its keys and values lie in.
+
+    Args:
+        model: any causal LM whose attention can be set; it is changed to read from slots alone.
+        num_slots: how many tokens there is room for.
+
+    Raises:
+        ValueError: if the model's attention cannot be set.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._stores: dict[int, tuple[Tensor, Tensor]] = {}
+        self._new = torch.empty(0, dtype=torch.long)
+        self._reads: Mapping[int | None, Reads] = {}
+        self.num_calls = 0
+        name = f"ballast_slots_{next(_numbers)}"
+        AttentionInterface.register(name, self._attend)
+        model.set_attn_implementation(name)
+        if model.config.get_text_config()._attn_implementation != name:
+            raise ValueError(f"the attention of {type(model).__name__} cannot be set")
+
+    def prepare(self, new: Tensor, reads: Mapping[int | None, Reads]) -> None:
+        """Say where the rows of the next pass are kept, (R,), and what they read, by sliding window."""
+        self._new, self._reads = new, reads
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
+    ) -> tuple[Tensor, None]:
+        """Keep the new keys and values, (1, H', R, D), and return what the queries read, (1, R, H, D)."""
+        self.num_calls += 1
+        layer = int(module.layer_idx)
+        if layer not in self._stores:
+            self._stores[layer] = (self._room(key), self._room(value))
+        keys, values = self._stores[layer]
+        keys.index_copy_(0, self._new, key[0].transpose(0, 1))
+        values.index_copy_(0, self._new, value[0].transpose(0, 1))
+        reads = self._reads[more.get("sliding_window")]
+        queries = query[0].transpose(0, 1)  # (R, H, D)
+        output = queries.new_empty(*queries.shape[:2], values.shape[-1])
+        settings = (more.get("scaling"), more.get("softcap"), more.get("s_aux"))
+        if len(reads.rows):
+            few = _by_key_head(queries[reads.rows], keys)  # (N, H', G, D)
+            k, v = (store[reads.slots].transpose(1, 2) for store in (keys, values))  # (N, H', S, D)
+            found = _attention(few, k, v, reads.mask[:, None, None], *settings)
+            output[reads.rows] = found.flatten(1, 2)
+        for first, slots, mask in reads.blocks:
+            many = _by_key_head(queries[first : first + len(mask)], keys)  # (N, H', G, D)
+            num_groups = many.shape[2]
+            # All queries of one key head side by side: keys are read once.
+            packed = many.permute(1, 2, 0, 3).flatten(1, 2)[None]  # (1, H', G * N, D)
+            k, v = (store[slots].transpose(0, 1)[None] for store in (keys, values))  # (1, H', S, D)
+            found = _attention(packed, k, v, mask.repeat(num_groups, 1)[None, None], *settings)[0]
+            found = found.view(len(found), num_groups, len(mask), -1).permute(2, 0, 1, 3)  # (N, H', G, D)
+            output[first : first + len(mask)] = found.flatten(1, 2)
+        return output[None], None
+
+    def _room(self, some: Tensor) -> Tensor:
+        return some.new_zeros(self.num_slots, some.shape[1], some.shape[3])
+
+
+def _by_key_head(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return queries (N, H, D) beside those that share a key head, (N, H', G, D)."""
+    return queries.view(len(queries), keys.shape[1], -1, queries.shape[-1])
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return attention as the model wants it: (B, H', N, D) over (B, H', S, D) where a mask (B, 1, 1 or N, S) is true.
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        mask: true where a query reads a key.
+        scaling: of the scores; None takes 1 / sqrt(D).
+        softcap: the most that a score may be (Gemma 2); None for no cap.
+        sinks: a score of each query head that takes its share and gives nothing (gpt-oss), not supported.
+
+    Raises:
+        ValueError: if the model has sinks.
+    """
+    if sinks is not None:
+        raise ValueError("attention sinks are not supported")
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (scores / softcap).tanh() * softcap
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value

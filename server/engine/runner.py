@@ -1,0 +1,314 @@
+"""Runs the passes of many sequences as one forward pass. The only tensor code of the engine.
+
+Tokens and copies of `[CLS]` of all sequences are rows of one batch without padding; where their keys and values lie,
+and what each row reads, is the sequence's own. What comes out is what `model.passes.Solo` gives of each pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.attention import pass_mask, pass_places
+from model.chat import EncodedPrompt
+from model.cls_signal import sliding_windows
+from model.guarded_lm import Assessed, GuardedLM
+from model.passes import Pass, Passed
+from model.safety_head import Passage
+from server.engine.attention import Block, Reads, SlotAttention
+from server.engine.pages import PAGE_SIZE, Pages, keys_of
+
+FEW = 4
+"""Most rows of a sequence that read by lists of slots."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """One sequence in the cache."""
+
+    prompt: EncodedPrompt
+    names: Sequence[str]
+    """Of the full pages of the request."""
+    pages: list[int]
+    slots: Tensor
+    """Of every token there is room for."""
+    num_cached: int
+    """Tokens of the prompt whose keys and values were there before."""
+    length: int = 0
+    """Tokens that were fed."""
+    copies: list[int] = field(default_factory=list)
+    """Pages of `[CLS]`."""
+    newest_copy: int = 0
+    """Slot of the newest `[CLS]`."""
+    query: Passage = field(default_factory=Passage)
+    response: Passage = field(default_factory=Passage)
+    newest: Tensor | None = None
+    """What the head reads at the response tokens fed last, (N, 2 * S)."""
+
+
+class _Rows(NamedTuple):
+    """The rows of one pass in the batch."""
+
+    first: int
+    num_tokens: int
+    num_skipped: int
+    """Tokens whose keys and values were there before."""
+    num_copies: int
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.num_tokens + self.num_copies
+
+
+class Runner:
+    """The model, its cache, and the sequences in it.
+
+    Args:
+        lm: the model; its attention is changed to read from this cache alone.
+        num_pages: pages of `PAGE_SIZE` tokens.
+
+    Raises:
+        ValueError: if the model's attention cannot be changed.
+    """
+
+    def __init__(self, lm: GuardedLM, num_pages: int) -> None:
+        self._lm = lm
+        self._device = lm.model.device
+        self.pages = Pages(num_pages)
+        self._windows = {None, *sliding_windows(lm.model).values()}
+        self._attention = SlotAttention(lm.model, num_pages * PAGE_SIZE)
+
+    def open(self, prompt: EncodedPrompt, *, salt: str = "", watches_request: bool = True) -> Seat:
+        """Return a seat for a sequence, with what is there of its prompt already.
+
+        Args:
+            prompt: what will be fed first.
+            salt: sequences share pages only where it is equal.
+            watches_request: the states of the query will be read, so they must be computed.
+        """
+        names = keys_of(prompt.request, salt)
+        last = len(prompt.request) - 1  # its logits, and what `[CLS]` finds, come from a pass
+        known = min(prompt.query_start, last) if watches_request and self._lm.head is not None else last
+        pages = self.pages.find(names[: known // PAGE_SIZE])
+        seat = Seat(prompt, names, pages, torch.empty(0, dtype=torch.long), len(pages) * PAGE_SIZE)
+        seat.slots = _slots(pages)
+        return seat
+
+    def close(self, seat: Seat) -> None:
+        """Give back every page of a sequence."""
+        self.pages.give_back([*seat.pages, *seat.copies])
+        seat.pages, seat.copies = [], []
+
+    def need(self, seat: Seat, asked: Pass) -> int:
+        """Return how many pages a pass takes besides those that the sequence has."""
+        start = seat.length if asked.restarts_at is None else asked.restarts_at
+        num_tokens = max(0, _num_pages(start + len(asked.token_ids)) - len(seat.pages))
+        num_copies = _num_pages(len(asked.spans) + 1) - len(seat.copies) if asked.spans else 0
+        return num_tokens + max(0, num_copies)
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed]:
+        """Run one pass of each sequence, and return what came of each.
+
+        Raises:
+            ValueError: if there are not enough pages.
+        """
+        laid: list[_Rows] = []
+        for seat, asked in batch:
+            laid.append(self._lay(seat, asked, laid[-1].stop if laid else 0))
+        num_rows = laid[-1].stop if laid else 0
+        logits, states, copies = self._forward(batch, laid, num_rows) if num_rows else (torch.empty(0), None, None)
+        passed = self._assess(batch, laid, logits, states, copies)
+        for seat, asked in batch:
+            self._settle(seat, asked)
+        return passed
+
+    def _lay(self, seat: Seat, asked: Pass, first: int) -> _Rows:
+        """Make room for a pass and return its rows."""
+        if asked.restarts_at is not None:
+            self._crop(seat, asked.restarts_at)
+        stop = seat.length + len(asked.token_ids)
+        if (missing := _num_pages(stop) - len(seat.pages)) > 0:
+            seat.pages += self._take(missing)
+            seat.slots = _slots(seat.pages)
+        if asked.spans and (missing := _num_pages(len(asked.spans) + 1) - len(seat.copies)) > 0:
+            seat.copies += self._take(missing)
+        skipped = min(max(0, seat.num_cached - seat.length), len(asked.token_ids))
+        return _Rows(first, len(asked.token_ids) - skipped, skipped, len(asked.spans))
+
+    def _take(self, count: int) -> list[int]:
+        taken = self.pages.take(count)
+        if taken is None:
+            raise ValueError(f"{count} pages are needed, {self.pages.num_available} are there")
+        return taken
+
+    def _crop(self, seat: Seat, length: int) -> None:
+        kept = _num_pages(length)
+        self.pages.give_back(seat.pages[kept:])
+        seat.pages, seat.length = seat.pages[:kept], length
+        seat.slots = _slots(seat.pages)
+        seat.response, seat.newest = Passage(), None
+
+    def _forward(
+        self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[_Rows], num_rows: int
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None]:
+        """Return the logits of each pass, (B, V), and of every row the states of all layers and the final ones."""
+        lm = self._lm
+        ids: list[int] = []
+        places, new, last = [], [], []
+        lists: dict[int | None, dict[int, Tensor]] = {window: {} for window in self._windows}
+        blocks: dict[int | None, list[Block]] = {window: [] for window in self._windows}
+        is_copy = torch.zeros(num_rows, dtype=torch.bool)
+        for (seat, asked), rows in zip(batch, laid, strict=True):
+            first, stop = seat.length + rows.num_skipped, seat.length + len(asked.token_ids)
+            copies = self._copies(seat, rows.num_copies)
+            ids += asked.token_ids[rows.num_skipped :]
+            places += pass_places(first, stop, len(seat.prompt.request), asked.spans, moves=lm.cls_config.moves)
+            new += [seat.slots[first:stop], copies]
+            last.append(rows.first + max(0, rows.num_tokens - 1))
+            is_copy[rows.first + rows.num_tokens : rows.stop] = True
+            for window in self._windows:
+                self._read(seat, asked, rows, copies, window, lists[window], blocks[window])
+        embedded = lm.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=self._device))
+        inputs = embedded
+        if lm.cls is not None and is_copy.any():
+            inputs = embedded.new_empty(num_rows, embedded.shape[1])
+            inputs[~is_copy] = embedded
+            inputs[is_copy] = lm.cls.embedding.to(embedded)
+        reads = {window: Reads.of(lists[window], blocks[window]).to(self._device) for window in self._windows}
+        self._attention.prepare(torch.cat(new).to(self._device), reads)
+        kept = [min(row, num_rows - 1) for row in last]
+        output = lm.model(
+            inputs_embeds=inputs[None],
+            position_ids=torch.tensor([places], device=self._device),
+            use_cache=False,
+            output_hidden_states=lm.head is not None or lm.cls is not None,
+            logits_to_keep=torch.tensor(kept, device=self._device),
+        )
+        states = output.hidden_states
+        return output.logits[0], states, states[-1][0] if states is not None else None
+
+    def _copies(self, seat: Seat, count: int) -> Tensor:
+        """Return slots for this many copies of `[CLS]`, none of them that of the newest one."""
+        slots = _slots(seat.copies)
+        return slots[slots != seat.newest_copy][:count]
+
+    def _read(
+        self,
+        seat: Seat,
+        asked: Pass,
+        rows: _Rows,
+        copies: Tensor,
+        window: int | None,
+        lists: dict[int, Tensor],
+        blocks: list[Block],
+    ) -> None:
+        """Add what the rows of a pass read."""
+        lm, num_rows = self._lm, rows.num_tokens + rows.num_copies
+        first, stop = seat.length + rows.num_skipped, seat.length + len(asked.token_ids)
+        is_response = first >= len(seat.prompt.request)
+        if num_rows == 1 and rows.num_tokens == 1 and (lm.cls is None or (is_response and not rows.num_copies)):
+            read = seat.slots[0 if window is None else max(0, stop - window) : stop]
+            if lm.reads_cls:
+                read = torch.cat([torch.tensor([seat.newest_copy]), read])
+            lists[rows.first] = read
+            return
+        if not num_rows:
+            return
+        content = seat.prompt.content or (True,) * len(seat.prompt.request)
+        mask = pass_mask(content, first, stop, asked.spans, sliding_window=window, is_read=lm.reads_cls)
+        slots = torch.cat([torch.tensor([seat.newest_copy]), seat.slots[:stop], copies])
+        if num_rows > FEW:
+            blocks.append(Block(rows.first, slots, mask))
+        else:
+            lists |= {rows.first + row: slots[mask[row]] for row in range(num_rows)}
+
+    def _assess(
+        self,
+        batch: Sequence[tuple[Seat, Pass]],
+        laid: Sequence[_Rows],
+        logits: Tensor,
+        states: tuple[Tensor, ...] | None,
+        final: Tensor | None,
+    ) -> list[Passed]:
+        """Return what came of each pass: the heads read the states of all sequences at once."""
+        lm, seconds = self._lm, 0.0
+        of_query: list[Tensor] = []
+        of_response: list[Tensor] = []
+        cls_request: list[int] = []
+        cls_response: list[int] = []
+        for (seat, asked), rows in zip(batch, laid, strict=True):
+            end = rows.first + rows.num_tokens
+            num_read = asked.num_query + asked.num_response
+            if lm.head is not None and states is not None and num_read:
+                found = torch.cat([states[layer][0, end - num_read : end] for layer in lm.head.config.layers], dim=-1)
+                query = seat.query.extend(found[: asked.num_query]) if asked.num_query else None
+                if asked.num_response:
+                    seat.newest = seat.response.extend(found[asked.num_query :])
+                if asked.asks_request and query is not None:
+                    of_query.append(query[-1:])
+            if asked.num_asked and seat.newest is not None:
+                of_response.append(seat.newest[-asked.num_asked :])
+            is_first = rows.num_copies > 0 and asked.spans[0].covers == 0
+            if is_first and asked.asks_request:
+                cls_request.append(end)
+            cls_response += range(end + is_first, rows.stop)
+        found_by: dict[str, list[float]] = {}
+        for side, features in (("request", of_query), ("response", of_response)):
+            assessed = lm.assess(side, torch.cat(features)) if features else Assessed([], 0.0)  # type: ignore[arg-type]
+            found_by[side], seconds = assessed.logits, seconds + assessed.seconds
+        for side, picked in (("request", cls_request), ("response", cls_response)):
+            assert final is not None or not picked
+            assessed = lm.assess_cls(side, final[picked]) if picked else Assessed([], 0.0)  # type: ignore[arg-type,index]
+            found_by[f"cls {side}"], seconds = assessed.logits, seconds + assessed.seconds
+        return self._dealt(batch, laid, logits, found_by, seconds)
+
+    def _dealt(
+        self,
+        batch: Sequence[tuple[Seat, Pass]],
+        laid: Sequence[_Rows],
+        logits: Tensor,
+        found: dict[str, list[float]],
+        seconds: float,
+    ) -> list[Passed]:
+        """Return each pass's part of what the heads found, in the order in which they read."""
+        left = {name: iter(values) for name, values in found.items()}
+        logits = logits.cpu()
+        passed = []
+        for number, ((seat, asked), rows) in enumerate(zip(batch, laid, strict=True)):
+            is_first = rows.num_copies > 0 and asked.spans[0].covers == 0
+            has_query = self._lm.head is not None and asked.asks_request and asked.num_query > 0
+            num_asked = len(seat.newest[-asked.num_asked :]) if asked.num_asked and seat.newest is not None else 0
+            passed.append(
+                Passed(
+                    logits[number] if rows.num_tokens else torch.empty(0),
+                    request=next(left["request"]) if has_query else None,
+                    response=[next(left["response"]) for _ in range(num_asked)],
+                    cls_request=next(left["cls request"]) if is_first and asked.asks_request else None,
+                    cls_response=[next(left["cls response"]) for _ in range(rows.num_copies - is_first)],
+                    seconds=seconds / len(batch),
+                )
+            )
+        return passed
+
+    def _settle(self, seat: Seat, asked: Pass) -> None:
+        """Note what was fed, share the pages of the request that are full now, and keep the newest `[CLS]` alone."""
+        before, seat.length = seat.length, seat.length + len(asked.token_ids)
+        for number in range(before // PAGE_SIZE, min(seat.length // PAGE_SIZE, len(seat.names))):
+            self.pages.share(seat.pages[number], seat.names[number])
+        if asked.spans:
+            seat.newest_copy = int(self._copies(seat, len(asked.spans))[-1])
+            kept = seat.newest_copy // PAGE_SIZE
+            self.pages.give_back([page for page in seat.copies if page != kept])
+            seat.copies = [kept]
+
+
+def _num_pages(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_SIZE)
+
+
+def _slots(pages: Sequence[int]) -> Tensor:
+    """Return the slots of some pages, in order."""
+    return (torch.tensor(pages, dtype=torch.long)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()

@@ -1,0 +1,137 @@
+"""Many sequences in one pass: each gets what it gets alone."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.chat import Message
+from model.config import ClsConfig, Thresholds, TokenHeadConfig
+from model.events import Finish, Release
+from model.generation import Generation, generate
+from model.guarded_lm import GuardedLM
+from model.passes import Pass
+from model.policy import Mode
+from model.request import GenerationRequest
+from model.sampling import SamplingParams
+from model.testing import FAMILIES, tiny_guarded_lm
+from server.engine.runner import Runner
+
+CLS = ClsConfig(windows=(3, 4, 3), schedule="annealed")
+HEAD = TokenHeadConfig((1, -1), 32, 0)
+SIGNALS = {
+    "token": {"token_head": HEAD},
+    "cls": {"token_head": None, "cls": CLS},
+    "both": {"token_head": HEAD, "cls": CLS},
+}
+NEVER, OFTEN = Thresholds(block=0.999, flag=0.5), Thresholds(block=0.52, flag=0.5)
+
+
+def requests(lm: GuardedLM, count: int, seed: int = 0) -> list[GenerationRequest]:
+    """Return mixed requests: long and short, prefilled, greedy and sampled, under any policy."""
+    drawn = random.Random(seed)
+    found = []
+    for number in range(count):
+        words = ["Tell me more."] if number % 3 else ["You are terse and kind to all.", "What is it?"]
+        said = [Message("system", words[0])] if len(words) > 1 else []
+        said += [Message("user", words[-1] + " And so on." * drawn.randint(0, 4) + str(number % 5))]
+        prefill = number % 4 == 1
+        if prefill:
+            said.append(Message("assistant", "Well, " * drawn.randint(1, 4)))
+        sampling = SamplingParams(temperature=drawn.choice([0.0, 0.8]), seed=number, top_logprobs=2)
+        modes = {side: drawn.choice(list(Mode)) for side in ("input", "output")}
+        prompt = lm.chat.encode(said, continue_final=prefill)
+        found.append(GenerationRequest(prompt, drawn.randint(1, 40), sampling, **modes))
+    return found
+
+
+def together(lm: GuardedLM, asked: list[GenerationRequest], num_pages: int = 400, seed: int = 0):
+    """Return the events of each request, some of them in each pass."""
+    runner, drawn = Runner(lm, num_pages), random.Random(seed)
+    events = [[] for _ in asked]
+    seats = [runner.open(r.prompt, watches_request=r.input is not Mode.OFF) for r in asked]
+    steps = [Generation(lm, request, lm.schedule).run() for request in asked]
+    waiting: dict[int, Pass] = {}
+
+    def go_on(number: int, step: Callable[[], Pass | Release]) -> None:
+        try:
+            item = step()
+            while not isinstance(item, Pass):
+                events[number].append(item)
+                item = next(steps[number])
+            waiting[number] = item
+        except StopIteration as end:
+            events[number].append(end.value)
+            runner.close(seats[number])
+
+    for number, one in enumerate(steps):
+        go_on(number, lambda one=one: next(one))
+    while waiting:
+        chosen = drawn.sample(sorted(waiting), drawn.randint(1, len(waiting)))
+        passed = runner.run([(seats[number], waiting[number]) for number in chosen])
+        for number, found in zip(chosen, passed, strict=True):
+            del waiting[number]
+            go_on(number, lambda number=number, found=found: steps[number].send(found))
+    assert runner.pages.num_available == num_pages
+    return events
+
+
+def told(events: list[Release | Finish]):
+    """Return what a client sees of events, and the risks."""
+    *releases, finish = events
+    tokens = [token for release in releases for token in release.tokens]
+    exact = (
+        "".join(release.text for release in releases),
+        [(token.token_id, [number for number, _ in token.top_logprobs]) for token in tokens],
+        replace(finish, request_risk=None, response_risk=None),
+    )
+    risks = [finish.request_risk, finish.response_risk, *(token.risk for token in tokens)]
+    return exact, [-1.0 if risk is None else risk for risk in risks]
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_sequence_says_what_it_says_alone(family: str, signal: str):
+    thresholds = {"request": NEVER, "response": OFTEN, "onset": 0.4}
+    lm = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
+    alone = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
+    asked = requests(lm, 24)
+    found = [told(events) for events in together(lm, asked)]
+    expected = [told(list(generate(alone, request))) for request in asked]
+    assert [exact for exact, _ in found] == [exact for exact, _ in expected]
+    for (_, risks), (_, wanted) in zip(found, expected, strict=True):
+        assert risks == pytest.approx(wanted, abs=1e-4)
+    assert {exact[2].action for exact, _ in found} >= {"none", "rolled_back"}
+
+
+def test_a_shared_beginning_is_fed_once_and_nothing_else_changes():
+    lm, alone = tiny_guarded_lm(), tiny_guarded_lm()
+    runner = Runner(lm, 100)
+    system = Message("system", "You are terse and kind to everybody who comes here and asks.")
+    prompts = [lm.chat.encode([system, Message("user", text)]) for text in ("What is it?", "Who is it?")]
+    found = []
+    for prompt in prompts:
+        seat = runner.open(prompt)
+        asked = Pass(prompt.request, num_query=len(prompt.request) - prompt.query_start, asks_request=True)
+        (passed,) = runner.run([(seat, asked)])
+        found.append((seat.num_cached, passed.request))
+        runner.close(seat)
+    assert found[0][0] == 0 < found[1][0] <= prompts[1].query_start
+    for prompt, (_, request) in zip(prompts, found, strict=True):
+        *_, finish = generate(alone, GenerationRequest(prompt, 1, input=Mode.SCORE, output=Mode.OFF))
+        assert torch.sigmoid(torch.tensor(request)).item() == pytest.approx(finish.request_risk, abs=1e-5)
+    assert runner.open(prompts[1], salt="another").num_cached == 0
+    assert runner.open(prompts[1], watches_request=False).num_cached > found[1][0]
+
+
+def test_a_pass_says_beforehand_how_many_pages_it_takes():
+    lm = tiny_guarded_lm(cls=CLS)
+    runner = Runner(lm, 3)
+    prompt = lm.chat.encode([Message("user", "a" * 60)])
+    seat = runner.open(prompt)
+    asked = Pass(prompt.request)
+    assert runner.need(seat, asked) == -(-len(prompt.request) // 16)
+    with pytest.raises(ValueError, match="pages are needed, 3 are there"):
+        runner.run([(seat, asked)])
