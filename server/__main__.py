@@ -32,7 +32,8 @@ def serve(chosen: Settings) -> int:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from server.engine.worker import SequentialEngine  # here, so that --help need not wait for torch
+    from server.engine.runner import paged  # here, so that --help need not wait for torch
+    from server.engine.worker import LocalEngine
     from server.loading import load_model
     from server.process import Process, listen
 
@@ -42,8 +43,12 @@ def serve(chosen: Settings) -> int:
         listener = listen(chosen)
     except OSError as error:
         return _fail(f"cannot listen on {chosen.host}:{chosen.port}: {error.strerror}; see --host and --port", FAILED)
-    engine = SequentialEngine(
-        partial(load_model, chosen), max_running=chosen.max_running, max_waiting=chosen.max_waiting
+    num_bytes = None if chosen.kv_cache_mib is None else chosen.kv_cache_mib << 20
+    engine = LocalEngine(
+        partial(load_model, chosen),
+        seat=partial(paged, num_bytes=num_bytes),
+        max_running=chosen.max_running,
+        max_waiting=chosen.max_waiting,
     )
     process = Process(chosen, engine)
     process.serve_at(listener)

@@ -136,7 +136,10 @@ class Settings(BaseSettings):
     metrics_open: bool = setting(False, "Network", "serve /metrics without a key")
     cors_origins: Names = setting((), "Network", "web origins that may call the API")
 
-    max_running: Annotated[int, Field(ge=1)] = setting(8, "Limits", "sequences that are generated at a time")
+    max_running: Annotated[int, Field(ge=1)] = setting(32, "Limits", "sequences that are generated at a time")
+    kv_cache_mib: Annotated[int, Field(ge=1)] | None = setting(
+        None, "Limits", "MiB for keys and values", "2048, or most of a GPU's memory"
+    )
     max_waiting: Annotated[int, Field(ge=0)] = setting(64, "Limits", "requests in the queue; more get a 429")
     max_n: Annotated[int, Field(ge=1, le=128)] = setting(
         16, "Limits", "most choices (n) of one request, if all can run or wait"

@@ -70,12 +70,23 @@ class SlotAttention:
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}
         self._new = torch.empty(0, dtype=torch.long)
         self._reads: Mapping[int | None, Reads] = {}
-        self.num_calls = 0
+        self.layers: set[int] = set()
+        """That called."""
         name = f"ballast_slots_{next(_numbers)}"
         AttentionInterface.register(name, self._attend)
         model.set_attn_implementation(name)
         if model.config.get_text_config()._attn_implementation != name:
             raise ValueError(f"the attention of {type(model).__name__} cannot be set")
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """What the keys and values of one token take, known after the first pass."""
+        stores = [store for pair in self._stores.values() for store in pair]
+        return sum(store[0].numel() * store.element_size() for store in stores)
+
+    def resize(self, num_slots: int) -> None:
+        """Forget all keys and values, and make room for this many tokens."""
+        self.num_slots, self._stores = num_slots, {}
 
     def prepare(self, new: Tensor, reads: Mapping[int | None, Reads]) -> None:
         """Say where the rows of the next pass are kept, (R,), and what they read, by sliding window."""
@@ -85,8 +96,8 @@ class SlotAttention:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
     ) -> tuple[Tensor, None]:
         """Keep the new keys and values, (1, H', R, D), and return what the queries read, (1, R, H, D)."""
-        self.num_calls += 1
         layer = int(module.layer_idx)
+        self.layers.add(layer)
         if layer not in self._stores:
             self._stores[layer] = (self._room(key), self._room(value))
         keys, values = self._stores[layer]

@@ -73,6 +73,10 @@ class Pages:
             found.append(page)
         return found
 
+    def num_own(self, pages: Sequence[int]) -> int:
+        """Return how many of these pages have one user: what would be available if it gave them back."""
+        return sum(self._users[page] == 1 for page in pages)
+
     def share(self, page: int, name: str) -> None:
         """Offer a full page of prompt tokens to others; where there is one of that name already, that one stays."""
         if name not in self._page_of and page not in self._name_of:

@@ -1,27 +1,44 @@
-"""Runs the passes of many sequences as one forward pass. The only tensor code of the engine.
+"""Runs the passes of many sequences as one forward pass, over a cache in pages.
 
 Tokens and copies of `[CLS]` of all sequences are rows of one batch without padding; where their keys and values lie,
 and what each row reads, is the sequence's own. What comes out is what `model.passes.Solo` gives of each pass.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from model.attention import pass_mask, pass_places
-from model.chat import EncodedPrompt
+from model.attention import Span, pass_mask, pass_places
+from model.chat import EncodedPrompt, Message
 from model.cls_signal import sliding_windows
+from model.errors import origin
+from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
 from model.safety_head import Passage
 from server.engine.attention import Block, Reads, SlotAttention
 from server.engine.pages import PAGE_SIZE, Pages, keys_of
+from server.engine.seats import Runner, Size, Solos
+
+logger = logging.getLogger(__name__)
 
 FEW = 4
 """Most rows of a sequence that read by lists of slots."""
+NUM_ROWS = PREFILL_CHUNK + 64
+"""Of a step: a piece of a prompt, and what is being written."""
+SAME = 0.999
+"""Least cosine of two vectors of logits that are the same but for rounding."""
+CPU_BYTES = 2 << 30
+"""Of the cache, unless told otherwise. It is touched only as far as it is used."""
+GPU_SHARE = 0.8
+"""Of the free memory, which the cache takes unless told otherwise."""
+SPARE_PAGES = 8
+"""For a refusal after the longest request."""
 
 
 @dataclass(eq=False)
@@ -37,7 +54,11 @@ class Seat:
     num_cached: int
     """Tokens of the prompt whose keys and values were there before."""
     length: int = 0
-    """Tokens that were fed."""
+    """Tokens whose keys and values are there."""
+    fed: list[int] = field(default_factory=list)
+    """All tokens that were fed."""
+    spans: dict[int, Span] = field(default_factory=dict)
+    """All that `[CLS]` assessed, by what it covered."""
     copies: list[int] = field(default_factory=list)
     """Pages of `[CLS]`."""
     newest_copy: int = 0
@@ -46,6 +67,36 @@ class Seat:
     response: Passage = field(default_factory=Passage)
     newest: Tensor | None = None
     """What the head reads at the response tokens fed last, (N, 2 * S)."""
+
+
+def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
+    """Return what runs sequences together, or one by one where the model's attention cannot be changed.
+
+    Args:
+        lm: the model.
+        num_bytes: of the cache; None takes `CPU_BYTES`, or `GPU_SHARE` of the free memory.
+    """
+    was = lm.model.config.get_text_config()._attn_implementation
+    ids = lm.chat.encode([Message("user", "Hello")]).request
+    with torch.inference_mode():
+        expected = lm.model(torch.tensor([ids], device=lm.model.device)).logits[0, -1]
+    try:
+        runner = PagedRunner(lm, _num_pages(len(ids)) + 1)
+        seat = runner.open(EncodedPrompt(ids), watches_request=False)
+        (passed,) = runner.run([(seat, Pass(ids))])
+        if isinstance(passed, Exception):
+            raise passed
+        runner.check(expected, passed.logits)
+    except Exception as error:
+        logger.warning("sequences run one by one, as the model's attention cannot be replaced: %s", origin(error))
+        lm.model.set_attn_implementation(was)
+        return Solos(lm)
+    if num_bytes is None:
+        num_bytes = CPU_BYTES
+        if lm.model.device.type == "cuda":
+            num_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(lm.model.device)[0])
+    runner.resize(num_bytes)
+    return runner
 
 
 class _Rows(NamedTuple):
@@ -62,8 +113,8 @@ class _Rows(NamedTuple):
         return self.first + self.num_tokens + self.num_copies
 
 
-class Runner:
-    """The model, its cache, and the sequences in it.
+class PagedRunner:
+    """The model, its cache, and the sequences in it. A `server.engine.seats.Runner`.
 
     Args:
         lm: the model; its attention is changed to read from this cache alone.
@@ -79,6 +130,41 @@ class Runner:
         self.pages = Pages(num_pages)
         self._windows = {None, *sliding_windows(lm.model).values()}
         self._attention = SlotAttention(lm.model, num_pages * PAGE_SIZE)
+        self.num_rows = NUM_ROWS
+
+    def check(self, expected: Tensor, found: Tensor) -> None:
+        """See that the first pass, which was the model's first one too, gave what the model itself gives.
+
+        Raises:
+            ValueError: if it did not, or a layer has not read from the cache.
+        """
+        if len(self._attention.layers) != (num_layers := self._lm.model.config.get_text_config().num_hidden_layers):
+            raise ValueError(f"{len(self._attention.layers)} of {num_layers} layers read from the cache")
+        if not cosine_similarity(expected.float().cpu(), found.float().cpu(), dim=0) > SAME:
+            raise ValueError("the logits are not those of the model itself")
+
+    def resize(self, num_bytes: int) -> None:
+        """Forget everything and take this much memory, which decides how many pages there are.
+
+        Raises:
+            ValueError: if not even a few pages fit.
+        """
+        num_pages = num_bytes // (self._attention.bytes_per_slot * PAGE_SIZE)
+        self.pages = Pages(num_pages)
+        if self.longest < PAGE_SIZE:
+            raise ValueError(f"the cache has {num_pages} pages, too few for any request; give it more memory")
+        self._attention.resize(num_pages * PAGE_SIZE)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that nobody has."""
+        return self.pages.num_available
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that one sequence can have, all others evicted."""
+        num_copies = _num_pages(PREFILL_CHUNK + 1) if self._lm.cls is not None else 0
+        return min(self._lm.context_length, (self.pages.num_pages - num_copies - SPARE_PAGES) * PAGE_SIZE)
 
     def open(self, prompt: EncodedPrompt, *, salt: str = "", watches_request: bool = True) -> Seat:
         """Return a seat for a sequence, with what is there of its prompt already.
@@ -101,20 +187,47 @@ class Runner:
         self.pages.give_back([*seat.pages, *seat.copies])
         seat.pages, seat.copies = [], []
 
-    def need(self, seat: Seat, asked: Pass) -> int:
-        """Return how many pages a pass takes besides those that the sequence has."""
+    def evict(self, seat: Seat) -> None:
+        """Take a sequence's pages; what the heads read of it stays."""
+        self.close(seat)
+        seat.slots, seat.length, seat.num_cached = _slots([]), 0, 0
+
+    def next_pass(self, seat: Seat, asked: Pass) -> Pass:
+        """Return the pass that a sequence asked for, or before it one over what was evicted.
+
+        One pass with all copies of `[CLS]` computes what was computed with them one after the other.
+        """
+        wanted = len(seat.fed) if asked.restarts_at is None else asked.restarts_at
+        if seat.length >= wanted:
+            return asked
+        num_request = len(seat.prompt.request)
+        if not seat.pages:
+            seat.pages = self.pages.find(seat.names[: min(wanted, num_request - 1) // PAGE_SIZE])
+            seat.slots, seat.num_cached = _slots(seat.pages), len(seat.pages) * PAGE_SIZE
+        stop = min(wanted, seat.length + PREFILL_CHUNK)
+        spans = [span for n, span in sorted(seat.spans.items()) if seat.length < num_request + n <= stop]
+        return Pass(seat.fed[seat.length : stop], spans=spans)
+
+    def size_of(self, seat: Seat, asked: Pass) -> Size:
+        """Return what a pass takes."""
         start = seat.length if asked.restarts_at is None else asked.restarts_at
         num_tokens = max(0, _num_pages(start + len(asked.token_ids)) - len(seat.pages))
         num_copies = _num_pages(len(asked.spans) + 1) - len(seat.copies) if asked.spans else 0
-        return num_tokens + max(0, num_copies)
+        num_rows = len(asked.token_ids) + len(asked.spans)
+        return Size(num_rows, num_tokens + max(0, num_copies), self.pages.num_own([*seat.pages, *seat.copies]))
 
-    @torch.inference_mode()
-    def run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed]:
+    def run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed | Exception]:
         """Run one pass of each sequence, and return what came of each.
 
-        Raises:
-            ValueError: if there are not enough pages.
+        After a fault each is run again by itself, and only those fail that fail alone.
         """
+        try:
+            return list(self._run(batch))
+        except Exception as error:
+            return [error] if len(batch) == 1 else [self.run([one])[0] for one in batch]
+
+    @torch.inference_mode()
+    def _run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed]:
         laid: list[_Rows] = []
         for seat, asked in batch:
             laid.append(self._lay(seat, asked, laid[-1].stop if laid else 0))
@@ -147,8 +260,10 @@ class Runner:
     def _crop(self, seat: Seat, length: int) -> None:
         kept = _num_pages(length)
         self.pages.give_back(seat.pages[kept:])
-        seat.pages, seat.length = seat.pages[:kept], length
+        seat.pages, seat.length = seat.pages[:kept], min(seat.length, length)
         seat.slots = _slots(seat.pages)
+        del seat.fed[length:]
+        seat.spans = {}
         seat.response, seat.newest = Passage(), None
 
     def _forward(
@@ -296,6 +411,8 @@ class Runner:
     def _settle(self, seat: Seat, asked: Pass) -> None:
         """Note what was fed, share the pages of the request that are full now, and keep the newest `[CLS]` alone."""
         before, seat.length = seat.length, seat.length + len(asked.token_ids)
+        seat.fed[before : seat.length] = asked.token_ids
+        seat.spans |= {span.covers: span for span in asked.spans}
         for number in range(before // PAGE_SIZE, min(seat.length // PAGE_SIZE, len(seat.names))):
             self.pages.share(seat.pages[number], seat.names[number])
         if asked.spans:

@@ -1,7 +1,8 @@
-"""An engine that runs sequences in turn: the one thread that touches the model.
+"""The engine of this process: the one thread that touches the model.
 
-Running sequences take turns, one forward pass each, so a short request is not stuck behind a long
-one; there is no batching. A fault in one sequence ends that sequence and no other.
+Step by step it asks every running sequence which forward pass it wants next, lets the scheduler choose among them, has
+the runner run those together, and hands each sequence what came of its own. A fault in one sequence ends that sequence
+and no other.
 """
 
 import asyncio
@@ -9,21 +10,25 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Generic, TypeVar, cast
 
 from model.chat import EncodedPrompt, Message
-from model.errors import origin
-from model.events import Event, Finish, HeadWork, Release
-from model.generation import generate
+from model.errors import ContextLengthError, InvalidRequest, origin
+from model.events import Event, HeadWork, Release
+from model.generation import Generation
 from model.guarded_lm import GuardedLM
+from model.passes import Pass, Passed, Steps
 from model.policy import Mode
 from model.request import GenerationRequest, admit, check_prompt
 from model.sampling import GREEDY
-from model.scoring import score_in_passes
+from model.scoring import steps as scoring
 from model.trace import Trace
 from server.engine.engine import EngineError, EngineState, EngineStats, Overloaded
+from server.engine.scheduler import Candidate, plan
+from server.engine.seats import Runner, Solos
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +36,6 @@ T = TypeVar("T")
 
 RETRY_AFTER_S = 1
 _END = object()
-_LAST = (Finish, Trace, Exception)
-"""What ends a job: its place is free before the event loop reads it."""
 
 
 @dataclass(eq=False)
@@ -40,11 +43,18 @@ class _Job(Generic[T]):
     """One request on its way through the worker. Shared by both threads; each field has one writer."""
 
     request_id: str
-    begin: Callable[[GuardedLM], Iterator[T]]
+    prompt: EncodedPrompt
+    watches_request: bool
+    begin: Callable[[GuardedLM], Steps[T, T]]
     loop: asyncio.AbstractEventLoop
     outbox: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     is_aborted: bool = False  # written by the event loop, read by the worker
-    steps: Iterator[T] | None = None  # worker only
+    # The rest is the worker's alone.
+    arrival: int = 0
+    num_passes: int = 0
+    steps: Steps[T, T] | None = None
+    seat: Any = None
+    asked: Pass | None = None
 
     def post(self, item: object) -> None:
         """Hand an item to the event loop; called by the worker."""
@@ -86,26 +96,37 @@ class _Items(Generic[T]):
         self._job.is_aborted = True
 
 
-class SequentialEngine:
-    """Generates in one background thread, sequences taking turns.
+class LocalEngine:
+    """Generates in one background thread.
 
     Args:
         load: returns the model; called once, in the background thread.
-        max_running: sequences that take turns; the others wait.
+        seat: returns what runs the passes of the model's sequences; by default each alone, which any model can.
+        max_running: sequences that run at a time; the others wait.
         max_waiting: requests that may wait; more are refused with `Overloaded`.
     """
 
-    def __init__(self, load: Callable[[], GuardedLM], *, max_running: int = 8, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        load: Callable[[], GuardedLM],
+        *,
+        seat: Callable[[GuardedLM], Runner] = Solos,
+        max_running: int = 8,
+        max_waiting: int = 64,
+    ) -> None:
         self._load = load
+        self._seat = seat
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._jobs: dict[str, _Job[Any]] = {}  # event loop only
-        self._running: list[_Job[Any]] = []  # worker only, its length may be read
-        self._waiting: list[_Job[Any]] = []  # worker only
+        self._arrivals = count()  # worker only, as the next two
+        self._running: list[_Job[Any]] = []  # its length may be read
+        self._waiting: list[_Job[Any]] = []
         self._head = HeadWork()  # written by the worker, read by the event loop
         self._state = EngineState.STARTING
         self._lm: GuardedLM | None = None
+        self._runner: Runner | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -155,8 +176,13 @@ class SequentialEngine:
 
     def submit(self, request_id: str, request: GenerationRequest) -> _Items[Event]:
         """Queue a request and return its events; see `Engine.submit`."""
-        admit(self.lm, request)
-        return _Items(self._queue(request_id, lambda lm: generate(lm, request)))
+        lm = self.lm
+        admit(lm, request)
+        self._check_room(request.prompt, request.max_tokens)
+        is_watched = request.input is not Mode.OFF
+        return _Items(
+            self._queue(request_id, request.prompt, lambda lm: Generation(lm, request, lm.schedule).run(), is_watched)
+        )
 
     def abort(self, request_id: str) -> None:
         """Forget a request before its next forward pass. Unknown ids are ignored."""
@@ -166,8 +192,12 @@ class SequentialEngine:
 
     async def score(self, request_id: str, prompt: EncodedPrompt) -> Trace:
         """Return the trace of a conversation, generating nothing; see `Engine.score`."""
-        check_prompt(self.lm, prompt)
-        async for item in _Items(self._queue(request_id, lambda lm: score_in_passes(lm, prompt))):
+        lm = self.lm
+        check_prompt(lm, prompt)
+        if (config := lm.config) is None:
+            raise InvalidRequest("this model carries no safety signal", param="model")
+        self._check_room(prompt, 0)
+        async for item in _Items(self._queue(request_id, prompt, lambda lm: scoring(lm, config, prompt))):
             if isinstance(item, Trace):
                 return item
         raise EngineError("the engine gave no trace")
@@ -177,7 +207,27 @@ class SequentialEngine:
         num_running = len(self._running)
         return EngineStats(num_running, max(0, len(self._jobs) - num_running), self._head)
 
-    def _queue(self, request_id: str, begin: Callable[[GuardedLM], Iterator[T]]) -> _Job[T]:
+    def _check_room(self, prompt: EncodedPrompt, max_tokens: int) -> None:
+        """Refuse what the cache could not hold even alone.
+
+        Raises:
+            ContextLengthError: saying how much it holds.
+        """
+        num_prompt = len(prompt.request) + len(prompt.prefill)
+        if self._runner is not None and num_prompt + max_tokens > (room := self._runner.longest):
+            raise ContextLengthError(
+                f"the server has room for {room} tokens of a conversation, but the messages have {num_prompt} and "
+                f"max_tokens asks for {max_tokens} more",
+                param="messages" if num_prompt >= room else "max_tokens",
+            )
+
+    def _queue(
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        begin: Callable[[GuardedLM], Steps[Any, Any]],
+        watches_request: bool = True,
+    ) -> _Job[Any]:
         """Hand a job to the worker."""
         if self._state is not EngineState.READY:
             raise EngineError(f"the engine is {self._state.value}")
@@ -185,7 +235,7 @@ class SequentialEngine:
             raise EngineError(f"request id {request_id} is in use")
         if len(self._jobs) >= self._max_running + self._max_waiting:
             raise Overloaded(f"{len(self._jobs)} requests are running or waiting", retry_after_s=RETRY_AFTER_S)
-        job = _Job(request_id, begin, asyncio.get_running_loop())
+        job: _Job[Any] = _Job(request_id, prompt, watches_request, begin, asyncio.get_running_loop())
         self._jobs[request_id] = job
         self._inbox.put(job)
         return job
@@ -194,13 +244,14 @@ class SequentialEngine:
         """Load, then serve until told to stop. The body of the background thread."""
         try:
             lm = self._load()
-            _warm_up(lm)
+            self._runner = runner = self._seat(lm)
+            _warm_up(lm, runner)
         except BaseException as error:
             _settle(loop, ready, error)
             return
         _settle(loop, ready, lm)
         try:
-            self._serve(lm)
+            self._serve(lm, runner)
         except BaseException as error:
             logger.critical("the engine's thread failed: %s", origin(error))
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -213,18 +264,14 @@ class SequentialEngine:
             job.outbox.put_nowait(EngineError("the engine has failed; the server must be restarted"))
         self._jobs.clear()
 
-    def _serve(self, lm: GuardedLM) -> None:
-        """Give every running job its turns until told to stop."""
+    def _serve(self, lm: GuardedLM, runner: Runner) -> None:
+        """Run step after step until told to stop."""
         while self._receive():
-            for job in [job for job in self._waiting if job.is_aborted]:
-                self._waiting.remove(job)
-                self._forget(job)
+            self._drop_aborted(runner)
             while self._waiting and len(self._running) < self._max_running:
-                self._running.append(self._waiting.pop(0))
-            for job in list(self._running):
-                if not self._advance(lm, job):
-                    self._running.remove(job)
-                    job.steps = None  # frees its keys and values
+                self._begin(lm, runner, self._waiting.pop(0))
+            if self._running:
+                self._step(runner)
 
     def _receive(self) -> bool:
         """Take what has arrived, waiting only when there is nothing to do; False means stop."""
@@ -237,26 +284,76 @@ class SequentialEngine:
         except queue.Empty:
             return True
 
-    def _advance(self, lm: GuardedLM, job: _Job[Any]) -> bool:
-        """Give a job one forward pass; return whether it goes on. No exception leaves here."""
-        if job.is_aborted:
+    def _drop_aborted(self, runner: Runner) -> None:
+        """Forget what nobody waits for any more."""
+        for job in [job for job in (*self._waiting, *self._running) if job.is_aborted]:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            else:
+                self._leave(runner, job)
             self._forget(job)
-            return False
+
+    def _begin(self, lm: GuardedLM, runner: Runner, job: _Job[Any]) -> None:
+        """Let a job run: it has a seat, and says which pass it wants first."""
+        job.arrival, job.steps = next(self._arrivals), job.begin(lm)
+        job.seat = runner.open(job.prompt, watches_request=job.watches_request)
+        self._running.append(job)
+        self._go_on(runner, job, None)
+
+    def _step(self, runner: Runner) -> None:
+        """Run one pass of some of the running jobs together."""
+        jobs = {job.request_id: job for job in self._running}
+        passes = {name: runner.next_pass(job.seat, job.asked) for name, job in jobs.items() if job.asked is not None}
+        candidates = [
+            Candidate(name, job.arrival, *runner.size_of(job.seat, passes[name]), job.num_passes)
+            for name, job in jobs.items()
+        ]
+        chosen = plan(candidates, num_rows=runner.num_rows, num_available=runner.num_available)
+        for name in chosen.evict:
+            runner.evict(jobs[name].seat)
+        results = runner.run([(jobs[name].seat, passes[name]) for name in chosen.run])
+        for name, passed in zip(chosen.run, results, strict=True):
+            job = jobs[name]
+            job.num_passes += 1
+            if isinstance(passed, Exception):
+                self._end(runner, job, self._fault(job, passed))
+            elif passes[name] is job.asked:  # otherwise it was of what had been evicted
+                self._go_on(runner, job, passed)
+
+    def _go_on(self, runner: Runner, job: _Job[Any], passed: Passed | None) -> None:
+        """Hand a job what came of its pass, tell its events, and note the pass that it wants next.
+
+        No exception leaves here.
+        """
+        assert job.steps is not None
         try:
-            if job.steps is None:
-                job.steps = job.begin(lm)
-            item = next(job.steps, _END)
+            item = next(job.steps) if passed is None else job.steps.send(passed)
+            while not isinstance(item, Pass):
+                self._head += _head_work(item)
+                job.post(item)
+                item = next(job.steps)
+            job.asked = item
+        except StopIteration as end:
+            self._head += _head_work(end.value)
+            self._end(runner, job, end.value)
         except Exception as error:
-            logger.error("request %s failed: %s", job.request_id, origin(error))
-            item = EngineError("the engine failed on this request; it is safe to retry")
-        self._head += _head_work(item)
-        if item is not _END and not isinstance(item, _LAST):
-            job.post(item)
-            return True
+            self._end(runner, job, self._fault(job, error))
+
+    def _fault(self, job: _Job[Any], error: Exception) -> EngineError:
+        logger.error("request %s failed: %s", job.request_id, origin(error))
+        return EngineError("the engine failed on this request; it is safe to retry")
+
+    def _end(self, runner: Runner, job: _Job[Any], last: object) -> None:
+        """Tell the last of a job, whose place is free by then."""
+        self._leave(runner, job)
         self._forget(job)
-        job.post(item)
+        job.post(last)
         job.post(_END)
-        return False
+
+    def _leave(self, runner: Runner, job: _Job[Any]) -> None:
+        self._running.remove(job)
+        runner.close(job.seat)
+        job.steps = job.seat = job.asked = None
 
     def _forget(self, job: _Job[Any]) -> None:
         """Drop a job from the event loop's books."""
@@ -286,7 +383,7 @@ def _settle(loop: asyncio.AbstractEventLoop, ready: "asyncio.Future[GuardedLM]",
         loop.call_soon_threadsafe(settle)
 
 
-def _warm_up(lm: GuardedLM) -> None:
+def _warm_up(lm: GuardedLM, runner: Runner) -> None:
     """Run a short request, so that the first client does not pay for lazy initialisation.
 
     Raises:
@@ -295,6 +392,19 @@ def _warm_up(lm: GuardedLM) -> None:
     mode = Mode.OFF if lm.config is None else Mode.SCORE
     prompt = lm.chat.encode([Message("user", "Hello")])
     request = GenerationRequest(prompt, max_tokens=4, sampling=GREEDY, input=mode, output=mode)
-    for event in generate(lm, request):
-        if isinstance(event, Finish) and event.num_head_failures:
-            raise EngineError("the safety head fails on a harmless request")
+    seat, steps = runner.open(prompt, watches_request=mode is not Mode.OFF), Generation(lm, request, lm.schedule).run()
+    try:
+        item = next(steps)
+        while True:
+            if not isinstance(item, Pass):
+                item = next(steps)
+                continue
+            (passed,) = runner.run([(seat, item)])
+            if isinstance(passed, Exception):
+                raise passed
+            item = steps.send(passed)
+    except StopIteration as end:
+        if end.value.num_head_failures:
+            raise EngineError("the safety head fails on a harmless request") from None
+    finally:
+        runner.close(seat)

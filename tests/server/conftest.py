@@ -23,7 +23,9 @@ from model.config import Side
 from model.guarded_lm import Assessed, GuardedLM, StepOutput
 from model.testing import ScriptedLM
 from server.app import create_app
-from server.engine.worker import SequentialEngine
+from server.engine.runner import paged
+from server.engine.seats import Runner, Solos
+from server.engine.worker import LocalEngine
 from server.settings import Settings
 
 MODEL = "tiny"
@@ -52,7 +54,7 @@ class Server:
     """A running server and ways to talk to it."""
 
     url: str
-    engine: SequentialEngine
+    engine: LocalEngine
     http: httpx2.Client
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
@@ -89,7 +91,7 @@ def settings(**changes: Any) -> Settings:
 
 
 @contextlib.contextmanager
-def running(engine: SequentialEngine, configured: Settings, *, wait: bool = True) -> Iterator[Server]:
+def running(engine: LocalEngine, configured: Settings, *, wait: bool = True) -> Iterator[Server]:
     """Serve on a free port in a thread until the block ends."""
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(configured, engine)
@@ -139,6 +141,11 @@ def logging_as_before() -> Iterator[None]:
     _log_nowhere()
 
 
+def seated(lm: GuardedLM) -> Runner:
+    """Return the cache in pages for a real model; what is scripted has no keys and values."""
+    return paged(lm, 8 << 20) if type(lm) is GuardedLM else Solos(lm)
+
+
 @contextlib.contextmanager
 def _starter() -> Iterator[Serve]:
     with contextlib.ExitStack() as stack:
@@ -154,7 +161,7 @@ def _starter() -> Iterator[Serve]:
             **changes: Any,
         ) -> Server:
             load = lm or (lambda: (SlowLM if slow else ScriptedLM)(script))
-            engine = SequentialEngine(load, max_running=max_running, max_waiting=max_waiting)
+            engine = LocalEngine(load, seat=seated, max_running=max_running, max_waiting=max_waiting)
             configured = settings(max_running=max_running, max_waiting=max_waiting, **changes)
             return stack.enter_context(running(engine, configured, wait=wait))
 

@@ -17,7 +17,7 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.sampling import SamplingParams
 from model.testing import FAMILIES, tiny_guarded_lm
-from server.engine.runner import Runner
+from server.engine.runner import PagedRunner
 
 CLS = ClsConfig(windows=(3, 4, 3), schedule="annealed")
 HEAD = TokenHeadConfig((1, -1), 32, 0)
@@ -47,9 +47,11 @@ def requests(lm: GuardedLM, count: int, seed: int = 0) -> list[GenerationRequest
     return found
 
 
-def together(lm: GuardedLM, asked: list[GenerationRequest], num_pages: int = 400, seed: int = 0):
+def together(
+    lm: GuardedLM, asked: list[GenerationRequest], num_pages: int = 400, seed: int = 0, *, evicts: bool = False
+):
     """Return the events of each request, some of them in each pass."""
-    runner, drawn = Runner(lm, num_pages), random.Random(seed)
+    runner, drawn = PagedRunner(lm, num_pages), random.Random(seed)
     events = [[] for _ in asked]
     seats = [runner.open(r.prompt, watches_request=r.input is not Mode.OFF) for r in asked]
     steps = [Generation(lm, request, lm.schedule).run() for request in asked]
@@ -70,10 +72,14 @@ def together(lm: GuardedLM, asked: list[GenerationRequest], num_pages: int = 400
         go_on(number, lambda one=one: next(one))
     while waiting:
         chosen = drawn.sample(sorted(waiting), drawn.randint(1, len(waiting)))
-        passed = runner.run([(seats[number], waiting[number]) for number in chosen])
+        for number in drawn.sample(sorted(waiting), 2) if evicts and len(waiting) > 2 else ():
+            runner.evict(seats[number])
+        passes = {number: runner.next_pass(seats[number], waiting[number]) for number in chosen}
+        passed = runner.run([(seats[number], passes[number]) for number in chosen])
         for number, found in zip(chosen, passed, strict=True):
-            del waiting[number]
-            go_on(number, lambda number=number, found=found: steps[number].send(found))
+            if passes[number] is waiting[number]:
+                del waiting[number]
+                go_on(number, lambda number=number, found=found: steps[number].send(found))
     assert runner.pages.num_available == num_pages
     return events
 
@@ -93,12 +99,13 @@ def told(events: list[Release | Finish]):
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_sequence_says_what_it_says_alone(family: str, signal: str):
+@pytest.mark.parametrize("evicts", [False, True])
+def test_each_sequence_says_what_it_says_alone(family: str, signal: str, evicts: bool):
     thresholds = {"request": NEVER, "response": OFTEN, "onset": 0.4}
     lm = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
     alone = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
     asked = requests(lm, 24)
-    found = [told(events) for events in together(lm, asked)]
+    found = [told(events) for events in together(lm, asked, evicts=evicts)]
     expected = [told(list(generate(alone, request))) for request in asked]
     assert [exact for exact, _ in found] == [exact for exact, _ in expected]
     for (_, risks), (_, wanted) in zip(found, expected, strict=True):
@@ -108,7 +115,7 @@ def test_each_sequence_says_what_it_says_alone(family: str, signal: str):
 
 def test_a_shared_beginning_is_fed_once_and_nothing_else_changes():
     lm, alone = tiny_guarded_lm(), tiny_guarded_lm()
-    runner = Runner(lm, 100)
+    runner = PagedRunner(lm, 100)
     system = Message("system", "You are terse and kind to everybody who comes here and asks.")
     prompts = [lm.chat.encode([system, Message("user", text)]) for text in ("What is it?", "Who is it?")]
     found = []
@@ -128,10 +135,10 @@ def test_a_shared_beginning_is_fed_once_and_nothing_else_changes():
 
 def test_a_pass_says_beforehand_how_many_pages_it_takes():
     lm = tiny_guarded_lm(cls=CLS)
-    runner = Runner(lm, 3)
+    runner = PagedRunner(lm, 3)
     prompt = lm.chat.encode([Message("user", "a" * 60)])
     seat = runner.open(prompt)
     asked = Pass(prompt.request)
-    assert runner.need(seat, asked) == -(-len(prompt.request) // 16)
-    with pytest.raises(ValueError, match="pages are needed, 3 are there"):
-        runner.run([(seat, asked)])
+    assert runner.size_of(seat, asked) == (len(prompt.request), -(-len(prompt.request) // 16), 0)
+    (fault,) = runner.run([(seat, asked)])
+    assert "pages are needed, 3 are there" in str(fault)

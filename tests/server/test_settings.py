@@ -154,7 +154,7 @@ def test_settings_cannot_be_changed():
 
 @pytest.mark.parametrize(
     ("changes", "most"),
-    [({}, 16), ({"max_waiting": 0}, 8), ({"max_running": 1, "max_waiting": 3}, 4), ({"max_n": 5}, 5)],
+    [({}, 16), ({"max_running": 8, "max_waiting": 0}, 8), ({"max_running": 1, "max_waiting": 3}, 4), ({"max_n": 5}, 5)],
 )
 def test_no_more_choices_are_asked_for_than_may_run_and_wait(changes, most):
     assert Settings(**changes).most_choices == most

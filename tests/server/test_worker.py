@@ -17,7 +17,7 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.testing import ScriptedLM
 from server.engine.engine import EngineError, EngineState, Overloaded
-from server.engine.worker import SequentialEngine
+from server.engine.worker import LocalEngine
 
 
 def request_for(lm: ScriptedLM) -> GenerationRequest:
@@ -25,7 +25,7 @@ def request_for(lm: ScriptedLM) -> GenerationRequest:
     return GenerationRequest(prompt, max_tokens=50, input=Mode.SCORE, output=Mode.SCORE)
 
 
-async def collect(engine: SequentialEngine, name: str) -> list[object]:
+async def collect(engine: LocalEngine, name: str) -> list[object]:
     return [event async for event in engine.submit(name, request_for(engine.lm))]
 
 
@@ -63,7 +63,7 @@ async def until_in_a_piece(lm: GatedLM) -> None:
 def test_a_fault_in_one_request_ends_that_request_and_no_other():
     async def run() -> None:
         # The warm-up takes 5 passes; the 10th is in the middle of the first two requests.
-        engine = SequentialEngine(lambda: ScriptedLM("a long enough answer", fails_at=10))
+        engine = LocalEngine(lambda: ScriptedLM("a long enough answer", fails_at=10))
         await engine.start()
         outcomes = await asyncio.gather(collect(engine, "a"), collect(engine, "b"), return_exceptions=True)
         assert sorted(type(outcome) is EngineError for outcome in outcomes) == [False, True]
@@ -75,7 +75,7 @@ def test_a_fault_in_one_request_ends_that_request_and_no_other():
 
 def test_a_worker_that_dies_ends_every_request_and_takes_no_more():
     async def run() -> None:
-        engine = SequentialEngine(lambda: ScriptedLM("an answer"))
+        engine = LocalEngine(lambda: ScriptedLM("an answer"))
         await engine.start()
 
         def broken() -> bool:
@@ -95,7 +95,7 @@ def test_a_worker_that_dies_ends_every_request_and_takes_no_more():
 def test_an_aborted_request_that_waits_leaves_the_queue():
     async def run() -> None:
         lm = GatedLM("hello")
-        engine = SequentialEngine(lambda: lm, max_running=1, max_waiting=1)
+        engine = LocalEngine(lambda: lm, max_running=1, max_waiting=1)
         await engine.start()
         running = asyncio.create_task(engine.score("running", long_prompt(lm)))
         await until_in_a_piece(lm)
@@ -117,7 +117,7 @@ def test_an_aborted_request_that_waits_leaves_the_queue():
 def test_scoring_a_long_conversation_lets_others_have_their_turns():
     async def run() -> None:
         lm = GatedLM("hello")
-        engine = SequentialEngine(lambda: lm)
+        engine = LocalEngine(lambda: lm)
         await engine.start()
         scoring = asyncio.create_task(engine.score("long", long_prompt(lm)))
         await until_in_a_piece(lm)
@@ -139,7 +139,7 @@ def test_scoring_a_long_conversation_lets_others_have_their_turns():
 def test_scoring_that_nobody_waits_for_ends_after_the_piece_it_is_in(how: str):
     async def run() -> None:
         lm = GatedLM("hello")
-        engine = SequentialEngine(lambda: lm)
+        engine = LocalEngine(lambda: lm)
         await engine.start()
         scoring = asyncio.create_task(engine.score("long", long_prompt(lm)))
         await until_in_a_piece(lm)
@@ -159,7 +159,7 @@ def test_scoring_that_nobody_waits_for_ends_after_the_piece_it_is_in(how: str):
 
 def test_a_place_is_free_as_soon_as_the_answer_is_read():
     async def run() -> None:
-        engine = SequentialEngine(lambda: ScriptedLM("ab"), max_running=1, max_waiting=0)
+        engine = LocalEngine(lambda: ScriptedLM("ab"), max_running=1, max_waiting=0)
         await engine.start()
         prompt = request_for(engine.lm).prompt
         for index in range(20):
@@ -185,7 +185,7 @@ def test_what_the_head_did_is_counted_for_aborted_requests_and_for_scoring_too()
 
     async def run() -> None:
         lm = BrokenLM("x" * 400)
-        engine = SequentialEngine(lambda: lm)
+        engine = LocalEngine(lambda: lm)
         await engine.start()
         assert engine.stats().head == HeadWork()  # the warm-up is no request
         num_warm_up = len(lm.fed)
@@ -217,7 +217,7 @@ def test_a_fault_is_logged_with_its_place_and_without_its_message(caplog):
             return step
 
     async def run() -> None:
-        engine = SequentialEngine(lambda: FailingLM("a long enough answer"))
+        engine = LocalEngine(lambda: FailingLM("a long enough answer"))
         await engine.start()
         with pytest.raises(EngineError, match="safe to retry"):
             await collect(engine, "a")
