@@ -21,6 +21,8 @@ class GenerationRequest:
     output: Mode = Mode.BLOCK
     choice: int = 0
     """Index among the `n` choices of one call; each draws from its own generator."""
+    cache_salt: str = ""
+    """Keys and values of prompts that begin alike are shared only where it is equal."""
 
 
 def admit(lm: GuardedLM, request: GenerationRequest) -> None:

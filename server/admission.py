@@ -58,6 +58,7 @@ async def admit(service: Service, lm: GuardedLM, access: Access, body: ChatReque
             input=side_modes[0],
             output=side_modes[1],
             choice=choice,
+            cache_salt=body.cache_salt or "",
         )
         for choice in range(num_choices)
     ]

@@ -23,6 +23,9 @@ METRIC_NAMES = (
     "ballast_request_seconds",
     "ballast_requests_running",
     "ballast_requests_waiting",
+    "ballast_kv_cache_usage",
+    "ballast_evictions_total",
+    "ballast_engine_restarts_total",
     "ballast_prompt_tokens_total",
     "ballast_completion_tokens_total",
     "ballast_time_to_first_token_seconds",
@@ -51,7 +54,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._build_serving(engine)
         self._build_safety()
-        self.registry.register(_HeadCounts(engine))
+        self.registry.register(_EngineCounts(engine))
 
     def _build_serving(self, engine: Engine) -> None:
         at = self.registry
@@ -64,6 +67,8 @@ class Metrics:
         running.set_function(lambda: engine.stats().num_running)
         waiting = Gauge("ballast_requests_waiting", "Sequences in the queue", registry=at)
         waiting.set_function(lambda: engine.stats().num_waiting)
+        usage = Gauge("ballast_kv_cache_usage", "Share of the cache of keys and values in use", registry=at)
+        usage.set_function(lambda: engine.stats().cache_usage)
         self.prompt_tokens = Counter(
             "ballast_prompt_tokens", "Prompt tokens of requests whose generation began", registry=at
         )
@@ -123,7 +128,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _HeadCounts(Collector):
+class _EngineCounts(Collector):
     """What the engine counts itself: scoring and aborted requests are in it, which no meter sees to their end."""
 
     def __init__(self, engine: Engine) -> None:
@@ -131,10 +136,17 @@ class _HeadCounts(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counters as they stand."""
-        head = self._engine.stats().head
+        stats = self._engine.stats()
+        head = stats.head
         yield CounterMetricFamily("ballast_assessments", "Evaluations of the signal", value=head.num_assessments)
         yield CounterMetricFamily(
             "ballast_head_failures", "Evaluations without a number, which count as unsafe", value=head.num_failures
+        )
+        yield CounterMetricFamily(
+            "ballast_engine_restarts", "Faults of the engine after which it went on", value=stats.num_restarts
+        )
+        yield CounterMetricFamily(
+            "ballast_evictions", "Sequences that were computed again for want of memory", value=stats.num_evictions
         )
 
 

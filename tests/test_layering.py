@@ -12,6 +12,7 @@ ALLOWED: dict[str, set[str]] = {"model": set(), "server": {"model"}, "training":
 FORBIDDEN = {
     "server/engine/": {"fastapi", "pydantic", "pydantic_settings", "starlette"},
     "server/engine/scheduler.py": {"torch"},
+    "server/engine/pages.py": {"torch"},
     "model/policy.py": {"torch"},
     "model/trace.py": {"torch"},
     "model/schedule.py": {"torch"},

@@ -43,6 +43,12 @@ class EngineStats:
     num_waiting: int
     head: HeadWork
     """All that the head did for requests since the start, for those too that were aborted later."""
+    num_restarts: int = 0
+    """Faults of the engine after which it went on."""
+    num_evictions: int = 0
+    """Sequences whose keys and values made room for others, and had to be computed again."""
+    cache_usage: float = 0.0
+    """Share of the cache of keys and values that running sequences have, 0 to 1."""
 
 
 class Engine(Protocol):

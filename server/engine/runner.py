@@ -6,24 +6,23 @@ and what each row reads, is the sequence's own. What comes out is what `model.pa
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from model.attention import Span, pass_mask, pass_places
+from model.attention import pass_mask, pass_places
 from model.chat import EncodedPrompt, Message
 from model.cls_signal import sliding_windows
 from model.errors import origin
 from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
-from model.safety_head import Passage
 from server.engine.attention import Block, Reads, SlotAttention
-from server.engine.pages import PAGE_SIZE, Pages, keys_of
-from server.engine.seats import Runner, Size, Solos
+from server.engine.engine import EngineError
+from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
+from server.engine.pages import PAGE_SIZE, Pages
+from server.engine.seats import Runner, Solos
 
 logger = logging.getLogger(__name__)
 
@@ -37,36 +36,6 @@ CPU_BYTES = 2 << 30
 """Of the cache, unless told otherwise. It is touched only as far as it is used."""
 GPU_SHARE = 0.8
 """Of the free memory, which the cache takes unless told otherwise."""
-SPARE_PAGES = 8
-"""For a refusal after the longest request."""
-
-
-@dataclass(eq=False)
-class Seat:
-    """One sequence in the cache."""
-
-    prompt: EncodedPrompt
-    names: Sequence[str]
-    """Of the full pages of the request."""
-    pages: list[int]
-    slots: Tensor
-    """Of every token there is room for."""
-    num_cached: int
-    """Tokens of the prompt whose keys and values were there before."""
-    length: int = 0
-    """Tokens whose keys and values are there."""
-    fed: list[int] = field(default_factory=list)
-    """All tokens that were fed."""
-    spans: dict[int, Span] = field(default_factory=dict)
-    """All that `[CLS]` assessed, by what it covered."""
-    copies: list[int] = field(default_factory=list)
-    """Pages of `[CLS]`."""
-    newest_copy: int = 0
-    """Slot of the newest `[CLS]`."""
-    query: Passage = field(default_factory=Passage)
-    response: Passage = field(default_factory=Passage)
-    newest: Tensor | None = None
-    """What the head reads at the response tokens fed last, (N, 2 * S)."""
 
 
 def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
@@ -81,7 +50,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
     with torch.inference_mode():
         expected = lm.model(torch.tensor([ids], device=lm.model.device)).logits[0, -1]
     try:
-        runner = PagedRunner(lm, _num_pages(len(ids)) + 1)
+        runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
         seat = runner.open(EncodedPrompt(ids), watches_request=False)
         (passed,) = runner.run([(seat, Pass(ids))])
         if isinstance(passed, Exception):
@@ -99,21 +68,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
     return runner
 
 
-class _Rows(NamedTuple):
-    """The rows of one pass in the batch."""
-
-    first: int
-    num_tokens: int
-    num_skipped: int
-    """Tokens whose keys and values were there before."""
-    num_copies: int
-
-    @property
-    def stop(self) -> int:
-        return self.first + self.num_tokens + self.num_copies
-
-
-class PagedRunner:
+class PagedRunner(PagedSeats):
     """The model, its cache, and the sequences in it. A `server.engine.seats.Runner`.
 
     Args:
@@ -125,9 +80,11 @@ class PagedRunner:
     """
 
     def __init__(self, lm: GuardedLM, num_pages: int) -> None:
+        super().__init__(
+            num_pages, context_length=lm.context_length, has_head=lm.head is not None, has_cls=lm.cls is not None
+        )
         self._lm = lm
         self._device = lm.model.device
-        self.pages = Pages(num_pages)
         self._windows = {None, *sliding_windows(lm.model).values()}
         self._attention = SlotAttention(lm.model, num_pages * PAGE_SIZE)
         self.num_rows = NUM_ROWS
@@ -147,74 +104,13 @@ class PagedRunner:
         """Forget everything and take this much memory, which decides how many pages there are.
 
         Raises:
-            ValueError: if not even a few pages fit.
+            EngineError: if not even a few pages fit.
         """
         num_pages = num_bytes // (self._attention.bytes_per_slot * PAGE_SIZE)
         self.pages = Pages(num_pages)
         if self.longest < PAGE_SIZE:
-            raise ValueError(f"the cache has {num_pages} pages, too few for any request; give it more memory")
+            raise EngineError(f"the cache has {num_pages} pages, too few for any request; give it more memory")
         self._attention.resize(num_pages * PAGE_SIZE)
-
-    @property
-    def num_available(self) -> int:
-        """Pages that nobody has."""
-        return self.pages.num_available
-
-    @property
-    def longest(self) -> int:
-        """Most tokens that one sequence can have, all others evicted."""
-        num_copies = _num_pages(PREFILL_CHUNK + 1) if self._lm.cls is not None else 0
-        return min(self._lm.context_length, (self.pages.num_pages - num_copies - SPARE_PAGES) * PAGE_SIZE)
-
-    def open(self, prompt: EncodedPrompt, *, salt: str = "", watches_request: bool = True) -> Seat:
-        """Return a seat for a sequence, with what is there of its prompt already.
-
-        Args:
-            prompt: what will be fed first.
-            salt: sequences share pages only where it is equal.
-            watches_request: the states of the query will be read, so they must be computed.
-        """
-        names = keys_of(prompt.request, salt)
-        last = len(prompt.request) - 1  # its logits, and what `[CLS]` finds, come from a pass
-        known = min(prompt.query_start, last) if watches_request and self._lm.head is not None else last
-        pages = self.pages.find(names[: known // PAGE_SIZE])
-        seat = Seat(prompt, names, pages, torch.empty(0, dtype=torch.long), len(pages) * PAGE_SIZE)
-        seat.slots = _slots(pages)
-        return seat
-
-    def close(self, seat: Seat) -> None:
-        """Give back every page of a sequence."""
-        self.pages.give_back([*seat.pages, *seat.copies])
-        seat.pages, seat.copies = [], []
-
-    def evict(self, seat: Seat) -> None:
-        """Take a sequence's pages; what the heads read of it stays."""
-        self.close(seat)
-        seat.slots, seat.length, seat.num_cached = _slots([]), 0, 0
-
-    def next_pass(self, seat: Seat, asked: Pass) -> Pass:
-        """Return the pass that a sequence asked for, or before it one over what was evicted.
-
-        One pass with all copies of `[CLS]` computes what was computed with them one after the other.
-        """
-        wanted = len(seat.fed) if asked.restarts_at is None else asked.restarts_at
-        if seat.length >= wanted:
-            return asked
-        num_request = len(seat.prompt.request)
-        if not seat.pages:
-            seat.pages = self.pages.find(seat.names[: min(wanted, num_request - 1) // PAGE_SIZE])
-            seat.slots, seat.num_cached = _slots(seat.pages), len(seat.pages) * PAGE_SIZE
-        stop = min(wanted, seat.length + PREFILL_CHUNK)
-        spans = [span for n, span in sorted(seat.spans.items()) if seat.length < num_request + n <= stop]
-        return Pass(seat.fed[seat.length : stop], spans=spans)
-
-    def size_of(self, seat: Seat, asked: Pass) -> Size:
-        """Return what a pass takes."""
-        start = seat.length if asked.restarts_at is None else asked.restarts_at
-        num_tokens = max(0, _num_pages(start + len(asked.token_ids)) - len(seat.pages))
-        num_copies = _num_pages(len(asked.spans) + 1) - len(seat.copies) if asked.spans else 0
-        num_rows = len(asked.token_ids) + len(asked.spans)
-        return Size(num_rows, num_tokens + max(0, num_copies), self.pages.num_own([*seat.pages, *seat.copies]))
 
     def run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed | Exception]:
         """Run one pass of each sequence, and return what came of each.
@@ -228,46 +124,18 @@ class PagedRunner:
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed]:
-        laid: list[_Rows] = []
+        laid: list[Rows] = []
         for seat, asked in batch:
-            laid.append(self._lay(seat, asked, laid[-1].stop if laid else 0))
+            laid.append(self.lay(seat, asked, laid[-1].stop if laid else 0))
         num_rows = laid[-1].stop if laid else 0
         logits, states, copies = self._forward(batch, laid, num_rows) if num_rows else (torch.empty(0), None, None)
         passed = self._assess(batch, laid, logits, states, copies)
         for seat, asked in batch:
-            self._settle(seat, asked)
+            self.settle(seat, asked)
         return passed
 
-    def _lay(self, seat: Seat, asked: Pass, first: int) -> _Rows:
-        """Make room for a pass and return its rows."""
-        if asked.restarts_at is not None:
-            self._crop(seat, asked.restarts_at)
-        stop = seat.length + len(asked.token_ids)
-        if (missing := _num_pages(stop) - len(seat.pages)) > 0:
-            seat.pages += self._take(missing)
-            seat.slots = _slots(seat.pages)
-        if asked.spans and (missing := _num_pages(len(asked.spans) + 1) - len(seat.copies)) > 0:
-            seat.copies += self._take(missing)
-        skipped = min(max(0, seat.num_cached - seat.length), len(asked.token_ids))
-        return _Rows(first, len(asked.token_ids) - skipped, skipped, len(asked.spans))
-
-    def _take(self, count: int) -> list[int]:
-        taken = self.pages.take(count)
-        if taken is None:
-            raise ValueError(f"{count} pages are needed, {self.pages.num_available} are there")
-        return taken
-
-    def _crop(self, seat: Seat, length: int) -> None:
-        kept = _num_pages(length)
-        self.pages.give_back(seat.pages[kept:])
-        seat.pages, seat.length = seat.pages[:kept], min(seat.length, length)
-        seat.slots = _slots(seat.pages)
-        del seat.fed[length:]
-        seat.spans = {}
-        seat.response, seat.newest = Passage(), None
-
     def _forward(
-        self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[_Rows], num_rows: int
+        self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[Rows], num_rows: int
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None]:
         """Return the logits of each pass, (B, V), and of every row the states of all layers and the final ones."""
         lm = self._lm
@@ -278,7 +146,7 @@ class PagedRunner:
         is_copy = torch.zeros(num_rows, dtype=torch.bool)
         for (seat, asked), rows in zip(batch, laid, strict=True):
             first, stop = seat.length + rows.num_skipped, seat.length + len(asked.token_ids)
-            copies = self._copies(seat, rows.num_copies)
+            copies = self.copies(seat, rows.num_copies)
             ids += asked.token_ids[rows.num_skipped :]
             places += pass_places(first, stop, len(seat.prompt.request), asked.spans, moves=lm.cls_config.moves)
             new += [seat.slots[first:stop], copies]
@@ -305,16 +173,11 @@ class PagedRunner:
         states = output.hidden_states
         return output.logits[0], states, states[-1][0] if states is not None else None
 
-    def _copies(self, seat: Seat, count: int) -> Tensor:
-        """Return slots for this many copies of `[CLS]`, none of them that of the newest one."""
-        slots = _slots(seat.copies)
-        return slots[slots != seat.newest_copy][:count]
-
     def _read(
         self,
         seat: Seat,
         asked: Pass,
-        rows: _Rows,
+        rows: Rows,
         copies: Tensor,
         window: int | None,
         lists: dict[int, Tensor],
@@ -343,7 +206,7 @@ class PagedRunner:
     def _assess(
         self,
         batch: Sequence[tuple[Seat, Pass]],
-        laid: Sequence[_Rows],
+        laid: Sequence[Rows],
         logits: Tensor,
         states: tuple[Tensor, ...] | None,
         final: Tensor | None,
@@ -383,7 +246,7 @@ class PagedRunner:
     def _dealt(
         self,
         batch: Sequence[tuple[Seat, Pass]],
-        laid: Sequence[_Rows],
+        laid: Sequence[Rows],
         logits: Tensor,
         found: dict[str, list[float]],
         seconds: float,
@@ -407,25 +270,3 @@ class PagedRunner:
                 )
             )
         return passed
-
-    def _settle(self, seat: Seat, asked: Pass) -> None:
-        """Note what was fed, share the pages of the request that are full now, and keep the newest `[CLS]` alone."""
-        before, seat.length = seat.length, seat.length + len(asked.token_ids)
-        seat.fed[before : seat.length] = asked.token_ids
-        seat.spans |= {span.covers: span for span in asked.spans}
-        for number in range(before // PAGE_SIZE, min(seat.length // PAGE_SIZE, len(seat.names))):
-            self.pages.share(seat.pages[number], seat.names[number])
-        if asked.spans:
-            seat.newest_copy = int(self._copies(seat, len(asked.spans))[-1])
-            kept = seat.newest_copy // PAGE_SIZE
-            self.pages.give_back([page for page in seat.copies if page != kept])
-            seat.copies = [kept]
-
-
-def _num_pages(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_SIZE)
-
-
-def _slots(pages: Sequence[int]) -> Tensor:
-    """Return the slots of some pages, in order."""
-    return (torch.tensor(pages, dtype=torch.long)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()

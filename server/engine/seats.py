@@ -37,6 +37,15 @@ class Runner(Protocol):
         """Pages that nobody has."""
         ...
 
+    @property
+    def usage(self) -> float:
+        """Share of the pages that sequences have, 0 to 1."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        ...
+
     def open(self, prompt: EncodedPrompt, *, salt: str = "", watches_request: bool = True) -> Any:
         """Return a seat for a sequence that will read this prompt."""
         ...
@@ -67,6 +76,7 @@ class Solos:
 
     num_rows = 1024
     num_available = 0
+    usage = 0.0
 
     def __init__(self, lm: GuardedLM) -> None:
         self._lm = lm
@@ -75,6 +85,9 @@ class Solos:
     def longest(self) -> int:
         """The model's context."""
         return self._lm.context_length
+
+    def reset(self) -> None:
+        """Do nothing: seats keep everything themselves."""
 
     def open(self, prompt: EncodedPrompt, *, salt: str = "", watches_request: bool = True) -> Solo:
         """Return a seat; nothing is shared."""

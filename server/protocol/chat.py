@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from model.sampling import RANGES
@@ -198,6 +206,8 @@ class ChatRequest(RequestModel):
     """Report judgements of the request and of each choice, and say what is done about them."""
     safety: SafetyOptions | None = None
     """What the `safety` object of each choice reports."""
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    """Work on prompts that begin alike is shared only with requests of the same salt, or all without one."""
 
     user: str | None = None
     """Without effect."""

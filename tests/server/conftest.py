@@ -23,9 +23,9 @@ from model.config import Side
 from model.guarded_lm import Assessed, GuardedLM, StepOutput
 from model.testing import ScriptedLM
 from server.app import create_app
+from server.engine.local import LocalEngine
 from server.engine.runner import paged
 from server.engine.seats import Runner, Solos
-from server.engine.worker import LocalEngine
 from server.settings import Settings
 
 MODEL = "tiny"

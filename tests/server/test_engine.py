@@ -19,9 +19,9 @@ from model.sampling import SamplingParams
 from model.scoring import score
 from model.testing import ScriptedLM, tiny_guarded_lm
 from server.engine.engine import EngineError
+from server.engine.local import LocalEngine
 from server.engine.runner import PagedRunner, paged
 from server.engine.seats import Solos
-from server.engine.worker import LocalEngine
 
 SETTINGS: dict[str, Any] = {
     "cls": ClsConfig(windows=(3, 4, 3)),
@@ -56,7 +56,7 @@ def with_engine(body: Callable[[LocalEngine], Coroutine[Any, Any, None]], num_pa
         engine = LocalEngine(lambda: tiny_guarded_lm(**SETTINGS), seat=seat, max_running=24)
         await engine.start()
         await body(engine)
-        runner = engine._runner
+        runner = engine._worker.runner
         assert isinstance(runner, PagedRunner)
         assert runner.num_available == runner.pages.num_pages
         await engine.stop(drain_s=0)
@@ -125,9 +125,9 @@ def test_an_aborted_request_gives_its_pages_back():
 
 def test_a_fault_in_a_pass_ends_one_request_and_no_other(monkeypatch):
     async def body(engine: LocalEngine) -> None:
-        runner = engine._runner
+        runner = engine._worker.runner
         assert isinstance(runner, PagedRunner)
-        lay = PagedRunner._lay
+        lay = PagedRunner.lay
 
         def failing(self: PagedRunner, seat: Any, asked: Any, first: int) -> Any:
             if len(seat.prompt.request) == num_bad and seat.length > num_bad + 3:
@@ -136,7 +136,7 @@ def test_a_fault_in_a_pass_ends_one_request_and_no_other(monkeypatch):
 
         bad, *good = (ask(engine.lm, number) for number in (8, 1, 2, 3))
         num_bad = len(bad.prompt.request)
-        monkeypatch.setattr(PagedRunner, "_lay", failing)
+        monkeypatch.setattr(PagedRunner, "lay", failing)
         names = enumerate([bad, *good])
         found = await asyncio.gather(*(collect(engine, str(n), one) for n, one in names), return_exceptions=True)
         assert isinstance(found[0], EngineError)
@@ -158,5 +158,5 @@ def test_a_model_that_cannot_be_batched_runs_one_by_one(caplog):
 
 
 def test_a_cache_without_room_for_any_request_is_refused():
-    with pytest.raises(ValueError, match="too few for any request; give it more memory"):
+    with pytest.raises(EngineError, match="too few for any request; give it more memory"):
         paged(tiny_guarded_lm(), 1 << 10)

@@ -8,6 +8,7 @@ from model.config import Thresholds
 from model.events import HeadWork, Release
 from model.holdback import ResponseToken
 from model.request import GenerationRequest
+from model.testing import tiny_guarded_lm
 from server.engine.engine import EngineStats
 from server.exchange import Exchange
 from server.metrics import METRIC_NAMES, ChoiceMeter, Metrics
@@ -144,3 +145,19 @@ def test_running_sequences_are_shown(serve):
     assert server.metric("ballast_requests_running") == 1
     assert server.metric("ballast_requests_waiting") == 1
     stream.close()
+
+
+def test_the_cache_is_in_use_while_a_request_runs(serve):
+    server = serve(lm=tiny_guarded_lm, output_mode="off", input_mode="off")
+    stream = server.client().chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hello"}], stream=True, max_tokens=400,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    next(iter(stream))
+    assert 0.0 < server.metric("ballast_kv_cache_usage") < 1.0
+    stream.close()
+    deadline = time.monotonic() + 10
+    while server.metric("ballast_kv_cache_usage"):
+        assert time.monotonic() < deadline
+    assert server.metric("ballast_evictions_total") == 0
+    assert server.metric("ballast_engine_restarts_total") == 0

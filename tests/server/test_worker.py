@@ -17,7 +17,8 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.testing import ScriptedLM
 from server.engine.engine import EngineError, EngineState, Overloaded
-from server.engine.worker import LocalEngine
+from server.engine.local import LocalEngine
+from server.engine.worker import MOST_FAULTS
 
 
 def request_for(lm: ScriptedLM) -> GenerationRequest:
@@ -81,15 +82,44 @@ def test_a_worker_that_dies_ends_every_request_and_takes_no_more():
         def broken() -> bool:
             raise MemoryError
 
-        engine._receive = broken  # type: ignore[method-assign]  # the fault to test
-        with pytest.raises(EngineError, match="must be restarted"):
+        engine._worker._receive = broken  # type: ignore[method-assign]  # the fault to test
+        with pytest.raises(EngineError, match=r"started again|must be restarted"):
             await collect(engine, "running")
-        assert engine.state is EngineState.STOPPED
+        while engine.state is not EngineState.STOPPED:
+            await asyncio.sleep(0.01)
         with pytest.raises(EngineError, match="stopped"):
             engine.submit("late", request_for(engine.lm))
         await engine.stop(drain_s=0)
 
     asyncio.run(run())
+
+
+def test_a_worker_that_fails_once_ends_what_runs_and_serves_what_waits_and_what_comes(caplog):
+    async def run() -> None:
+        lm = GatedLM("hello")
+        engine = LocalEngine(lambda: lm, max_running=1)
+        await engine.start()
+        running = asyncio.create_task(engine.score("running", long_prompt(lm)))
+        await until_in_a_piece(lm)
+        waiting = asyncio.create_task(collect(engine, "waiting"))
+        await asyncio.sleep(0)
+        receive = engine._worker._receive
+
+        def broken() -> bool:
+            engine._worker._receive = receive  # type: ignore[method-assign]
+            raise MemoryError
+
+        engine._worker._receive = broken  # type: ignore[method-assign]  # the fault to test
+        lm.go_on()
+        with pytest.raises(EngineError, match="has started again; it is safe to retry"):
+            await running
+        assert isinstance((await waiting)[-1], Finish)
+        assert isinstance((await collect(engine, "next"))[-1], Finish)
+        assert (engine.state, engine.stats().num_restarts, engine.stats().num_waiting) == (EngineState.READY, 1, 0)
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+    assert "goes on without its running requests: MemoryError" in caplog.text
 
 
 def test_an_aborted_request_that_waits_leaves_the_queue():
@@ -225,14 +255,17 @@ def test_a_fault_is_logged_with_its_place_and_without_its_message(caplog):
         def broken() -> bool:
             raise MemoryError(" ".join(["my", "darkest", "thought"]))
 
-        engine._receive = broken  # type: ignore[method-assign]  # the fault to test
-        with pytest.raises(EngineError, match="must be restarted"):
+        engine._worker._receive = broken  # type: ignore[method-assign]  # the fault to test
+        with pytest.raises(EngineError, match=r"started again|must be restarted"):
             await collect(engine, "b")
+        while engine.state is not EngineState.STOPPED:
+            await asyncio.sleep(0.01)
         await engine.stop(drain_s=0)
 
     with caplog.at_level(logging.DEBUG):
         asyncio.run(run())
     assert "request a failed: ValueError at " in caplog.text
     assert "thread failed: MemoryError at " in caplog.text
-    assert caplog.text.count("test_worker.py:") == 2
+    assert "goes on without its running requests: MemoryError at " in caplog.text
+    assert caplog.text.count("test_worker.py:") == 1 + MOST_FAULTS
     assert "my darkest" not in caplog.text
