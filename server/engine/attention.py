@@ -5,13 +5,17 @@ shared prompts are all the same to it. Few rows are read by lists of slots, many
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import count
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
+
+from server.engine.native import attend_of
 
 _numbers = count()
 
@@ -27,31 +31,35 @@ class Block(NamedTuple):
     """True where a row reads a slot, (N, S)."""
 
 
-class Reads(NamedTuple):
+@dataclass(frozen=True)
+class Reads:
     """What the rows of a pass read."""
 
     rows: Tensor
     """Rows that read by list, (N,)."""
     slots: Tensor
-    """What each of them reads, padded, (N, S)."""
-    mask: Tensor
-    """False at the padding, (N, S)."""
+    """What they read, one list after the other."""
+    offsets: Tensor
+    """Where each list begins, and the end of the last one, (N + 1,)."""
     blocks: Sequence[Block]
     """All other rows."""
 
     @classmethod
-    def of(cls, lists: Mapping[int, Tensor], blocks: Sequence[Block]) -> "Reads":
+    def of(cls, lists: Mapping[int, Tensor], blocks: Sequence[Block], device: torch.device) -> "Reads":
         """Return what rows read, by number and list of slots, and in blocks."""
-        longest = max(map(len, lists.values()), default=0)
         rows = torch.tensor(list(lists), dtype=torch.long)
-        slots = [pad(found, (0, longest - len(found)), value=-1) for found in lists.values()]
-        padded = torch.stack(slots) if slots else torch.empty(0, 0, dtype=torch.long)
-        return cls(rows, padded.clamp(min=0), padded >= 0, blocks)
+        slots = torch.cat([*lists.values(), torch.empty(0, dtype=torch.long)])
+        offsets = torch.tensor([0, *accumulate(map(len, lists.values()))])
+        moved = [Block(first, slots.to(device), mask.to(device)) for first, slots, mask in blocks]
+        return cls(rows.to(device), slots.to(device), offsets.to(device), moved)
 
-    def to(self, device: torch.device) -> "Reads":
-        """Return the same on a device."""
-        blocks = [Block(first, slots.to(device), mask.to(device)) for first, slots, mask in self.blocks]
-        return Reads(self.rows.to(device), self.slots.to(device), self.mask.to(device), blocks)
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The lists side by side, and false at the padding, (N, S) each."""
+        lengths = self.offsets.diff()
+        place = torch.arange(int(lengths.max()), device=lengths.device)
+        mask = place < lengths[:, None]
+        return self.slots[(self.offsets[:-1, None] + place).clamp(max=len(self.slots) - 1)], mask
 
 
 class SlotAttention:
@@ -70,6 +78,7 @@ class SlotAttention:
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}
         self._new = torch.empty(0, dtype=torch.long)
         self._reads: Mapping[int | None, Reads] = {}
+        self._native = attend_of(model.dtype) if model.device.type == "cpu" else None
         self.layers: set[int] = set()
         """That called."""
         name = f"ballast_slots_{next(_numbers)}"
@@ -107,10 +116,15 @@ class SlotAttention:
         queries = query[0].transpose(0, 1)  # (R, H, D)
         output = queries.new_empty(*queries.shape[:2], values.shape[-1])
         settings = (more.get("scaling"), more.get("softcap"), more.get("s_aux"))
-        if len(reads.rows):
+        if len(reads.rows) and self._native is not None and settings[1:] == (None, None):
+            scaling = queries.shape[-1] ** -0.5 if settings[0] is None else settings[0]
+            queries = queries.contiguous()
+            self._native(queries, keys, values, output, reads.rows, reads.slots, reads.offsets, scaling)
+        elif len(reads.rows):
+            slots, mask = reads.padded
             few = _by_key_head(queries[reads.rows], keys)  # (N, H', G, D)
-            k, v = (store[reads.slots].transpose(1, 2) for store in (keys, values))  # (N, H', S, D)
-            found = _attention(few, k, v, reads.mask[:, None, None], *settings)
+            k, v = (store[slots].transpose(1, 2) for store in (keys, values))  # (N, H', S, D)
+            found = _attention(few, k, v, mask[:, None, None], *settings)
             output[reads.rows] = found.flatten(1, 2)
         for first, slots, mask in reads.blocks:
             many = _by_key_head(queries[first : first + len(mask)], keys)  # (N, H', G, D)

@@ -160,7 +160,7 @@ class PagedRunner(PagedSeats):
             inputs = embedded.new_empty(num_rows, embedded.shape[1])
             inputs[~is_copy] = embedded
             inputs[is_copy] = lm.cls.embedding.to(embedded)
-        reads = {window: Reads.of(lists[window], blocks[window]).to(self._device) for window in self._windows}
+        reads = {window: Reads.of(lists[window], blocks[window], self._device) for window in self._windows}
         self._attention.prepare(torch.cat(new).to(self._device), reads)
         kept = [min(row, num_rows - 1) for row in last]
         output = lm.model(

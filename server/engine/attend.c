@@ -1,0 +1,105 @@
+/* Attention of single rows over keys and values in slots, on the CPU: what `server/engine/attention.py` does by
+ * gathering and padding, without moving a key. A row is one query position; it reads the slots of its list.
+ *
+ *   query  (rows, heads, size)       of all rows; those of `row` are read
+ *   keys   (slots, key heads, size)  values likewise, of size `value_size`
+ *   output (rows, heads, value_size) those of `row` are written
+ *   slot   what row number i reads: slot[offset[i]] to slot[offset[i + 1]], at least one
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bfloat16;
+
+static inline float from_bfloat16(bfloat16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline bfloat16 to_bfloat16(float value) { /* to the nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float same(float x) { return x; }
+
+/* e to the power of x <= 0, to a few units in the last place: a polynomial of degree 6 between powers of two, in a form
+ * that compilers turn into vector instructions. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    const float whole = floorf(x * 1.44269504f + 0.5f);
+    const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f; /* ln 2 in two parts */
+    float value = 1.0f / 720.0f;
+    value = value * rest + 1.0f / 120.0f;
+    value = value * rest + 1.0f / 24.0f;
+    value = value * rest + 1.0f / 6.0f;
+    value = value * rest + 0.5f;
+    value = value * rest + 1.0f;
+    value = value * rest + 1.0f;
+    const int32_t bits = ((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return value * power;
+}
+
+#define ATTEND(NAME, TYPE, FROM, TO)                                                                                   \
+    int NAME(const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *row,                \
+             const int64_t *slot, const int64_t *offset, int64_t num_rows, int64_t num_heads, int64_t num_key_heads,   \
+             int64_t size, int64_t value_size, float scaling) {                                                        \
+        const int64_t num_groups = num_heads / num_key_heads;                                                          \
+        int64_t longest = 0, failed = 0;                                                                               \
+        for (int64_t i = 0; i < num_rows; i++)                                                                         \
+            if (offset[i + 1] - offset[i] > longest) longest = offset[i + 1] - offset[i];                              \
+        _Pragma("omp parallel if (offset[num_rows] * num_heads > 4096)") {                                             \
+            float *room = malloc(sizeof(float) * (num_groups * (size + longest + value_size) + size + value_size));    \
+            if (room == NULL) {                                                                                        \
+                _Pragma("omp atomic write") failed = 1;                                                                \
+            }                                                                                                          \
+            float *q = room, *score = q + num_groups * size, *sum = score + num_groups * longest;                      \
+            float *k = sum + num_groups * value_size, *v = k + size;                                                   \
+            _Pragma("omp for collapse(2) schedule(dynamic)") for (int64_t i = 0; i < num_rows; i++) {                  \
+                for (int64_t head = 0; head < num_key_heads; head++) {                                                 \
+                    if (room == NULL) continue;                                                                        \
+                    const int64_t *read = slot + offset[i], length = offset[i + 1] - offset[i];                        \
+                    const TYPE *from = query + (row[i] * num_heads + head * num_groups) * size;                        \
+                    for (int64_t d = 0; d < num_groups * size; d++) q[d] = FROM(from[d]) * scaling;                    \
+                    for (int64_t t = 0; t < length; t++) {                                                             \
+                        const TYPE *key = keys + (read[t] * num_key_heads + head) * size;                              \
+                        for (int64_t d = 0; d < size; d++) k[d] = FROM(key[d]);                                        \
+                        for (int64_t g = 0; g < num_groups; g++) {                                                     \
+                            float dot = 0;                                                                             \
+                            for (int64_t d = 0; d < size; d++) dot += q[g * size + d] * k[d];                          \
+                            score[g * longest + t] = dot;                                                              \
+                        }                                                                                              \
+                    }                                                                                                  \
+                    for (int64_t g = 0; g < num_groups; g++) {                                                         \
+                        float *of = score + g * longest, most = of[0], total = 0;                                      \
+                        for (int64_t t = 1; t < length; t++) most = of[t] > most ? of[t] : most;                       \
+                        for (int64_t t = 0; t < length; t++) total += of[t] = exponential(of[t] - most);                \
+                        for (int64_t t = 0; t < length; t++) of[t] /= total;                                           \
+                    }                                                                                                  \
+                    memset(sum, 0, sizeof(float) * num_groups * value_size);                                           \
+                    for (int64_t t = 0; t < length; t++) {                                                             \
+                        const TYPE *value = values + (read[t] * num_key_heads + head) * value_size;                    \
+                        for (int64_t d = 0; d < value_size; d++) v[d] = FROM(value[d]);                                \
+                        for (int64_t g = 0; g < num_groups; g++) {                                                     \
+                            const float weight = score[g * longest + t];                                               \
+                            for (int64_t d = 0; d < value_size; d++) sum[g * value_size + d] += weight * v[d];         \
+                        }                                                                                              \
+                    }                                                                                                  \
+                    TYPE *to = output + (row[i] * num_heads + head * num_groups) * value_size;                         \
+                    for (int64_t d = 0; d < num_groups * value_size; d++) to[d] = TO(sum[d]);                          \
+                }                                                                                                      \
+            }                                                                                                          \
+            free(room);                                                                                                \
+        }                                                                                                              \
+        return (int)failed;                                                                                            \
+    }
+
+ATTEND(attend_bfloat16, bfloat16, from_bfloat16, to_bfloat16)
+ATTEND(attend_float32, float, same, same)

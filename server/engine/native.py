@@ -1,0 +1,88 @@
+"""The attention of single rows in C, compiled where there is a compiler; without one, PyTorch does the same, slower."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.pretrained import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("attend.c")
+FLAGS = (
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
+"""`-fopenmp` takes the threads that torch has: its library of the same name is loaded already. Not `-ffast-math`, which
+makes the whole process round small numbers to zero."""
+NAMES = {torch.bfloat16: "attend_bfloat16", torch.float32: "attend_float32"}
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
+"""Takes queries, keys, values, output, rows, slots, offsets (all contiguous, indices int64) and the scaling."""
+
+
+def attend_of(dtype: torch.dtype) -> Attend | None:
+    """Return the compiled attention for a precision; None where there is none."""
+    library = _library()
+    if library is None or dtype not in NAMES:
+        return None
+    function = library[NAMES[dtype]]
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_float]
+    function.restype = ctypes.c_int
+
+    def attend(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        offsets: Tensor,
+        scaling: float,
+    ) -> None:
+        tensors = (query, keys, values, output, rows, slots, offsets)
+        sizes = (len(rows), query.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
+        if function(*(tensor.data_ptr() for tensor in tensors), *sizes, scaling):
+            raise MemoryError("there is no memory for attention")
+
+    return attend
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled library, compiling it the first time on this machine."""
+    compiler = os.environ.get("CC", "cc")
+    text = SOURCE.read_bytes() + repr((FLAGS, compiler, platform.processor(), _processor())).encode()
+    path = cache_folder() / "native" / f"attend-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = Path(folder) / path.name
+                command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                made.replace(path)  # two processes may do so at the same time
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("attention runs in PyTorch alone, as it could not be compiled: %s", type(error).__name__)
+        return None
+
+
+def _processor() -> str:
+    """Return what the processor can do, so that a cache on a shared disk serves no other kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
