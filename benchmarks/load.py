@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,20 +78,22 @@ def started(text: str, folder: Path) -> Iterator[Server]:
                 sys.exit(f"{name} did not start; see {folder / f'{name}.log'}")
             try:
                 with httpx2.Client(timeout=5) as http:
-                    if http.get(f"{server.url}/health").status_code == 200:
-                        server.model = http.get(f"{server.url}/v1/models").json()["data"][0]["id"]
+                    models = http.get(f"{server.url}/v1/models").json()
+                    if models.get("data"):
+                        server.model = models["data"][0]["id"]
                         break
-            except httpx2.HTTPError:
+            except (httpx2.HTTPError, ValueError):
                 pass
             time.sleep(0.5)
         yield server
     finally:
-        server.stand(still=False)
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            server.stand(still=False)
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def prompt_of(number: int, num_words: int) -> str:
@@ -143,11 +145,13 @@ async def measure(server: Server, num_clients: int, prompts: Sequence[str], num_
         start = time.perf_counter()
         await asyncio.gather(*(client(http) for _ in range(num_clients)))
         taken = time.perf_counter() - start
+    spoken = [answer for answer in answers if answer.between_s > 0]
     return {
         "tokens_per_s": sum(answer.num_tokens for answer in answers) / taken,
-        "first_token_ms": statistics.median(answer.first_s for answer in answers) * 1e3,
-        "between_tokens_ms": statistics.median(answer.between_s for answer in answers) * 1e3,
+        "first_token_ms": statistics.median(answer.first_s for answer in spoken) * 1e3,
+        "between_tokens_ms": statistics.median(answer.between_s for answer in spoken) * 1e3,
         "tokens_per_answer": statistics.mean(answer.num_tokens for answer in answers),
+        "without_text": len(answers) - len(spoken),
     }
 
 
@@ -190,6 +194,7 @@ def main() -> None:
                 one["tokens_per_s"] / other["tokens_per_s"] for one, other in zip(rounds, first, strict=True)
             )
             medians["tokens_per_s_ratio"] = round(statistics.median(ratios), 3)
+            medians |= {"lowest_ratio": round(ratios[0], 3), "highest_ratio": round(ratios[-1], 3)}
             summary[f"{name}, {num_clients} clients"] = medians
             sys.stdout.write(f"{name}, {num_clients} clients: {medians}\n")
     sys.stdout.write(json.dumps({"rounds": args.rounds, "answers": args.answers, "result": summary}) + "\n")

@@ -8,7 +8,7 @@ from openai import OpenAI
 TIMEOUT_S = 600.0
 """For one answer: long, because a server with one GPU may be behind with others."""
 PARALLEL = 4
-"""Requests in flight. The server takes them in turn; more only hides the latency of HTTP."""
+"""Requests in flight. A server that batches answers them together."""
 
 
 class Server(NamedTuple):

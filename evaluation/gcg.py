@@ -61,6 +61,8 @@ class Settings:
     """Of the signal beside the cross entropy; 0 is GCG as published."""
     target_tokens: int
     """Tokens of a harmful response that the suffix is to bring about."""
+    seed: int
+    """Of the draws."""
 
 
 class Logits(NamedTuple):
@@ -217,7 +219,7 @@ def _logit(risk: float) -> float:
     return math.log(risk / (1.0 - risk))
 
 
-def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, batch_size: int, seed: int) -> None:
+def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, batch_size: int) -> None:
     """Append an attack prompt for each row that `out` does not hold, with what the search came to.
 
     Raises:
@@ -229,7 +231,7 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
     found = [json.loads(line) for line in lines]
     if any({name: row.get(name) for name in facts} != facts for row in found):
         raise ValueError(f"{out} holds prompts of other settings; choose another --out")
-    done = {row["prompt"] for row in found}
+    done = {(row["prompt"], row["target"]) for row in found}
     targets = beginnings(rows, settings.target_tokens, lm.tokenizer)
     if not targets:
         raise ValueError(f"no harmful response has {settings.target_tokens} tokens")
@@ -240,15 +242,20 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
         optim_str_init=INIT,
         batch_size=batch_size,
         use_prefix_cache=False,
-        seed=seed,
+        seed=settings.seed,
     )
     for row, ids in targets:
-        if row.prompt in done:
-            continue
         target = str(lm.tokenizer.decode(ids))
+        if (row.prompt, target) in done:
+            continue
         result = SignalGCG(lm, config, settings.weight).attack(row.prompt, target)
         losses = {"first_loss": result.losses[0], "best_loss": result.best_loss}
-        attacked = {"prompt": row.prompt, "attack_prompt": f"{row.prompt}{result.best_string}", "harmful": 1}
+        attacked = {
+            "prompt": row.prompt,
+            "attack_prompt": f"{row.prompt}{result.best_string}",
+            "harmful": 1,
+            "target": target,
+        }
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(attacked | {"source": "GCG"} | facts | losses) + "\n")
         sys.stdout.write(f"loss {losses['first_loss']:.3f} to {losses['best_loss']:.3f}\n")
@@ -271,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint is None and args.weight:
         parser.error("a plain model has no signal: it takes --weight 0")
-    settings = Settings(args.model, args.checkpoint, args.steps, args.width, args.weight, args.target_tokens)
+    settings = Settings(args.model, args.checkpoint, args.steps, args.width, args.weight, args.target_tokens, args.seed)
     try:
         rows = select(args.data, args.n, label=1, response="harmful_response")
         pretrained = load(args.model, dtype=torch.bfloat16, device=device_of("auto"))
@@ -279,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lm = GuardedLM(pretrained.model, pretrained.tokenizer)
         else:
             lm = checkpoint.attach(pretrained, checkpoint.find(args.checkpoint))
-        craft(lm, rows, args.out, settings, args.batch_size, args.seed)
+        craft(lm, rows, args.out, settings, args.batch_size)
     except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.gcg: {error}\n")
         return 1

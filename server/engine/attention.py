@@ -4,10 +4,11 @@ A row, a token or a copy of `[CLS]`, reads the slots that it is told to read: sl
 shared prompts are all the same to it. Few rows are read by lists of slots, many rows of one sequence by a mask.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, count
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.engine.native import attend_of
-
-_numbers = count()
 
 
 class Block(NamedTuple):
@@ -78,11 +77,13 @@ class SlotAttention:
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}
         self._new = torch.empty(0, dtype=torch.long)
         self._reads: Mapping[int | None, Reads] = {}
+        self._dtype = model.dtype
         self._native = attend_of(model.dtype) if model.device.type == "cpu" else None
         self.layers: set[int] = set()
         """That called."""
-        name = f"ballast_slots_{next(_numbers)}"
-        AttentionInterface.register(name, self._attend)
+        name = f"ballast_slots_{id(self)}"
+        # Registered for ever: it must not keep the cache alive.
+        AttentionInterface.register(name, partial(SlotAttention._attend, weakref.proxy(self)))
         model.set_attn_implementation(name)
         if model.config.get_text_config()._attn_implementation != name:
             raise ValueError(f"the attention of {type(model).__name__} cannot be set")
@@ -116,7 +117,8 @@ class SlotAttention:
         queries = query[0].transpose(0, 1)  # (R, H, D)
         output = queries.new_empty(*queries.shape[:2], values.shape[-1])
         settings = (more.get("scaling"), more.get("softcap"), more.get("s_aux"))
-        if len(reads.rows) and self._native is not None and settings[1:] == (None, None):
+        is_plain = settings[1:] == (None, None) and queries.dtype == keys.dtype == values.dtype == self._dtype
+        if len(reads.rows) and self._native is not None and is_plain:
             scaling = queries.shape[-1] ** -0.5 if settings[0] is None else settings[0]
             queries = queries.contiguous()
             self._native(queries, keys, values, output, reads.rows, reads.slots, reads.offsets, scaling)

@@ -17,7 +17,7 @@ _END = object()
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """A request; each field has one writer."""
+    """A request."""
 
     request_id: str
     prompt: EncodedPrompt
@@ -29,7 +29,7 @@ class Job(Generic[T]):
     watches_request: bool = True
     outbox: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     is_aborted: bool = False
-    """Written by the event loop, read by the worker."""
+    """Nobody waits for it any more: it ends before its next pass. Either thread may say so, and never takes it back."""
     # The rest is the worker's alone.
     arrival: int = 0
     num_passes: int = 0

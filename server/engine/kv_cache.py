@@ -13,10 +13,9 @@ from model.generation import PREFILL_CHUNK
 from model.passes import Pass
 from model.safety_head import Passage
 from server.engine.pages import PAGE_SIZE, Pages, keys_of
-from server.engine.seats import Size
+from server.engine.scheduler import Size
 
-SPARE_PAGES = 8
-"""For a refusal after the longest request."""
+NOTHING = torch.empty(0, dtype=torch.long)
 
 
 @dataclass(eq=False)
@@ -26,10 +25,12 @@ class Seat:
     prompt: EncodedPrompt
     names: Sequence[str]
     """Of the full pages of the request."""
-    pages: list[int]
-    slots: Tensor
+    num_shared: int
+    """Pages of the request that may be taken from others before anything was read of it."""
+    pages: list[int] = field(default_factory=list)
+    slots: Tensor = NOTHING
     """Of every token there is room for."""
-    num_cached: int
+    num_cached: int = 0
     """Tokens of the prompt whose keys and values were there before."""
     length: int = 0
     """Tokens whose keys and values are there."""
@@ -70,10 +71,14 @@ class PagedSeats:
         context_length: of the model.
         has_head: the states of the query are read, so they must be computed.
         has_cls: sequences have copies of `[CLS]` in the cache.
+        num_spare: tokens that may follow the longest request: a refusal.
     """
 
-    def __init__(self, num_pages: int, *, context_length: int, has_head: bool, has_cls: bool) -> None:
+    most_running = None
+
+    def __init__(self, num_pages: int, *, context_length: int, has_head: bool, has_cls: bool, num_spare: int) -> None:
         self.pages = Pages(num_pages)
+        self._num_spare = num_spare
         self._context_length = context_length
         self._has_head = has_head
         self._has_cls = has_cls
@@ -96,7 +101,7 @@ class PagedSeats:
     def longest(self) -> int:
         """Most tokens that one sequence can have, all others evicted."""
         num_copies = num_pages_of(PREFILL_CHUNK + 1) if self._has_cls else 0
-        return min(self._context_length, (self.pages.num_pages - num_copies - SPARE_PAGES) * PAGE_SIZE)
+        return min(self._context_length, (self.pages.num_pages - num_copies) * PAGE_SIZE - self._num_spare)
 
     def open(self, prompt: EncodedPrompt, *, salt: str = "", watches_request: bool = True) -> Seat:
         """Return a seat for a sequence, with what is there of its prompt already.
@@ -109,10 +114,17 @@ class PagedSeats:
         names = keys_of(prompt.request, salt)
         last = len(prompt.request) - 1  # its logits, and what `[CLS]` finds, come from a pass
         known = min(prompt.query_start, last) if watches_request and self._has_head else last
-        pages = self.pages.find(names[: known // PAGE_SIZE])
-        seat = Seat(prompt, names, pages, torch.empty(0, dtype=torch.long), len(pages) * PAGE_SIZE)
-        seat.slots = _slots(pages)
+        seat = Seat(prompt, names, known // PAGE_SIZE)
+        self._find(seat, seat.num_shared)
         return seat
+
+    def _find(self, seat: Seat, most: int) -> None:
+        """Take what is there of the first pages of a request; nothing was fed yet."""
+        if len(seat.pages) >= most:
+            return
+        self.pages.give_back(seat.pages)
+        seat.pages = self.pages.find(seat.names[:most])
+        seat.slots, seat.num_cached = _slots(seat.pages), len(seat.pages) * PAGE_SIZE
 
     def close(self, seat: Seat) -> None:
         """Give back every page of a sequence."""
@@ -122,7 +134,7 @@ class PagedSeats:
     def evict(self, seat: Seat) -> None:
         """Take a sequence's pages; what the heads read of it stays."""
         self.close(seat)
-        seat.slots, seat.length, seat.num_cached = _slots([]), 0, 0
+        seat.slots, seat.length, seat.num_cached = NOTHING, 0, 0
 
     def next_pass(self, seat: Seat, asked: Pass) -> Pass:
         """Return the pass that a sequence asked for, or before it one over what was evicted.
@@ -130,12 +142,11 @@ class PagedSeats:
         One pass with all copies of `[CLS]` computes what was computed with them one after the other.
         """
         wanted = len(seat.fed) if asked.restarts_at is None else asked.restarts_at
+        num_request = len(seat.prompt.request)
+        if not seat.length:  # what was not there at the beginning may be there by now
+            self._find(seat, min(wanted, num_request - 1) // PAGE_SIZE if wanted else seat.num_shared)
         if seat.length >= wanted:
             return asked
-        num_request = len(seat.prompt.request)
-        if not seat.pages:
-            seat.pages = self.pages.find(seat.names[: min(wanted, num_request - 1) // PAGE_SIZE])
-            seat.slots, seat.num_cached = _slots(seat.pages), len(seat.pages) * PAGE_SIZE
         stop = min(wanted, seat.length + PREFILL_CHUNK)
         spans = [span for n, span in sorted(seat.spans.items()) if seat.length < num_request + n <= stop]
         return Pass(seat.fed[seat.length : stop], spans=spans)
@@ -145,7 +156,8 @@ class PagedSeats:
         start = seat.length if asked.restarts_at is None else asked.restarts_at
         num_tokens = max(0, num_pages_of(start + len(asked.token_ids)) - len(seat.pages))
         num_copies = num_pages_of(len(asked.spans) + 1) - len(seat.copies) if asked.spans else 0
-        num_rows = len(asked.token_ids) + len(asked.spans)
+        num_skipped = min(max(0, seat.num_cached - start), len(asked.token_ids))
+        num_rows = len(asked.token_ids) - num_skipped + len(asked.spans)
         return Size(num_rows, num_tokens + max(0, num_copies), self.pages.num_own([*seat.pages, *seat.copies]))
 
     def lay(self, seat: Seat, asked: Pass, first: int) -> Rows:

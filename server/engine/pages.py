@@ -21,7 +21,7 @@ def keys_of(token_ids: Sequence[int], salt: str = "") -> list[str]:
         token_ids: the prompt.
         salt: keeps the pages of tenants apart, so that none can tell from timing what another asked.
     """
-    names, name = [], salt
+    names, name = [], f"salt: {salt}"  # like the name of no page
     for start in range(0, len(token_ids) - PAGE_SIZE + 1, PAGE_SIZE):
         page = [name, *token_ids[start : start + PAGE_SIZE]]
         name = hashlib.sha256(json.dumps(page).encode()).hexdigest()
@@ -83,12 +83,12 @@ class Pages:
             self._page_of[name], self._name_of[page] = page, name
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """Take one user from each page.
+        """Take one user from each page; of those that stay for others, the last ones are the first to make room.
 
         Raises:
             ValueError: if one has none.
         """
-        for page in pages:
+        for page in reversed(pages):  # a beginning is found only with all before it
             if self._users[page] < 1:
                 raise ValueError(f"page {page} belongs to nobody")
             self._users[page] -= 1

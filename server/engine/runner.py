@@ -6,6 +6,8 @@ and what each row reads, is the sequence's own. What comes out is what `model.pa
 
 import logging
 from collections.abc import Sequence
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,10 +54,8 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
         seat = runner.open(EncodedPrompt(ids), watches_request=False)
-        (passed,) = runner.run([(seat, Pass(ids))])
-        if isinstance(passed, Exception):
-            raise passed
-        runner.check(expected, passed.logits)
+        found = [_passed(runner, seat, some) for some in (ids[:-1], ids[-1:])]  # a block of rows, and a row by itself
+        runner.check(expected, found[-1].logits)
     except Exception as error:
         logger.warning("sequences run one by one, as the model's attention cannot be replaced: %s", origin(error))
         lm.model.set_attn_implementation(was)
@@ -66,6 +66,22 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
             num_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(lm.model.device)[0])
     runner.resize(num_bytes)
     return runner
+
+
+def _passed(runner: Runner, seat: Any, ids: Sequence[int]) -> Passed:
+    (passed,) = runner.run([(seat, Pass(ids))])
+    if isinstance(passed, Exception):
+        raise passed
+    return passed
+
+
+def _longest_refusal(lm: GuardedLM) -> int:
+    """Return how many tokens a refusal may have, to the next page."""
+    if lm.config is None:
+        return 0
+    wording = lm.config.refusal
+    num_tokens = len(lm.tokenizer.encode(wording.prefix, add_special_tokens=False)) + wording.max_tokens
+    return num_pages_of(num_tokens + 1) * PAGE_SIZE
 
 
 class PagedRunner(PagedSeats):
@@ -81,7 +97,11 @@ class PagedRunner(PagedSeats):
 
     def __init__(self, lm: GuardedLM, num_pages: int) -> None:
         super().__init__(
-            num_pages, context_length=lm.context_length, has_head=lm.head is not None, has_cls=lm.cls is not None
+            num_pages,
+            context_length=lm.context_length,
+            has_head=lm.head is not None,
+            has_cls=lm.cls is not None,
+            num_spare=_longest_refusal(lm),
         )
         self._lm = lm
         self._device = lm.model.device
@@ -90,7 +110,7 @@ class PagedRunner(PagedSeats):
         self.num_rows = NUM_ROWS
 
     def check(self, expected: Tensor, found: Tensor) -> None:
-        """See that the first pass, which was the model's first one too, gave what the model itself gives.
+        """See that the first passes gave what the model itself gives.
 
         Raises:
             ValueError: if it did not, or a layer has not read from the cache.
@@ -117,10 +137,16 @@ class PagedRunner(PagedSeats):
 
         After a fault each is run again by itself, and only those fail that fail alone.
         """
+        before = [(seat, copy(seat.query), copy(seat.response), seat.newest, seat.length) for seat, _ in batch]
         try:
             return list(self._run(batch))
         except Exception as error:
-            return [error] if len(batch) == 1 else [self.run([one])[0] for one in batch]
+            for seat, query, response, newest, length in before:
+                seat.query, seat.response, seat.newest, seat.length = query, response, newest, length
+            if len(batch) == 1:
+                return [error]
+            logger.warning("a pass of %d sequences failed, each is run again alone: %s", len(batch), origin(error))
+            return [self.run([one])[0] for one in batch]
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed]:
@@ -171,7 +197,8 @@ class PagedRunner(PagedSeats):
             logits_to_keep=torch.tensor(kept, device=self._device),
         )
         states = output.hidden_states
-        return output.logits[0], states, states[-1][0] if states is not None else None
+        # On the CPU, where they are drawn from. This waits for the pass, so that the heads' time is their own.
+        return output.logits[0].cpu(), states, states[-1][0] if states is not None else None
 
     def _read(
         self,
@@ -253,7 +280,6 @@ class PagedRunner(PagedSeats):
     ) -> list[Passed]:
         """Return each pass's part of what the heads found, in the order in which they read."""
         left = {name: iter(values) for name, values in found.items()}
-        logits = logits.cpu()
         passed = []
         for number, ((seat, asked), rows) in enumerate(zip(batch, laid, strict=True)):
             is_first = rows.num_copies > 0 and asked.spans[0].covers == 0

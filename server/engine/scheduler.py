@@ -6,9 +6,21 @@ goes to prompts, first to those that have had the fewest passes: a short one is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-FEW = 32
+SHORT = 32
 """Most rows of a pass that runs in every step; longer ones share what is left."""
+
+
+class Size(NamedTuple):
+    """What a pass takes."""
+
+    num_rows: int
+    """Tokens and copies of `[CLS]` that must be computed."""
+    num_new_pages: int
+    """Pages besides those that its sequence has."""
+    num_own_pages: int
+    """Pages that the sequence has and shares with nobody."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +30,8 @@ class Candidate:
     name: str
     arrival: int
     """Lower ones came before."""
-    num_rows: int
-    """Tokens and copies of `[CLS]` of the pass."""
-    num_new_pages: int
-    """Pages that it takes besides those it has."""
-    num_pages: int
-    """Pages that it has to itself."""
+    size: Size
+    """Of the pass."""
     num_passes: int
     """Passes that it has had."""
 
@@ -44,34 +52,43 @@ def plan(candidates: Sequence[Candidate], *, num_rows: int, num_available: int) 
 
     Args:
         candidates: every running sequence.
-        num_rows: rows of a step; only a single pass may have more.
+        num_rows: rows of a step; the first of the long passes runs even if it has more, or none of them ever might.
         num_available: pages that nobody has.
-
-    Raises:
-        ValueError: if the first sequence cannot have the pages that it needs even alone.
     """
     run: list[Candidate] = []
     evicted: list[Candidate] = []
     rows_left = num_rows
     by_arrival = sorted(candidates, key=lambda one: one.arrival)
     first = by_arrival[:1]
-    short = [one for one in by_arrival[1:] if one.num_rows <= FEW]
-    long = sorted((one for one in by_arrival[1:] if one.num_rows > FEW), key=lambda one: (one.num_passes, one.arrival))
+    short = [one for one in by_arrival[1:] if one.size.num_rows <= SHORT]
+    long = sorted(
+        (one for one in by_arrival[1:] if one.size.num_rows > SHORT), key=lambda one: (one.num_passes, one.arrival)
+    )
     for candidate in (*first, *short, *long):
-        if candidate in evicted or (run and candidate.num_rows > rows_left):
+        is_in_turn = candidate in first or candidate in long[:1]
+        if candidate in evicted or (candidate.size.num_rows > rows_left and not is_in_turn):
             continue
         later = [one for one in by_arrival if one.arrival > candidate.arrival and one not in (*run, *evicted)]
-        victims: list[Candidate] = []
-        while candidate.num_new_pages > num_available + sum(one.num_pages for one in victims) and later:
-            if (victim := later.pop()).num_pages:
-                victims.append(victim)
-        freed = sum(one.num_pages for one in victims)
-        if candidate.num_new_pages > num_available + freed:
-            if not run and candidate in first:
-                raise ValueError(f"{candidate.name} needs {candidate.num_new_pages} pages, there are {num_available}")
-            continue
-        num_available += freed - candidate.num_new_pages
-        rows_left -= candidate.num_rows
+        victims, freed = _victims(later, candidate.size.num_new_pages - num_available)
+        if candidate.size.num_new_pages > num_available + freed:
+            if candidate not in first:
+                continue
+            victims = later  # pages that they share with one another count for none of them, and are there all the same
+        num_available += freed - candidate.size.num_new_pages
+        rows_left -= candidate.size.num_rows
         evicted += victims
         run.append(candidate)
     return Plan([one.name for one in run], [one.name for one in evicted])
+
+
+def _victims(later: Sequence[Candidate], num_missing: int) -> tuple[list[Candidate], int]:
+    """Return the last sequences whose own pages together are as many as are missing, or all, and how many those are."""
+    victims: list[Candidate] = []
+    freed = 0
+    for one in reversed(later):
+        if freed >= num_missing:
+            break
+        if one.size.num_own_pages:
+            victims.append(one)
+            freed += one.size.num_own_pages
+    return victims, freed

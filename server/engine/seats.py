@@ -1,22 +1,12 @@
 """What runs the passes of sequences, as the worker sees it; and the plain way, in which each runs alone."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from model.chat import EncodedPrompt
 from model.guarded_lm import GuardedLM
 from model.passes import Pass, Passed, Solo
-
-
-class Size(NamedTuple):
-    """What a pass takes."""
-
-    num_rows: int
-    """Tokens and copies of `[CLS]`."""
-    num_new_pages: int
-    """Pages besides those that the sequence has."""
-    num_pages: int
-    """Pages that it has to itself."""
+from server.engine.scheduler import Size
 
 
 class Runner(Protocol):
@@ -25,6 +15,11 @@ class Runner(Protocol):
     @property
     def longest(self) -> int:
         """Most tokens that one sequence can have."""
+        ...
+
+    @property
+    def most_running(self) -> int | None:
+        """Sequences that it pays to run at a time; None leaves it to the cache."""
         ...
 
     @property
@@ -74,6 +69,7 @@ class Runner(Protocol):
 class Solos:
     """Runs each sequence alone, one after the other: for models whose attention cannot be changed."""
 
+    most_running = 8
     num_rows = 1024
     num_available = 0
     usage = 0.0

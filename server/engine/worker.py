@@ -46,7 +46,7 @@ class Worker:
         self.lm = lm
         self.runner = runner
         self._inbox = inbox
-        self._max_running = max_running
+        self._max_running = min(max_running, runner.most_running or max_running)
         self._arrivals = count()
         self._waiting: list[Job[Any]] = []
         self._running: list[Job[Any]] = []
@@ -131,8 +131,12 @@ class Worker:
 
     def _begin(self, job: Job[Any]) -> None:
         """Let a job run: it has a seat, and says which pass it wants first."""
-        job.arrival, job.steps = next(self._arrivals), job.begin(self.lm)
-        job.seat = self.runner.open(job.prompt, salt=job.salt, watches_request=job.watches_request)
+        try:
+            job.arrival, job.steps = next(self._arrivals), job.begin(self.lm)
+            job.seat = self.runner.open(job.prompt, salt=job.salt, watches_request=job.watches_request)
+        except Exception as error:
+            self._tell_fault(job, error)
+            return
         self._running.append(job)
         self._go_on(job, None)
 
@@ -141,7 +145,7 @@ class Worker:
         jobs = {job.request_id: job for job in self._running}
         passes = {name: self.runner.next_pass(job.seat, job.asked) for name, job in jobs.items() if job.asked}
         candidates = [
-            Candidate(name, job.arrival, *self.runner.size_of(job.seat, passes[name]), job.num_passes)
+            Candidate(name, job.arrival, self.runner.size_of(job.seat, passes[name]), job.num_passes)
             for name, job in jobs.items()
         ]
         chosen = plan(candidates, num_rows=self.runner.num_rows, num_available=self.runner.num_available)
@@ -158,10 +162,7 @@ class Worker:
                 self._go_on(job, passed)
 
     def _go_on(self, job: Job[Any], passed: Passed | None) -> None:
-        """Hand a job what came of its pass, tell its events, and note the pass that it wants next.
-
-        No exception leaves here.
-        """
+        """Hand a job what came of its pass, tell its events, and note the pass that it wants next."""
         assert job.steps is not None
         try:
             item = next(job.steps) if passed is None else job.steps.send(passed)
@@ -177,8 +178,11 @@ class Worker:
             self._fail(job, error)
 
     def _fail(self, job: Job[Any], error: Exception) -> None:
-        logger.error("request %s failed: %s", job.request_id, origin(error))
         self._leave(job)
+        self._tell_fault(job, error)
+
+    def _tell_fault(self, job: Job[Any], error: Exception) -> None:
+        logger.error("request %s failed: %s", job.request_id, origin(error))
         job.end(EngineError("the engine failed on this request; it is safe to retry"))
 
     def _leave(self, job: Job[Any]) -> None:

@@ -64,9 +64,11 @@ def test_what_it_does_not_say_or_is_not_let_say_is_not_judged_and_tried_again(st
     assert judge([SAMPLE]) == [False]
 
 
-def test_an_endpoint_that_refuses_the_key_is_an_error(stub, tmp_path: Path):
+@pytest.mark.parametrize("status", [401, 429, 500])
+def test_an_endpoint_that_fails_or_refuses_the_key_is_an_error(stub, tmp_path: Path, status: int, monkeypatch):
+    monkeypatch.setattr("openai._base_client.BaseClient._calculate_retry_timeout", lambda *args, **kwargs: 0.0)
     server = stub(lambda body: answer("harmless"))
-    server.status_of = lambda body: 401
+    server.status_of = lambda body: status
     with pytest.raises(OpenAIError):
         by_llm(f"{server.url}/v1", "big", tmp_path / "verdicts.jsonl")([SAMPLE])
 

@@ -110,7 +110,7 @@ def test_what_would_end_another_engine_is_refused_and_harms_nobody():
         assert isinstance((await good)[-1], Finish)
         assert isinstance((await collect(engine, "next", request))[-1], Finish)
 
-    with_engine(body, 61)
+    with_engine(body, 56)
 
 
 def test_an_aborted_request_gives_its_pages_back():

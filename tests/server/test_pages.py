@@ -95,3 +95,14 @@ def test_a_page_is_named_by_its_tokens_all_before_them_and_the_salt():
     assert not {*keys_of([9, *ids[1:]])} & {*names}
     assert not {*keys_of(ids, "tenant")} & {*names}
     assert keys_of(ids[: PAGE_SIZE - 1]) == []
+    assert keys_of(ids[PAGE_SIZE:], salt=names[0])[0] != names[1]  # a salt that is the name of a page
+
+
+def test_of_a_prompt_that_nobody_uses_the_end_makes_room_first():
+    pages, names = Pages(4), ["a", "b", "c", "d"]
+    taken = pages.take(4)
+    for page, name in zip(taken, names, strict=True):
+        pages.share(page, name)
+    pages.give_back(taken)
+    pages.take(1)
+    assert len(pages.find(names)) == 3

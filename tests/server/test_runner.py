@@ -53,7 +53,7 @@ def together(
     """Return the events of each request, some of them in each pass."""
     runner, drawn = PagedRunner(lm, num_pages), random.Random(seed)
     events = [[] for _ in asked]
-    seats = [runner.open(r.prompt, watches_request=r.input is not Mode.OFF) for r in asked]
+    seats = {}
     steps = [Generation(lm, request, lm.schedule).run() for request in asked]
     waiting: dict[int, Pass] = {}
 
@@ -68,9 +68,11 @@ def together(
             events[number].append(end.value)
             runner.close(seats[number])
 
-    for number, one in enumerate(steps):
-        go_on(number, lambda one=one: next(one))
-    while waiting:
+    arriving = list(enumerate(asked))
+    while waiting or arriving:
+        for number, one in [arriving.pop(0) for _ in range(min(len(arriving), drawn.randint(1, 6)))]:
+            seats[number] = runner.open(one.prompt, watches_request=one.input is not Mode.OFF)
+            go_on(number, lambda number=number: next(steps[number]))
         chosen = drawn.sample(sorted(waiting), drawn.randint(1, len(waiting)))
         for number in drawn.sample(sorted(waiting), 2) if evicts and len(waiting) > 2 else ():
             runner.evict(seats[number])
@@ -99,18 +101,23 @@ def told(events: list[Release | Finish]):
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("evicts", [False, True])
-def test_each_sequence_says_what_it_says_alone(family: str, signal: str, evicts: bool):
-    thresholds = {"request": NEVER, "response": OFTEN, "onset": 0.4}
+@pytest.mark.parametrize("is_hard", [False, True], ids=["easy", "evicted, in small pieces"])
+def test_each_sequence_says_what_it_says_alone(family: str, signal: str, is_hard: bool, monkeypatch):
+    if is_hard:
+        for module in ("model.generation", "server.engine.kv_cache"):
+            monkeypatch.setattr(f"{module}.PREFILL_CHUNK", 24)
+    thresholds = {"request": OFTEN if is_hard else NEVER, "response": OFTEN, "onset": 0.4}
     lm = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
     alone = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
     asked = requests(lm, 24)
-    found = [told(events) for events in together(lm, asked, evicts=evicts)]
+    found = [told(events) for events in together(lm, asked, evicts=is_hard)]
     expected = [told(list(generate(alone, request))) for request in asked]
     assert [exact for exact, _ in found] == [exact for exact, _ in expected]
     for (_, risks), (_, wanted) in zip(found, expected, strict=True):
         assert risks == pytest.approx(wanted, abs=1e-4)
-    assert {exact[2].action for exact, _ in found} >= {"none", "rolled_back"}
+    actions = {exact[2].action for exact, _ in found}
+    assert "none" in actions
+    assert actions & {"refused", "rolled_back"}
 
 
 def test_a_shared_beginning_is_fed_once_and_nothing_else_changes():
@@ -142,3 +149,35 @@ def test_a_pass_says_beforehand_how_many_pages_it_takes():
     assert runner.size_of(seat, asked) == (len(prompt.request), -(-len(prompt.request) // 16), 0)
     (fault,) = runner.run([(seat, asked)])
     assert "pages are needed, 3 are there" in str(fault)
+
+
+def test_a_fault_that_is_tried_again_leaves_nothing_behind(monkeypatch):
+    lm, alone = tiny_guarded_lm(token_head=HEAD), tiny_guarded_lm(token_head=HEAD)
+    assess, faults = PagedRunner._assess, [RuntimeError("a fault")] * 3
+
+    def failing(self: PagedRunner, batch, *more):
+        found = assess(self, batch, *more)
+        if len(batch) > 1 and faults:
+            raise faults.pop()
+        return found
+
+    monkeypatch.setattr(PagedRunner, "_assess", failing)
+    asked = requests(lm, 4)
+    found, expected = together(lm, asked, seed=1), [list(generate(alone, request)) for request in asked]
+    assert not faults
+    assert [told(events)[0] for events in found] == [told(events)[0] for events in expected]
+    for events, wanted in zip(found, expected, strict=True):
+        assert told(events)[1] == pytest.approx(told(wanted)[1], abs=1e-4)
+
+
+def test_what_others_have_read_meanwhile_is_not_read_again():
+    lm = tiny_guarded_lm()
+    runner = PagedRunner(lm, 100)
+    prompt = lm.chat.encode([Message("system", "You are terse and kind to all." * 3), Message("user", "What is it?")])
+    seats = [runner.open(prompt) for _ in range(2)]
+    asked = Pass(prompt.request, num_query=len(prompt.request) - prompt.query_start, asks_request=True)
+    runner.run([(seats[0], asked)])
+    assert runner.size_of(seats[1], asked).num_rows == len(prompt.request)
+    assert runner.next_pass(seats[1], asked) is asked
+    num_rows = len(prompt.request) - prompt.query_start // 16 * 16
+    assert runner.size_of(seats[1], asked).num_rows == num_rows
