@@ -7,7 +7,7 @@ from openai import OpenAI
 
 TIMEOUT_S = 600.0
 """For one answer: long, because a server with one GPU may be behind with others."""
-PARALLEL = 4
+PARALLEL = 16
 """Requests in flight. A server that batches answers them together."""
 
 

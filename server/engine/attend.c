@@ -47,59 +47,78 @@ static inline float exponential(float x) {
     return value * power;
 }
 
-#define ATTEND(NAME, TYPE, FROM, TO)                                                                                   \
+/* One row and one key head. With `size` and `value_size` known when it is compiled, the inner loops are vectors. */
+#define HEAD(NAME, TYPE, FROM, TO)                                                                                     \
+    static inline __attribute__((always_inline)) void NAME(                                                            \
+        const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *slot, int64_t length,    \
+        int64_t num_groups, int64_t key_step, int64_t value_step, const int64_t size, const int64_t value_size,        \
+        float scaling, float *restrict q, float *restrict score, float *restrict sum, float *restrict v) {             \
+        for (int64_t d = 0; d < num_groups * size; d++) q[d] = FROM(query[d]) * scaling;                               \
+        for (int64_t t = 0; t < length; t++) {                                                                         \
+            const TYPE *key = keys + slot[t] * key_step;                                                               \
+            for (int64_t g = 0; g < num_groups; g++) {                                                                 \
+                float dot = 0;                                                                                         \
+                for (int64_t d = 0; d < size; d++) dot += q[g * size + d] * FROM(key[d]);                              \
+                score[g * length + t] = dot;                                                                           \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int64_t g = 0; g < num_groups; g++) {                                                                     \
+            float *of = score + g * length, most = of[0], total = 0;                                                   \
+            for (int64_t t = 1; t < length; t++) most = of[t] > most ? of[t] : most;                                   \
+            for (int64_t t = 0; t < length; t++) total += of[t] = exponential(of[t] - most);                           \
+            for (int64_t t = 0; t < length; t++) of[t] /= total;                                                       \
+        }                                                                                                              \
+        memset(sum, 0, sizeof(float) * num_groups * value_size);                                                       \
+        for (int64_t t = 0; t < length; t++) {                                                                         \
+            const TYPE *value = values + slot[t] * value_step;                                                         \
+            for (int64_t d = 0; d < value_size; d++) v[d] = FROM(value[d]);                                            \
+            for (int64_t g = 0; g < num_groups; g++)                                                                   \
+                for (int64_t d = 0; d < value_size; d++) sum[g * value_size + d] += score[g * length + t] * v[d];      \
+        }                                                                                                              \
+        for (int64_t d = 0; d < num_groups * value_size; d++) output[d] = TO(sum[d]);                                  \
+    }
+
+HEAD(head_bfloat16, bfloat16, from_bfloat16, to_bfloat16)
+HEAD(head_float32, float, same, same)
+
+#define ATTEND(NAME, HEAD_OF, TYPE)                                                                                    \
     int NAME(const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *row,                \
              const int64_t *slot, const int64_t *offset, int64_t num_rows, int64_t num_heads, int64_t num_key_heads,   \
              int64_t size, int64_t value_size, float scaling) {                                                        \
         const int64_t num_groups = num_heads / num_key_heads;                                                          \
+        const int64_t key_step = num_key_heads * size, value_step = num_key_heads * value_size;                        \
         int64_t longest = 0, failed = 0;                                                                               \
         for (int64_t i = 0; i < num_rows; i++)                                                                         \
             if (offset[i + 1] - offset[i] > longest) longest = offset[i + 1] - offset[i];                              \
-        _Pragma("omp parallel if (offset[num_rows] * num_heads > 4096)") {                                             \
-            float *room = malloc(sizeof(float) * (num_groups * (size + longest + value_size) + size + value_size));    \
-            if (room == NULL) {                                                                                        \
+        _Pragma("omp parallel if (offset[num_rows] * num_heads > 2048)") {                                             \
+            float *q = malloc(sizeof(float) * (num_groups * (size + longest + value_size) + value_size));              \
+            if (q == NULL) {                                                                                           \
                 _Pragma("omp atomic write") failed = 1;                                                                \
             }                                                                                                          \
-            float *q = room, *score = q + num_groups * size, *sum = score + num_groups * longest;                      \
-            float *k = sum + num_groups * value_size, *v = k + size;                                                   \
+            float *score = q + num_groups * size, *sum = score + num_groups * longest;                                 \
+            float *v = sum + num_groups * value_size;                                                                  \
             _Pragma("omp for collapse(2) schedule(dynamic)") for (int64_t i = 0; i < num_rows; i++) {                  \
                 for (int64_t head = 0; head < num_key_heads; head++) {                                                 \
-                    if (room == NULL) continue;                                                                        \
+                    if (q == NULL) continue;                                                                           \
                     const int64_t *read = slot + offset[i], length = offset[i + 1] - offset[i];                        \
                     const TYPE *from = query + (row[i] * num_heads + head * num_groups) * size;                        \
-                    for (int64_t d = 0; d < num_groups * size; d++) q[d] = FROM(from[d]) * scaling;                    \
-                    for (int64_t t = 0; t < length; t++) {                                                             \
-                        const TYPE *key = keys + (read[t] * num_key_heads + head) * size;                              \
-                        for (int64_t d = 0; d < size; d++) k[d] = FROM(key[d]);                                        \
-                        for (int64_t g = 0; g < num_groups; g++) {                                                     \
-                            float dot = 0;                                                                             \
-                            for (int64_t d = 0; d < size; d++) dot += q[g * size + d] * k[d];                          \
-                            score[g * longest + t] = dot;                                                              \
-                        }                                                                                              \
-                    }                                                                                                  \
-                    for (int64_t g = 0; g < num_groups; g++) {                                                         \
-                        float *of = score + g * longest, most = of[0], total = 0;                                      \
-                        for (int64_t t = 1; t < length; t++) most = of[t] > most ? of[t] : most;                       \
-                        for (int64_t t = 0; t < length; t++) total += of[t] = exponential(of[t] - most);                \
-                        for (int64_t t = 0; t < length; t++) of[t] /= total;                                           \
-                    }                                                                                                  \
-                    memset(sum, 0, sizeof(float) * num_groups * value_size);                                           \
-                    for (int64_t t = 0; t < length; t++) {                                                             \
-                        const TYPE *value = values + (read[t] * num_key_heads + head) * value_size;                    \
-                        for (int64_t d = 0; d < value_size; d++) v[d] = FROM(value[d]);                                \
-                        for (int64_t g = 0; g < num_groups; g++) {                                                     \
-                            const float weight = score[g * longest + t];                                               \
-                            for (int64_t d = 0; d < value_size; d++) sum[g * value_size + d] += weight * v[d];         \
-                        }                                                                                              \
-                    }                                                                                                  \
+                    const TYPE *k = keys + head * size, *of = values + head * value_size;                              \
                     TYPE *to = output + (row[i] * num_heads + head * num_groups) * value_size;                         \
-                    for (int64_t d = 0; d < num_groups * value_size; d++) to[d] = TO(sum[d]);                          \
+                    if (size == 64 && value_size == 64)                                                                \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, key_step, value_step, 64, 64, scaling, q,   \
+                                score, sum, v);                                                                        \
+                    else if (size == 128 && value_size == 128)                                                         \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, key_step, value_step, 128, 128, scaling, q, \
+                                score, sum, v);                                                                        \
+                    else                                                                                               \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, key_step, value_step, size, value_size,     \
+                                scaling, q, score, sum, v);                                                            \
                 }                                                                                                      \
             }                                                                                                          \
-            free(room);                                                                                                \
+            free(q);                                                                                                   \
         }                                                                                                              \
         return (int)failed;                                                                                            \
     }
 
-ATTEND(attend_bfloat16, bfloat16, from_bfloat16, to_bfloat16)
-ATTEND(attend_float32, float, same, same)
+ATTEND(attend_bfloat16, head_bfloat16, bfloat16)
+ATTEND(attend_float32, head_float32, float)

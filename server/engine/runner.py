@@ -23,6 +23,7 @@ from model.passes import Pass, Passed
 from server.engine.attention import Block, Reads, SlotAttention
 from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
+from server.engine.packed import pack
 from server.engine.pages import PAGE_SIZE, Pages
 from server.engine.seats import Runner, Solos
 
@@ -51,6 +52,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
     ids = lm.chat.encode([Message("user", "Hello")]).request
     with torch.inference_mode():
         expected = lm.model(torch.tensor([ids], device=lm.model.device)).logits[0, -1]
+    pack(lm.model)
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
         seat = runner.open(EncodedPrompt(ids), watches_request=False)
