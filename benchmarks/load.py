@@ -78,11 +78,11 @@ def started(text: str, folder: Path) -> Iterator[Server]:
                 sys.exit(f"{name} did not start; see {folder / f'{name}.log'}")
             try:
                 with httpx2.Client(timeout=5) as http:
-                    models = http.get(f"{server.url}/v1/models").json()
-                    if models.get("data"):
-                        server.model = models["data"][0]["id"]
+                    server.model = http.get(f"{server.url}/v1/models").json()["data"][0]["id"]
+                    body = {"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+                    if http.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200:
                         break
-            except (httpx2.HTTPError, ValueError):
+            except (httpx2.HTTPError, LookupError, ValueError):
                 pass
             time.sleep(0.5)
         yield server
