@@ -4,7 +4,7 @@ A sequence says what it wants fed and assessed, and goes on with the answer; who
 runs, and beside which others. Here it runs at once; the server's engine runs the passes of many sequences together.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -59,6 +59,20 @@ Steps = Generator[Pass | E, Passed, R]
 """A sequence: it yields passes, and events for its caller, and ends with a result."""
 
 
+def drive(steps: Steps[E, R], run: Callable[[Pass], Passed]) -> Iterator[E | R]:
+    """Yield the events of a sequence, and at the end its result; passes run when the next event is asked for."""
+    try:
+        item = next(steps)
+        while True:
+            if isinstance(item, Pass):
+                item = steps.send(run(item))
+            else:
+                yield item
+                item = next(steps)
+    except StopIteration as end:
+        yield end.value
+
+
 class Solo:
     """Runs the passes of one sequence, nothing else beside it.
 
@@ -111,16 +125,7 @@ class Solo:
 
     def drive(self, steps: Steps[E, R]) -> Iterator[E | R]:
         """Yield the events of a sequence, and at the end its result; passes run when the next event is asked for."""
-        try:
-            item = next(steps)
-            while True:
-                if isinstance(item, Pass):
-                    item = steps.send(self.run(item))
-                else:
-                    yield item
-                    item = next(steps)
-        except StopIteration as end:
-            yield end.value
+        return drive(steps, self.run)
 
     def complete(self, steps: Generator[Pass, Passed, R]) -> R:
         """Return the result of steps that tell nothing on their way."""

@@ -156,8 +156,7 @@ class PagedSeats:
         start = seat.length if asked.restarts_at is None else asked.restarts_at
         num_tokens = max(0, num_pages_of(start + len(asked.token_ids)) - len(seat.pages))
         num_copies = num_pages_of(len(asked.spans) + 1) - len(seat.copies) if asked.spans else 0
-        num_skipped = min(max(0, seat.num_cached - start), len(asked.token_ids))
-        num_rows = len(asked.token_ids) - num_skipped + len(asked.spans)
+        num_rows = len(asked.token_ids) - _num_skipped(seat, start, asked) + len(asked.spans)
         return Size(num_rows, num_tokens + max(0, num_copies), self.pages.num_own([*seat.pages, *seat.copies]))
 
     def lay(self, seat: Seat, asked: Pass, first: int) -> Rows:
@@ -170,7 +169,7 @@ class PagedSeats:
             seat.slots = _slots(seat.pages)
         if asked.spans and (missing := num_pages_of(len(asked.spans) + 1) - len(seat.copies)) > 0:
             seat.copies += self._take(missing)
-        skipped = min(max(0, seat.num_cached - seat.length), len(asked.token_ids))
+        skipped = _num_skipped(seat, seat.length, asked)
         return Rows(first, len(asked.token_ids) - skipped, skipped, len(asked.spans))
 
     def _take(self, count: int) -> list[int]:
@@ -210,6 +209,11 @@ class PagedSeats:
 def num_pages_of(num_tokens: int) -> int:
     """Return how many pages this many tokens take."""
     return -(-num_tokens // PAGE_SIZE)
+
+
+def _num_skipped(seat: Seat, start: int, asked: Pass) -> int:
+    """Return how many tokens of a pass that begins at `start` were there before."""
+    return min(max(0, seat.num_cached - start), len(asked.token_ids))
 
 
 def _slots(pages: Sequence[int]) -> Tensor:

@@ -7,7 +7,6 @@ and what each row reads, is the sequence's own. What comes out is what `model.pa
 import logging
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from model.attention import pass_mask, pass_places
 from model.chat import EncodedPrompt, Message
 from model.cls_signal import sliding_windows
+from model.config import Side
 from model.errors import origin
 from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, GuardedLM
@@ -25,10 +25,11 @@ from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
 from server.engine.packed import pack
 from server.engine.pages import PAGE_SIZE, Pages
-from server.engine.seats import Runner, Solos
+from server.engine.seats import Runner, Solos, run_one
 
 logger = logging.getLogger(__name__)
 
+SIDES: tuple[Side, ...] = ("request", "response")
 FEW = 4
 """Most rows of a sequence that read by lists of slots."""
 NUM_ROWS = PREFILL_CHUNK + 64
@@ -45,7 +46,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
     """Return what runs sequences together, or one by one where the model's attention cannot be changed.
 
     Args:
-        lm: the model.
+        lm: the model; its linear layers are packed, and its attention changed.
         num_bytes: of the cache; None takes `CPU_BYTES`, or `GPU_SHARE` of the free memory.
     """
     was = lm.model.config.get_text_config()._attn_implementation
@@ -56,7 +57,9 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
         seat = runner.open(EncodedPrompt(ids), watches_request=False)
-        found = [_passed(runner, seat, some) for some in (ids[:-1], ids[-1:])]  # a block of rows, and a row by itself
+        found = [
+            run_one(runner, seat, Pass(some)) for some in (ids[:-1], ids[-1:])
+        ]  # a block of rows, and a row by itself
         runner.check(expected, found[-1].logits)
     except Exception as error:
         logger.warning("sequences run one by one, as the model's attention cannot be replaced: %s", origin(error))
@@ -68,13 +71,6 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
             num_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(lm.model.device)[0])
     runner.resize(num_bytes)
     return runner
-
-
-def _passed(runner: Runner, seat: Any, ids: Sequence[int]) -> Passed:
-    (passed,) = runner.run([(seat, Pass(ids))])
-    if isinstance(passed, Exception):
-        raise passed
-    return passed
 
 
 def _longest_refusal(lm: GuardedLM) -> int:
@@ -156,16 +152,16 @@ class PagedRunner(PagedSeats):
         for seat, asked in batch:
             laid.append(self.lay(seat, asked, laid[-1].stop if laid else 0))
         num_rows = laid[-1].stop if laid else 0
-        logits, states, copies = self._forward(batch, laid, num_rows) if num_rows else (torch.empty(0), None, None)
-        passed = self._assess(batch, laid, logits, states, copies)
+        logits, states = self._forward(batch, laid, num_rows) if num_rows else (torch.empty(0), None)
+        passed = self._assess(batch, laid, logits, states)
         for seat, asked in batch:
             self.settle(seat, asked)
         return passed
 
     def _forward(
         self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[Rows], num_rows: int
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None]:
-        """Return the logits of each pass, (B, V), and of every row the states of all layers and the final ones."""
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Return the logits of each pass, (B, V), and the states of every row, (1, R, D) by layer."""
         lm = self._lm
         ids: list[int] = []
         places, new, last = [], [], []
@@ -198,9 +194,8 @@ class PagedRunner(PagedSeats):
             output_hidden_states=lm.head is not None or lm.cls is not None,
             logits_to_keep=torch.tensor(kept, device=self._device),
         )
-        states = output.hidden_states
         # On the CPU, where they are drawn from. This waits for the pass, so that the heads' time is their own.
-        return output.logits[0].cpu(), states, states[-1][0] if states is not None else None
+        return output.logits[0].cpu(), output.hidden_states
 
     def _read(
         self,
@@ -238,7 +233,6 @@ class PagedRunner(PagedSeats):
         laid: Sequence[Rows],
         logits: Tensor,
         states: tuple[Tensor, ...] | None,
-        final: Tensor | None,
     ) -> list[Passed]:
         """Return what came of each pass: the heads read the states of all sequences at once."""
         lm, seconds = self._lm, 0.0
@@ -263,12 +257,12 @@ class PagedRunner(PagedSeats):
                 cls_request.append(end)
             cls_response += range(end + is_first, rows.stop)
         found_by: dict[str, list[float]] = {}
-        for side, features in (("request", of_query), ("response", of_response)):
-            assessed = lm.assess(side, torch.cat(features)) if features else Assessed([], 0.0)  # type: ignore[arg-type]
+        nothing = Assessed([], 0.0)
+        for side, features in zip(SIDES, (of_query, of_response), strict=True):
+            assessed = lm.assess(side, torch.cat(features)) if features else nothing
             found_by[side], seconds = assessed.logits, seconds + assessed.seconds
-        for side, picked in (("request", cls_request), ("response", cls_response)):
-            assert final is not None or not picked
-            assessed = lm.assess_cls(side, final[picked]) if picked else Assessed([], 0.0)  # type: ignore[arg-type,index]
+        for side, picked in zip(SIDES, (cls_request, cls_response), strict=True):
+            assessed = lm.assess_cls(side, states[-1][0, picked]) if states is not None and picked else nothing
             found_by[f"cls {side}"], seconds = assessed.logits, seconds + assessed.seconds
         return self._dealt(batch, laid, logits, found_by, seconds)
 

@@ -66,6 +66,14 @@ class Runner(Protocol):
         ...
 
 
+def run_one(runner: Runner, seat: Any, asked: Pass) -> Passed:
+    """Run a pass by itself; raises what it raised."""
+    (passed,) = runner.run([(seat, asked)])
+    if isinstance(passed, Exception):
+        raise passed
+    return passed
+
+
 class Solos:
     """Runs each sequence alone, one after the other: for models whose attention cannot be changed."""
 

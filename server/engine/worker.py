@@ -12,17 +12,17 @@ from typing import Any
 
 from model.chat import Message
 from model.errors import origin
-from model.events import HeadWork, Release
+from model.events import Finish, HeadWork, Release
 from model.generation import Generation
 from model.guarded_lm import GuardedLM
-from model.passes import Pass, Passed
+from model.passes import Pass, Passed, drive
 from model.policy import Mode
 from model.request import GenerationRequest
 from model.sampling import GREEDY
 from server.engine.engine import EngineError
 from server.engine.jobs import Job
 from server.engine.scheduler import Candidate, plan
-from server.engine.seats import Runner
+from server.engine.seats import Runner, run_one
 
 logger = logging.getLogger(__name__)
 
@@ -75,20 +75,12 @@ class Worker:
         steps = Generation(self.lm, request, self.lm.schedule).run()
         seat = self.runner.open(prompt, watches_request=mode is not Mode.OFF)
         try:
-            item: Pass | Release = next(steps)
-            while True:
-                if not isinstance(item, Pass):
-                    item = next(steps)
-                    continue
-                (passed,) = self.runner.run([(seat, item)])
-                if isinstance(passed, Exception):
-                    raise passed
-                item = steps.send(passed)
-        except StopIteration as end:
-            if end.value.num_head_failures:
-                raise EngineError("the safety head fails on a harmless request") from None
+            *_, finish = drive(steps, lambda asked: run_one(self.runner, seat, asked))
         finally:
             self.runner.close(seat)
+        assert isinstance(finish, Finish)
+        if finish.num_head_failures:
+            raise EngineError("the safety head fails on a harmless request")
 
     def serve(self) -> None:
         """Run jobs until told to stop, through faults, as long as it gets a step further between them."""

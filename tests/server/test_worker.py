@@ -106,7 +106,7 @@ def test_a_worker_that_fails_once_ends_what_runs_and_serves_what_waits_and_what_
         receive = engine._worker._receive
 
         def broken() -> bool:
-            engine._worker._receive = receive  # type: ignore[method-assign]
+            engine._worker._receive = receive  # type: ignore[method-assign]  # as it was
             raise MemoryError
 
         engine._worker._receive = broken  # type: ignore[method-assign]  # the fault to test
