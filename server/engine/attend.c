@@ -2,7 +2,7 @@
  * gathering and padding, without moving a key. A row is one query position; it reads the slots of its list.
  *
  *   query  (rows, heads, size)       of all rows; those of `row` are read
- *   keys   (slots, key heads, size)  values likewise, of size `value_size`
+ *   keys   (key heads, slots, size)  values likewise, of size `value_size`
  *   output (rows, heads, value_size) those of `row` are written
  *   slot   what row number i reads: slot[offset[i]] to slot[offset[i + 1]], at least one
  */
@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define AHEAD 16 /* slots */
 
 typedef uint16_t bfloat16;
 
@@ -47,15 +49,20 @@ static inline float exponential(float x) {
     return value * power;
 }
 
+/* What is read soon: slots may lie anywhere, so the processor does not see it coming. */
+#define FETCH(OF, SIZE)                                                                                                \
+    for (int64_t d = 0; d < SIZE; d += 64 / (int64_t)sizeof *OF) __builtin_prefetch(OF + d)
+
 /* One row and one key head. With `size` and `value_size` known when it is compiled, the inner loops are vectors. */
 #define HEAD(NAME, TYPE, FROM, TO)                                                                                     \
     static inline __attribute__((always_inline)) void NAME(                                                            \
         const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *slot, int64_t length,    \
-        int64_t num_groups, int64_t key_step, int64_t value_step, const int64_t size, const int64_t value_size,        \
-        float scaling, float *restrict q, float *restrict score, float *restrict sum, float *restrict v) {             \
+        int64_t num_groups, const int64_t size, const int64_t value_size, float scaling, float *restrict q,            \
+        float *restrict score, float *restrict sum, float *restrict v) {                                               \
         for (int64_t d = 0; d < num_groups * size; d++) q[d] = FROM(query[d]) * scaling;                               \
         for (int64_t t = 0; t < length; t++) {                                                                         \
-            const TYPE *key = keys + slot[t] * key_step;                                                               \
+            const TYPE *key = keys + slot[t] * size, *far = keys + slot[t + AHEAD < length ? t + AHEAD : t] * size;    \
+            FETCH(far, size);                                                                                          \
             for (int64_t g = 0; g < num_groups; g++) {                                                                 \
                 float dot = 0;                                                                                         \
                 for (int64_t d = 0; d < size; d++) dot += q[g * size + d] * FROM(key[d]);                              \
@@ -70,7 +77,9 @@ static inline float exponential(float x) {
         }                                                                                                              \
         memset(sum, 0, sizeof(float) * num_groups * value_size);                                                       \
         for (int64_t t = 0; t < length; t++) {                                                                         \
-            const TYPE *value = values + slot[t] * value_step;                                                         \
+            const TYPE *value = values + slot[t] * value_size;                                                         \
+            const TYPE *far = values + slot[t + AHEAD < length ? t + AHEAD : t] * value_size;                          \
+            FETCH(far, value_size);                                                                                    \
             for (int64_t d = 0; d < value_size; d++) v[d] = FROM(value[d]);                                            \
             for (int64_t g = 0; g < num_groups; g++)                                                                   \
                 for (int64_t d = 0; d < value_size; d++) sum[g * value_size + d] += score[g * length + t] * v[d];      \
@@ -84,9 +93,8 @@ HEAD(head_float32, float, same, same)
 #define ATTEND(NAME, HEAD_OF, TYPE)                                                                                    \
     int NAME(const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *row,                \
              const int64_t *slot, const int64_t *offset, int64_t num_rows, int64_t num_heads, int64_t num_key_heads,   \
-             int64_t size, int64_t value_size, float scaling) {                                                        \
+             int64_t num_slots, int64_t size, int64_t value_size, float scaling) {                                     \
         const int64_t num_groups = num_heads / num_key_heads;                                                          \
-        const int64_t key_step = num_key_heads * size, value_step = num_key_heads * value_size;                        \
         int64_t longest = 0, failed = 0;                                                                               \
         for (int64_t i = 0; i < num_rows; i++)                                                                         \
             if (offset[i + 1] - offset[i] > longest) longest = offset[i + 1] - offset[i];                              \
@@ -102,17 +110,15 @@ HEAD(head_float32, float, same, same)
                     if (q == NULL) continue;                                                                           \
                     const int64_t *read = slot + offset[i], length = offset[i + 1] - offset[i];                        \
                     const TYPE *from = query + (row[i] * num_heads + head * num_groups) * size;                        \
-                    const TYPE *k = keys + head * size, *of = values + head * value_size;                              \
+                    const TYPE *k = keys + head * num_slots * size, *of = values + head * num_slots * value_size;      \
                     TYPE *to = output + (row[i] * num_heads + head * num_groups) * value_size;                         \
                     if (size == 64 && value_size == 64)                                                                \
-                        HEAD_OF(from, k, of, to, read, length, num_groups, key_step, value_step, 64, 64, scaling, q,   \
-                                score, sum, v);                                                                        \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, 64, 64, scaling, q, score, sum, v);         \
                     else if (size == 128 && value_size == 128)                                                         \
-                        HEAD_OF(from, k, of, to, read, length, num_groups, key_step, value_step, 128, 128, scaling, q, \
-                                score, sum, v);                                                                        \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, 128, 128, scaling, q, score, sum, v);       \
                     else                                                                                               \
-                        HEAD_OF(from, k, of, to, read, length, num_groups, key_step, value_step, size, value_size,     \
-                                scaling, q, score, sum, v);                                                            \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, size, value_size, scaling, q, score, sum,   \
+                                v);                                                                                    \
                 }                                                                                                      \
             }                                                                                                          \
             free(q);                                                                                                   \

@@ -92,7 +92,7 @@ class SlotAttention:
     def bytes_per_slot(self) -> int:
         """What the keys and values of one token take, known after the first pass."""
         stores = [store for pair in self._stores.values() for store in pair]
-        return sum(store[0].numel() * store.element_size() for store in stores)
+        return sum(store[:, 0].numel() * store.element_size() for store in stores)
 
     def resize(self, num_slots: int) -> None:
         """Forget all keys and values, and make room for this many tokens."""
@@ -111,8 +111,8 @@ class SlotAttention:
         if layer not in self._stores:
             self._stores[layer] = (self._room(key), self._room(value))
         keys, values = self._stores[layer]
-        keys.index_copy_(0, self._new, key[0].transpose(0, 1))
-        values.index_copy_(0, self._new, value[0].transpose(0, 1))
+        keys.index_copy_(1, self._new, key[0])
+        values.index_copy_(1, self._new, value[0])
         reads = self._reads[more.get("sliding_window")]
         queries = query[0].transpose(0, 1)  # (R, H, D)
         output = queries.new_empty(*queries.shape[:2], values.shape[-1])
@@ -125,7 +125,7 @@ class SlotAttention:
         elif len(reads.rows):
             slots, mask = reads.padded
             few = _by_key_head(queries[reads.rows], keys)  # (N, H', G, D)
-            k, v = (store[slots].transpose(1, 2) for store in (keys, values))  # (N, H', S, D)
+            k, v = (store[:, slots].transpose(0, 1) for store in (keys, values))  # (N, H', S, D)
             found = _attention(few, k, v, mask[:, None, None], *settings)
             output[reads.rows] = found.flatten(1, 2)
         for first, slots, mask in reads.blocks:
@@ -133,19 +133,20 @@ class SlotAttention:
             num_groups = many.shape[2]
             # All queries of one key head side by side: keys are read once.
             packed = many.permute(1, 2, 0, 3).flatten(1, 2)[None]  # (1, H', G * N, D)
-            k, v = (store[slots].transpose(0, 1)[None] for store in (keys, values))  # (1, H', S, D)
+            k, v = (store[None, :, slots] for store in (keys, values))  # (1, H', S, D)
             found = _attention(packed, k, v, mask.repeat(num_groups, 1)[None, None], *settings)[0]
             found = found.view(len(found), num_groups, len(mask), -1).permute(2, 0, 1, 3)  # (N, H', G, D)
             output[first : first + len(mask)] = found.flatten(1, 2)
         return output[None], None
 
     def _room(self, some: Tensor) -> Tensor:
-        return some.new_zeros(self.num_slots, some.shape[1], some.shape[3])
+        """Return the store of keys or values like `some`, (H', slots, D)."""
+        return some.new_zeros(some.shape[1], self.num_slots, some.shape[3])
 
 
 def _by_key_head(queries: Tensor, keys: Tensor) -> Tensor:
     """Return queries (N, H, D) beside those that share a key head, (N, H', G, D)."""
-    return queries.view(len(queries), keys.shape[1], -1, queries.shape[-1])
+    return queries.view(len(queries), len(keys), -1, queries.shape[-1])
 
 
 def _attention(

@@ -1,8 +1,7 @@
 """One request on its way through the engine, shared by the event loop and the engine's thread."""
 
 import asyncio
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -22,9 +21,6 @@ class Job(Generic[T]):
     request_id: str
     prompt: EncodedPrompt
     begin: Callable[[GuardedLM], Steps[T, T]]
-    loop: asyncio.AbstractEventLoop
-    forget: Callable[["Job[T]"], object]
-    """Drops it from the event loop's books; called there."""
     salt: str = ""
     watches_request: bool = True
     outbox: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -38,23 +34,45 @@ class Job(Generic[T]):
     asked: Pass | None = None
     """The pass that it wants next."""
 
-    def post(self, item: object) -> None:
-        """Hand an item to the event loop; called by the worker."""
+
+class Mail:
+    """What the worker tells the jobs of an event loop, handed over once a step: each time costs both threads.
+
+    Args:
+        loop: the event loop.
+        forget: drops a job from its books; called there.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, forget: Callable[[Job[Any]], object]) -> None:
+        self._loop = loop
+        self._forget = forget
+        self._items: list[tuple[Job[Any], Sequence[object], bool]] = []
+
+    def tell(self, job: Job[Any], item: object) -> None:
+        """Add an item of a job that goes on."""
+        self._items.append((job, (item,), False))
+
+    def end(self, job: Job[Any], *last: object) -> None:
+        """Add the last items of a job, before which its place is free; none where nobody listens any more."""
+        self._items.append((job, (*last, _END) if last else (), True))
+
+    def send(self) -> None:
+        """Hand over what was added."""
+        items, self._items = self._items, []
+        if not items:
+            return
         try:
-            self.loop.call_soon_threadsafe(self.outbox.put_nowait, item)
+            self._loop.call_soon_threadsafe(self._deliver, items)
         except RuntimeError:  # the loop is closed: nobody is listening any more
-            self.is_aborted = True
+            for job, _, _ in items:
+                job.is_aborted = True
 
-    def end(self, last: object) -> None:
-        """Hand over the last item, when the place of the job is free already; called by the worker."""
-        self.drop()
-        self.post(last)
-        self.post(_END)
-
-    def drop(self) -> None:
-        """Free the place of the job; called by the worker."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(self.forget, self)
+    def _deliver(self, items: Sequence[tuple[Job[Any], Sequence[object], bool]]) -> None:
+        for job, told, is_over in items:
+            if is_over:
+                self._forget(job)
+            for item in told:
+                job.outbox.put_nowait(item)
 
 
 class Items(Generic[T]):

@@ -19,7 +19,7 @@ from model.request import GenerationRequest, admit, check_prompt
 from model.scoring import steps as scoring
 from model.trace import Trace
 from server.engine.engine import EngineError, EngineState, EngineStats, Overloaded
-from server.engine.jobs import Items, Job
+from server.engine.jobs import Items, Job, Mail
 from server.engine.seats import Runner, Solos
 from server.engine.worker import Worker
 
@@ -181,8 +181,6 @@ class LocalEngine:
             request_id,
             prompt,
             begin,
-            asyncio.get_running_loop(),
-            lambda job: self._jobs.pop(job.request_id, None),
             salt=salt,
             watches_request=watches_request,
         )
@@ -194,7 +192,7 @@ class LocalEngine:
         """Load, then serve until told to stop. The body of the background thread."""
         try:
             lm = self._load()
-            worker = Worker(lm, self._seat(lm), self._inbox, self._max_running)
+            worker = Worker(lm, self._seat(lm), self._inbox, Mail(loop, self._forget), self._max_running)
             worker.warm_up()
         except BaseException as error:
             _settle(loop, ready, error)
@@ -206,6 +204,9 @@ class LocalEngine:
             logger.critical("the engine's thread failed: %s", origin(error))
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._fail)
+
+    def _forget(self, job: Job[Any]) -> None:
+        self._jobs.pop(job.request_id, None)
 
     def _fail(self) -> None:
         """Stop taking requests and end all that wait for one; called when the worker is gone."""

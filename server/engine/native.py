@@ -38,7 +38,7 @@ def attend_of(dtype: torch.dtype) -> Attend | None:
     if library is None or dtype not in NAMES:
         return None
     function = library[NAMES[dtype]]
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_float]
+    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_float]
     function.restype = ctypes.c_int
 
     def attend(
@@ -52,7 +52,7 @@ def attend_of(dtype: torch.dtype) -> Attend | None:
         scaling: float,
     ) -> None:
         tensors = (query, keys, values, output, rows, slots, offsets)
-        sizes = (len(rows), query.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
+        sizes = (len(rows), query.shape[1], *keys.shape, values.shape[2])
         if function(*(tensor.data_ptr() for tensor in tensors), *sizes, scaling):
             raise MemoryError("there is no memory for attention")
 

@@ -20,7 +20,7 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.sampling import GREEDY
 from server.engine.engine import EngineError
-from server.engine.jobs import Job
+from server.engine.jobs import Job, Mail
 from server.engine.scheduler import Candidate, plan
 from server.engine.seats import Runner, run_one
 
@@ -37,15 +37,17 @@ class Worker:
         lm: the model.
         runner: runs the passes of its sequences.
         inbox: jobs that arrive, and None to stop.
+        mail: takes what jobs are told.
         max_running: jobs that run at a time; the others wait.
     """
 
     def __init__(
-        self, lm: GuardedLM, runner: Runner, inbox: "queue.SimpleQueue[Job[Any] | None]", max_running: int
+        self, lm: GuardedLM, runner: Runner, inbox: "queue.SimpleQueue[Job[Any] | None]", mail: Mail, max_running: int
     ) -> None:
         self.lm = lm
         self.runner = runner
         self._inbox = inbox
+        self._mail = mail
         self._max_running = min(max_running, runner.most_running or max_running)
         self._arrivals = count()
         self._waiting: list[Job[Any]] = []
@@ -87,7 +89,10 @@ class Worker:
         while True:
             try:
                 while self._receive():
-                    self._turn()
+                    try:
+                        self._turn()
+                    finally:
+                        self._mail.send()
                 return
             except Exception as error:
                 self._num_faults += 1
@@ -114,7 +119,7 @@ class Worker:
                 self._waiting.remove(job)
             else:
                 self._leave(job)
-            job.drop()
+            self._mail.end(job)
         while self._waiting and len(self._running) < self._max_running:
             self._begin(self._waiting.pop(0))
         if self._running:
@@ -160,12 +165,12 @@ class Worker:
             item = next(job.steps) if passed is None else job.steps.send(passed)
             while not isinstance(item, Pass):
                 self.head += _head_work(item)
-                job.post(item)
+                self._mail.tell(job, item)
                 item = next(job.steps)
             job.asked = item
         except StopIteration as end:
             self._leave(job)
-            job.end(end.value)
+            self._mail.end(job, end.value)
         except Exception as error:
             self._fail(job, error)
 
@@ -175,7 +180,7 @@ class Worker:
 
     def _tell_fault(self, job: Job[Any], error: Exception) -> None:
         logger.error("request %s failed: %s", job.request_id, origin(error))
-        job.end(EngineError("the engine failed on this request; it is safe to retry"))
+        self._mail.end(job, EngineError("the engine failed on this request; it is safe to retry"))
 
     def _leave(self, job: Job[Any]) -> None:
         self._running.remove(job)
@@ -186,7 +191,8 @@ class Worker:
         """Forget the running jobs, whatever state they are in, and all keys and values."""
         for job in self._running:
             job.steps = job.seat = job.asked = None
-            job.end(EngineError("the engine failed and has started again; it is safe to retry"))
+            self._mail.end(job, EngineError("the engine failed and has started again; it is safe to retry"))
+        self._mail.send()
         self._running.clear()
         self.runner.reset()
         self.num_restarts += 1
