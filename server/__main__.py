@@ -10,9 +10,10 @@ from server.settings import ConfigurationError, Settings
 
 WRONG_SETTINGS = 2
 FAILED = 1
-SPINS = "1000"
-"""How often a thread of GNU OpenMP that waits for others looks again before it sleeps. On an idle machine the
-default, hundreds of thousands, is no faster; where another process wants the cores, it is several times slower."""
+SPINS = "20000"
+"""How often a thread of GNU OpenMP that waits for others looks again before it sleeps: enough from one operation to the
+next, too few from one step to the next. The default, hundreds of thousands, takes the cores from the threads that talk
+HTTP; with a twentieth of this, threads sleep within a step (docs/experiments.md)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def serve(chosen: Settings) -> int:
     num_bytes = None if chosen.kv_cache_mib is None else chosen.kv_cache_mib << 20
     engine = LocalEngine(
         partial(load_model, chosen),
-        seat=partial(paged, num_bytes=num_bytes),
+        seat=partial(paged, num_bytes=num_bytes, compiles=chosen.compile),
         max_running=chosen.max_running,
         max_waiting=chosen.max_waiting,
     )

@@ -106,6 +106,7 @@ class Settings(BaseSettings):
         "auto", "Model", "precision of the weights", "that of the calibration"
     )
     num_threads: Annotated[int, Field(ge=1)] | None = setting(None, "Model", "CPU threads", "torch's choice")
+    compile: bool = setting(True, "Model", "compile the model's layers at the start, on a CPU")
     trust_remote_code: bool = setting(False, "Model", "run code that comes with the weights")
 
     input_mode: Mode = setting(Mode.BLOCK, "Safety", "request side: off, score (observe) or block (act)")

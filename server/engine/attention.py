@@ -4,19 +4,24 @@ A row, a token or a copy of `[CLS]`, reads the slots that it is told to read: sl
 shared prompts are all the same to it. Few rows are read by lists of slots, many rows of one sequence by a mask.
 """
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from server.engine.compiled import operation
 from server.engine.native import attend_of
+
+_ATTENTIONS: "WeakValueDictionary[int, SlotAttention]" = WeakValueDictionary()
+"""By number: registered functions and compiled code are for ever, and must not keep a cache alive."""
+_NUMBERS = count()
 
 
 class Block(NamedTuple):
@@ -74,59 +79,87 @@ class SlotAttention:
 
     def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
         self.num_slots = num_slots
-        self._stores: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, Any] = {}
         self._new = torch.empty(0, dtype=torch.long)
         self._reads: Mapping[int | None, Reads] = {}
         self._dtype = model.dtype
         self._native = attend_of(model.dtype) if model.device.type == "cpu" else None
-        self.layers: set[int] = set()
-        """That called."""
-        name = f"ballast_slots_{id(self)}"
-        # Registered for ever: it must not keep the cache alive.
-        AttentionInterface.register(name, partial(SlotAttention._attend, weakref.proxy(self)))
+        self.number = next(_NUMBERS)
+        _ATTENTIONS[self.number] = self
+        name = f"ballast_slots_{self.number}"
+        AttentionInterface.register(name, partial(_attention_of_layer, self.number))
         model.set_attn_implementation(name)
         if model.config.get_text_config()._attn_implementation != name:
             raise ValueError(f"the attention of {type(model).__name__} cannot be set")
 
     @property
+    def num_layers(self) -> int:
+        """Layers that have read from here."""
+        return len(self._layers)
+
+    @property
     def bytes_per_slot(self) -> int:
         """What the keys and values of one token take, known after the first pass."""
-        stores = [store for pair in self._stores.values() for store in pair]
+        stores = [store for layer in self._layers.values() for store in layer.ballast_slots]
         return sum(store[:, 0].numel() * store.element_size() for store in stores)
 
     def resize(self, num_slots: int) -> None:
         """Forget all keys and values, and make room for this many tokens."""
-        self.num_slots, self._stores = num_slots, {}
+        self.num_slots = num_slots
+        for layer in self._layers.values():
+            layer.ballast_slots = tuple(
+                store.new_zeros(len(store), num_slots, store.shape[2]) for store in layer.ballast_slots
+            )
 
     def prepare(self, new: Tensor, reads: Mapping[int | None, Reads]) -> None:
         """Say where the rows of the next pass are kept, (R,), and what they read, by sliding window."""
         self._new, self._reads = new, reads
 
-    def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
-    ) -> tuple[Tensor, None]:
-        """Keep the new keys and values, (1, H', R, D), and return what the queries read, (1, R, H, D)."""
-        layer = int(module.layer_idx)
-        self.layers.add(layer)
-        if layer not in self._stores:
-            self._stores[layer] = (self._room(key), self._room(value))
-        keys, values = self._stores[layer]
+    def join(self, layer: Any, key: Tensor, value: Tensor) -> None:
+        """Give a layer stores for keys and values like these, (1, H', R, D). It keeps them as `ballast_slots`."""
+        self._layers[int(layer.layer_idx)] = layer
+        layer.ballast_slots = tuple(
+            some.new_zeros(some.shape[1], self.num_slots, some.shape[3]) for some in (key, value)
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sliding_window: int | None,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Keep the new keys and values, (1, H', R, D), in stores (H', slots, D), and return what is read, (1, R, H, D).
+
+        Args:
+            query: of all rows, (1, H, R, D).
+            key: of all rows.
+            value: of all rows.
+            keys: the store.
+            values: the store.
+            sliding_window: of the layer.
+            scaling: of the scores; None takes 1 / sqrt(D).
+            softcap: the most that a score may be; None for no cap.
+        """
         keys.index_copy_(1, self._new, key[0])
         values.index_copy_(1, self._new, value[0])
-        reads = self._reads[more.get("sliding_window")]
+        reads = self._reads[sliding_window]
         queries = query[0].transpose(0, 1)  # (R, H, D)
         output = queries.new_empty(*queries.shape[:2], values.shape[-1])
-        settings = (more.get("scaling"), more.get("softcap"), more.get("s_aux"))
-        is_plain = settings[1:] == (None, None) and queries.dtype == keys.dtype == values.dtype == self._dtype
+        is_plain = softcap is None and queries.dtype == keys.dtype == values.dtype == self._dtype
         if len(reads.rows) and self._native is not None and is_plain:
-            scaling = queries.shape[-1] ** -0.5 if settings[0] is None else settings[0]
+            scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
             queries = queries.contiguous()
-            self._native(queries, keys, values, output, reads.rows, reads.slots, reads.offsets, scaling)
+            self._native(queries, keys, values, output, reads.rows, reads.slots, reads.offsets, scale)
         elif len(reads.rows):
             slots, mask = reads.padded
             few = _by_key_head(queries[reads.rows], keys)  # (N, H', G, D)
             k, v = (store[:, slots].transpose(0, 1) for store in (keys, values))  # (N, H', S, D)
-            found = _attention(few, k, v, mask[:, None, None], *settings)
+            found = _attention(few, k, v, mask[:, None, None], scaling, softcap)
             output[reads.rows] = found.flatten(1, 2)
         for first, slots, mask in reads.blocks:
             many = _by_key_head(queries[first : first + len(mask)], keys)  # (N, H', G, D)
@@ -134,14 +167,50 @@ class SlotAttention:
             # All queries of one key head side by side: keys are read once.
             packed = many.permute(1, 2, 0, 3).flatten(1, 2)[None]  # (1, H', G * N, D)
             k, v = (store[None, :, slots] for store in (keys, values))  # (1, H', S, D)
-            found = _attention(packed, k, v, mask.repeat(num_groups, 1)[None, None], *settings)[0]
+            found = _attention(packed, k, v, mask.repeat(num_groups, 1)[None, None], scaling, softcap)[0]
             found = found.view(len(found), num_groups, len(mask), -1).permute(2, 0, 1, 3)  # (N, H', G, D)
             output[first : first + len(mask)] = found.flatten(1, 2)
-        return output[None], None
+        return output[None]
 
-    def _room(self, some: Tensor) -> Tensor:
-        """Return the store of keys or values like `some`, (H', slots, D)."""
-        return some.new_zeros(some.shape[1], self.num_slots, some.shape[3])
+
+def _attention_of_layer(
+    number: int, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
+) -> tuple[Tensor, None]:
+    """Attend for a layer: what transformers calls, and what a compiler sees."""
+    if more.get("s_aux") is not None:
+        raise ValueError("attention sinks are not supported")
+    if not hasattr(module, "ballast_slots") or module.ballast_number != number:
+        module.ballast_number = number
+        _ATTENTIONS[number].join(module, key, value)
+    settings = more.get("sliding_window"), more.get("scaling"), more.get("softcap")
+    return torch.ops.ballast.attend(query, key, value, *module.ballast_slots, number, *settings), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    number: int,
+    *settings: Any,
+) -> Tensor:
+    return _ATTENTIONS[number].attend(query, key, value, keys, values, *settings)
+
+
+def _shape(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, *settings: Any) -> Tensor:
+    """Return something of the shape of what is read, for the compiler."""
+    return query.new_empty(1, query.shape[2], query.shape[1], values.shape[2])
+
+
+# What is read changes with every pass.
+operation(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, int number, "
+    "int? sliding_window, float? scaling, float? softcap) -> Tensor",
+    _attend,
+    _shape,
+    "CompositeExplicitAutograd",
+)
 
 
 def _by_key_head(queries: Tensor, keys: Tensor) -> Tensor:
@@ -150,30 +219,9 @@ def _by_key_head(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """Return attention as the model wants it: (B, H', N, D) over (B, H', S, D) where a mask (B, 1, 1 or N, S) is true.
-
-    Args:
-        query: queries.
-        key: keys.
-        value: values.
-        mask: true where a query reads a key.
-        scaling: of the scores; None takes 1 / sqrt(D).
-        softcap: the most that a score may be (Gemma 2); None for no cap.
-        sinks: a score of each query head that takes its share and gives nothing (gpt-oss), not supported.
-
-    Raises:
-        ValueError: if the model has sinks.
-    """
-    if sinks is not None:
-        raise ValueError("attention sinks are not supported")
+    """Return attention (B, H', N, D) over keys (B, H', S, D), where a mask (B, 1, 1 or N, S) is true."""
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from server.engine.compiled import operation
+
 
 class PackedLinear(nn.Module):
     """A linear layer whose weight is packed; the plain weight is gone, unless others have it too.
@@ -23,8 +25,22 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product (..., out) of x (..., in)."""
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        found: Tensor = torch.ops.ballast.linear(x, self.weight, self.bias)
         return found
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return found
+
+
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return something of the shape of the product, for the compiler."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+# The compiler takes oneDNN's own operation with constant weights alone.
+operation("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _shape, "MkldnnCPU")
 
 
 def pack(model: PreTrainedModel) -> int:

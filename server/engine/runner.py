@@ -21,6 +21,7 @@ from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
 from server.engine.attention import Block, Reads, SlotAttention
+from server.engine.compiled import as_it_was, compile_layers
 from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
 from server.engine.packed import pack
@@ -42,12 +43,13 @@ GPU_SHARE = 0.8
 """Of the free memory, which the cache takes unless told otherwise."""
 
 
-def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
+def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False) -> Runner:
     """Return what runs sequences together, or one by one where the model's attention cannot be changed.
 
     Args:
         lm: the model; its linear layers are packed, and its attention changed.
         num_bytes: of the cache; None takes `CPU_BYTES`, or `GPU_SHARE` of the free memory.
+        compiles: its layers are compiled too, on a CPU, where that works.
     """
     was = lm.model.config.get_text_config()._attn_implementation
     ids = lm.chat.encode([Message("user", "Hello")]).request
@@ -56,11 +58,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
     pack(lm.model)
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
-        seat = runner.open(EncodedPrompt(ids), watches_request=False)
-        found = [
-            run_one(runner, seat, Pass(some)) for some in (ids[:-1], ids[-1:])
-        ]  # a block of rows, and a row by itself
-        runner.check(expected, found[-1].logits)
+        _check(runner, ids, expected)
     except Exception as error:
         logger.warning("sequences run one by one, as the model's attention cannot be replaced: %s", origin(error))
         lm.model.set_attn_implementation(was)
@@ -70,7 +68,28 @@ def paged(lm: GuardedLM, num_bytes: int | None = None) -> Runner:
         if lm.model.device.type == "cuda":
             num_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(lm.model.device)[0])
     runner.resize(num_bytes)
+    if compiles and lm.model.device.type == "cpu":
+        layers = compile_layers(lm.model)
+        try:
+            _check(runner, ids, expected)
+        except Exception as error:
+            logger.warning("the model's layers run as they are, as they cannot be compiled: %s", origin(error))
+            as_it_was(layers)
     return runner
+
+
+def _check(runner: "PagedRunner", ids: tuple[int, ...], expected: Tensor) -> None:
+    """See that a row by itself, many rows and then one more give the logits, (V,), that the model itself gives.
+
+    Raises:
+        ValueError: if they do not, or a layer has not read from the cache.
+    """
+    seat = runner.open(EncodedPrompt(ids), watches_request=False)
+    try:
+        *_, last = (run_one(runner, seat, Pass(some)) for some in (ids[:1], ids[1:-1], ids[-1:]))
+        runner.check(expected, last.logits)
+    finally:
+        runner.close(seat)
 
 
 def _longest_refusal(lm: GuardedLM) -> int:
@@ -113,8 +132,8 @@ class PagedRunner(PagedSeats):
         Raises:
             ValueError: if it did not, or a layer has not read from the cache.
         """
-        if len(self._attention.layers) != (num_layers := self._lm.model.config.get_text_config().num_hidden_layers):
-            raise ValueError(f"{len(self._attention.layers)} of {num_layers} layers read from the cache")
+        if self._attention.num_layers != (num_layers := self._lm.model.config.get_text_config().num_hidden_layers):
+            raise ValueError(f"{self._attention.num_layers} of {num_layers} layers read from the cache")
         if not cosine_similarity(expected.float().cpu(), found.float().cpu(), dim=0) > SAME:
             raise ValueError("the logits are not those of the model itself")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from model.testing import tiny_guarded_lm
 from server.engine import native
 from server.engine.attention import Reads, SlotAttention
+from server.engine.attention import _attention_of_layer as attend
 from server.engine.native import attend_of
 
 
@@ -28,7 +29,7 @@ def made(heads: int, key_heads: int, size: int, dtype: torch.dtype, num_rows: in
     keys, values = random(1, key_heads, num_slots, size), random(1, key_heads, num_slots, size)
     slots = torch.arange(num_slots)
     attention.prepare(slots, {None: Reads.of({}, [], slots.device)})
-    attention._attend(Layer, random(1, heads, num_slots, size), keys, values, None)
+    attend(attention.number, Layer, random(1, heads, num_slots, size), keys, values, None)
     lists = {row: torch.randperm(num_slots, generator=generator)[:length] for row, length in ((0, 1), (2, 17), (5, 40))}
     attention.prepare(slots[:num_rows], {None: Reads.of(lists, [], slots.device)})
     query = random(1, heads, num_rows, size)
@@ -45,7 +46,7 @@ def test_a_row_reads_the_slots_of_its_list(shape, dtype, is_native: bool):
     attention, query, (keys, values), some, lists = made(*shape, dtype)
     attention._native = attend_of(dtype) if is_native else None
     assert is_native is (attention._native is not None)
-    found, _ = attention._attend(Layer, query, *some, None, scaling=0.3)
+    found, _ = attend(attention.number, Layer, query, *some, None, scaling=0.3)
     groups = shape[0] // shape[1]
     for row, slots in lists.items():
         k, v = (store[0, :, slots].float().repeat_interleave(groups, dim=0) for store in (keys, values))

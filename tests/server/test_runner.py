@@ -1,11 +1,15 @@
 """Many sequences in one pass: each gets what it gets alone."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
 
 from model.chat import Message
 from model.config import ClsConfig, Thresholds, TokenHeadConfig
@@ -17,7 +21,8 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.sampling import SamplingParams
 from model.testing import FAMILIES, tiny_guarded_lm
-from server.engine.runner import PagedRunner
+from server.engine.compiled import COMPILER
+from server.engine.runner import PagedRunner, paged
 
 CLS = ClsConfig(windows=(3, 4, 3), schedule="annealed")
 HEAD = TokenHeadConfig((1, -1), 32, 0)
@@ -120,6 +125,40 @@ def test_each_sequence_says_what_it_says_alone(family: str, signal: str, is_hard
     actions = {exact[2].action for exact, _ in found}
     assert "none" in actions
     assert actions & {"refused", "rolled_back"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")]
+)
+def test_compiled_layers_say_what_the_model_says(family: str):
+    if shutil.which(COMPILER) is None:
+        pytest.skip("there is no compiler")
+    thresholds = {"request": NEVER, "response": OFTEN, "onset": 0.4}
+    lm, alone = (tiny_guarded_lm(family, **SIGNALS["both"] | thresholds) for _ in range(2))
+    counters.clear()
+    assert isinstance(paged(lm, 8 << 20, compiles=True), PagedRunner)
+    assert counters["stats"]["unique_graphs"] >= 2
+    assert not counters["graph_break"]
+    asked = requests(lm, 16)
+    found = [told(events) for events in together(lm, asked)]
+    expected = [told(list(generate(alone, request))) for request in asked]
+    assert [exact for exact, _ in found] == [exact for exact, _ in expected]
+    for (_, risks), (_, wanted) in zip(found, expected, strict=True):
+        assert risks == pytest.approx(wanted, abs=1e-4)
+
+
+def test_layers_that_compile_to_something_else_run_as_they_are(monkeypatch, caplog):
+    def wrong(model: PreTrainedModel) -> list[nn.Module]:
+        for layer in model.model.layers:
+            layer.forward = lambda states, *args, forward=layer.forward, **kwargs: -forward(states, *args, **kwargs)
+        return list(model.model.layers)
+
+    monkeypatch.setattr("server.engine.runner.compile_layers", wrong)
+    lm = tiny_guarded_lm()
+    assert isinstance(paged(lm, 8 << 20, compiles=True), PagedRunner)
+    assert "cannot be compiled" in caplog.text
+    assert "forward" not in vars(lm.model.model.layers[0])
 
 
 def test_a_shared_beginning_is_fed_once_and_nothing_else_changes():

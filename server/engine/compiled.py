@@ -1,0 +1,77 @@
+"""The layers of a model, compiled by torch: what lies between products and attention runs as few loops.
+
+All layers share their code, so one layer is compiled for a single row and one for any more, and the rest take these.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from model.pretrained import cache_folder
+
+logger = logging.getLogger(__name__)
+
+COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+"""As torch chooses it."""
+
+MOST_KINDS = 64
+"""Of layers and inputs that are compiled each by itself; what comes after them runs as it is."""
+
+UNCHANGED = {"EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "MODULE_MATCH"}
+"""What torch would check before every call of a layer: hooks and code, which nobody changes while a model is served."""
+
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "emulate_precision_casts": True,  # rounding as in the model itself: the signal was trained on it
+    "guard_filter_fn": lambda guards: [not guard.is_global and guard.guard_type not in UNCHANGED for guard in guards],
+}
+
+_LIBRARY = torch.library.Library("ballast", "DEF")  # type: ignore[no-untyped-call]  # untyped there
+
+
+def operation(schema: str, run: Callable[..., Tensor], shape: Callable[..., Tensor], kind: str) -> None:
+    """Define `torch.ops.ballast.NAME`, which the compiler calls and does not look into.
+
+    Args:
+        schema: name, parameters and result, as torch writes them.
+        run: does it.
+        shape: returns something of the shape of the result.
+        kind: of the tensors that it takes, a dispatch key.
+    """
+    name = _LIBRARY.define(schema)  # type: ignore[no-untyped-call]  # untyped there
+    _LIBRARY.impl(name, run, kind)  # type: ignore[no-untyped-call]  # untyped there
+    torch.library.register_fake(f"ballast::{name}", shape, lib=_LIBRARY)
+
+
+def compile_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """Have the decoder layers of a model compiled when they next run, and return them; none if they are not found.
+
+    What was compiled before, on this machine, is read from the cache folder. A layer that cannot be compiled runs as it
+    is; without a C++ compiler all do.
+    """
+    if shutil.which(COMPILER) is None:
+        logger.info("the model's layers are not compiled, as there is no %s", COMPILER)
+        return []
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    num_layers = model.config.get_text_config().num_hidden_layers
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers), ())
+    for layer in layers:
+        for module in layer.modules():
+            if module is not layer:  # transformers' own hooks, for attention weights; a compiler cannot follow them
+                module._forward_hooks.clear()
+        layer.forward = torch.compile(layer.forward, options=OPTIONS)
+    torch._dynamo.config.recompile_limit = MOST_KINDS
+    torch._dynamo.config.suppress_errors = True
+    return list(layers)
+
+
+def as_it_was(layers: Sequence[nn.Module]) -> None:
+    """Have these layers run as they are."""
+    for layer in layers:
+        del layer.forward
