@@ -6,6 +6,8 @@ is one small product, standardisation of the states is part of the head, and eac
 the mean of its passage so far (docs/adr/0003).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,25 @@ class Passage:
         lengths = torch.arange(self._length + 1, self._length + len(states) + 1, device=states.device)
         self._total, self._length = totals[-1], self._length + len(states)
         return torch.cat([states, totals / lengths[:, None]], dim=-1)
+
+
+def extend_each(passages: Sequence[Passage], states: Tensor) -> Tensor:
+    """Add one token to each of some passages, as `Passage.extend` does to one, and return what the head reads.
+
+    Args:
+        passages: N of them, all different.
+        states: of the new tokens, (N, S), any dtype.
+
+    Returns:
+        (N, 2 * S) in float32.
+    """
+    states = states.float()
+    none = torch.zeros_like(states[0])
+    totals = states + torch.stack([none if isinstance(p._total, float) else p._total for p in passages])  # (N, S)
+    lengths = torch.tensor([len(passage) + 1 for passage in passages], device=states.device)
+    for passage, total in zip(passages, totals, strict=True):
+        passage._total, passage._length = total, len(passage) + 1
+    return torch.cat([states, totals / lengths[:, None]], dim=-1)
 
 
 class RiskHead(nn.Module):

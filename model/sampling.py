@@ -80,6 +80,9 @@ _SEED_STRIDE = 1_000_003
 
 GREEDY = SamplingParams(temperature=0.0)
 
+FIRST = (64, 1024)
+"""Tokens that are put in order for `top_p`, more only where these are not enough: to order all takes milliseconds."""
+
 
 class Draw(NamedTuple):
     """One drawn token with log-probabilities under the model's own, unmodified distribution."""
@@ -139,18 +142,35 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """
     logits = (logits - logits.max()) / params.temperature  # (V,); no temperature, however small, overflows
     if 0 < params.top_k < logits.numel():
-        order = logits.argsort(descending=True, stable=True)  # of equal ones the first stays, as in argmax
-        logits = logits.index_fill(0, order[params.top_k :], -math.inf)
+        logits = logits.masked_fill(~_largest(logits, params.top_k), -math.inf)
     probabilities = torch.softmax(logits, dim=-1)
     if params.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # mass of the more likely tokens
-        removed = before >= params.top_p
-        removed[0] = False  # top_p = 0 still keeps the most likely token
-        probabilities = probabilities.index_fill(0, order[removed], 0.0)
+        probabilities = probabilities.masked_fill(
+            ~_largest(probabilities, _num_within(probabilities, params.top_p)), 0.0
+        )
     if params.min_p > 0.0:
         probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0.0)
     return probabilities / probabilities.sum()
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Tell which of `values` (V,) are the `count` largest; of equal ones the first, as in argmax."""
+    least = values.topk(count).values[-1]
+    kept = values > least
+    kept[(values == least).nonzero()[: count - int(kept.sum()), 0]] = True
+    return kept
+
+
+def _num_within(probabilities: Tensor, top_p: float) -> int:
+    """Return how many of the most likely tokens come before a mass of `top_p` is reached: one at least."""
+    num_tokens, count = probabilities.numel(), 0
+    for size in (*FIRST, num_tokens):
+        ordered = probabilities.topk(min(size, num_tokens)).values
+        before = ordered.cumsum(dim=-1) - ordered  # mass of the more likely tokens
+        count = int((before < top_p).sum())
+        if count < size:
+            break
+    return max(1, count)
 
 
 def draw(

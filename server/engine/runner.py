@@ -20,6 +20,7 @@ from model.errors import origin
 from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
+from model.safety_head import extend_each
 from server.engine.attention import Block, Reads, SlotAttention
 from server.engine.compiled import as_it_was, compile_layers
 from server.engine.engine import EngineError
@@ -259,10 +260,12 @@ class PagedRunner(PagedSeats):
         of_response: list[Tensor] = []
         cls_request: list[int] = []
         cls_response: list[int] = []
+        if lm.head is not None and states is not None:
+            self._read_one_more(batch, laid, [states[layer][0] for layer in lm.head.config.layers])
         for (seat, asked), rows in zip(batch, laid, strict=True):
             end = rows.first + rows.num_tokens
             num_read = asked.num_query + asked.num_response
-            if lm.head is not None and states is not None and num_read:
+            if lm.head is not None and states is not None and num_read and not _is_one_more(asked):
                 found = torch.cat([states[layer][0, end - num_read : end] for layer in lm.head.config.layers], dim=-1)
                 query = seat.query.extend(found[: asked.num_query]) if asked.num_query else None
                 if asked.num_response:
@@ -284,6 +287,18 @@ class PagedRunner(PagedSeats):
             assessed = lm.assess_cls(side, states[-1][0, picked]) if states is not None and picked else nothing
             found_by[f"cls {side}"], seconds = assessed.logits, seconds + assessed.seconds
         return self._dealt(batch, laid, logits, found_by, seconds)
+
+    def _read_one_more(self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[Rows], read: Sequence[Tensor]) -> None:
+        """Read the states (R, D), layer by layer, of all responses that have one more token."""
+        found = [(seat, rows.first) for (seat, asked), rows in zip(batch, laid, strict=True) if _is_one_more(asked)]
+        if not found:
+            return
+        picked = torch.tensor([row for _, row in found], device=self._device)
+        features = extend_each(
+            [seat.response for seat, _ in found], torch.cat([states[picked] for states in read], dim=-1)
+        )
+        for (seat, _), newest in zip(found, features, strict=True):
+            seat.newest = newest[None]
 
     def _dealt(
         self,
@@ -311,3 +326,8 @@ class PagedRunner(PagedSeats):
                 )
             )
         return passed
+
+
+def _is_one_more(asked: Pass) -> bool:
+    """Tell whether the token head reads the one token of a pass, of the response."""
+    return len(asked.token_ids) == asked.num_response == 1 and asked.num_query == 0

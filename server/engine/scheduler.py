@@ -23,7 +23,7 @@ class Size(NamedTuple):
     """Pages that the sequence has and shares with nobody."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One sequence that waits for its next pass."""
 
@@ -68,15 +68,20 @@ def plan(candidates: Sequence[Candidate], *, num_rows: int, num_available: int) 
         is_in_turn = candidate in first or candidate in long[:1]
         if candidate in evicted or (candidate.size.num_rows > rows_left and not is_in_turn):
             continue
-        later = [one for one in by_arrival if one.arrival > candidate.arrival and one not in (*run, *evicted)]
-        victims, freed = _victims(later, candidate.size.num_new_pages - num_available)
-        if candidate.size.num_new_pages > num_available + freed:
-            if candidate not in first:
-                continue
-            victims = later  # pages that they share with one another count for none of them, and are there all the same
-        num_available += freed - candidate.size.num_new_pages
+        num_missing = candidate.size.num_new_pages - num_available
+        if num_missing > 0:
+            later = [one for one in by_arrival if one.arrival > candidate.arrival and one not in (*run, *evicted)]
+            victims, freed = _victims(later, num_missing)
+            if freed < num_missing:
+                if candidate not in first:
+                    continue
+                victims = (
+                    later  # pages that they share with one another count for none of them, and are there all the same
+                )
+            num_available += freed
+            evicted += victims
+        num_available -= candidate.size.num_new_pages
         rows_left -= candidate.size.num_rows
-        evicted += victims
         run.append(candidate)
     return Plan([one.name for one in run], [one.name for one in evicted])
 

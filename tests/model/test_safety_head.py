@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import TokenHeadConfig
-from model.safety_head import Passage, TokenHead
+from model.safety_head import Passage, TokenHead, extend_each
 
 
 def head(weight: list[list[float]], bias: list[float], *, layers: tuple[int, ...] = (-1,)) -> TokenHead:
@@ -33,6 +33,19 @@ def test_a_passage_in_pieces_is_the_passage_at_once(sizes: list[int]):
     in_pieces = torch.cat([passage.extend(piece) for piece in states.split(sizes)])
     torch.testing.assert_close(in_pieces, Passage().extend(states), atol=1e-6, rtol=0)
     assert len(passage) == 12
+
+
+def test_many_passages_grow_by_one_token_each_as_each_does_alone():
+    states = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))
+    together, alone = ([Passage() for _ in range(3)] for _ in range(2))
+    together[1].extend(states[0, 1:2])
+    alone[1].extend(states[0, 1:2])  # it has begun, the others have not
+    for newest in states[1:]:
+        found = extend_each(together, newest)
+        assert torch.equal(
+            found, torch.cat([passage.extend(one[None]) for passage, one in zip(alone, newest, strict=True)])
+        )
+    assert [len(passage) for passage in together] == [3, 4, 3]
 
 
 def test_the_length_of_a_passage_is_that_of_all_its_pieces():

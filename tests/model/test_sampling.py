@@ -33,6 +33,19 @@ def test_by_default_the_distribution_is_the_models_own():
     assert filtered((0.5, 0.3, 0.2)) == pytest.approx([0.5, 0.3, 0.2])
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0])
+@pytest.mark.parametrize("changes", [{"top_k": 1}, {"top_k": 70}, {"top_p": 0.05}, {"top_p": 0.7}, {"top_p": 0.999}])
+def test_of_many_tokens_those_stay_that_stay_when_all_are_put_in_order(changes, spread: float):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(5000, generator=generator) * spread).bfloat16().float()  # many are equal
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    kept = torch.arange(5000) < changes.get("top_k", 5000)
+    kept &= probabilities.cumsum(-1) - probabilities < changes.get("top_p", 1.0)
+    found = filtered_probabilities(logits, SamplingParams(**changes))
+    assert found.nonzero()[:, 0].tolist() == sorted(order[kept].tolist())
+    assert found.sum().item() == pytest.approx(1, abs=1e-4)
+
+
 def test_temperature_is_an_exponent():
     # At temperature 0.5 probabilities are squared: 0.25, 0.09, 0.04 over their sum, 0.38.
     assert filtered((0.5, 0.3, 0.2), temperature=0.5) == pytest.approx([25 / 38, 9 / 38, 4 / 38])
