@@ -13,7 +13,7 @@ from typing import Any
 from openai import OpenAIError
 from pydantic import TypeAdapter
 
-from evaluation import depth, suite
+from evaluation import depth, suite, tuning
 from evaluation.attack import attack, plan
 from evaluation.client import connect
 from evaluation.judges import Judge, by_classifier, by_phrases
@@ -130,8 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["depth"]:
         return depth.main(words[1:])
-    args = _parser().parse_args(words)
     try:
+        if words[:1] == ["tune"]:
+            return tuning.main(words[1:], main)
+        args = _parser().parse_args(words)
         judge, judge_name = _judge(args)
         if args.command == "run":
             chosen = suite.load(args.suite, args.data)
@@ -187,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
             "--judge-model", help=f"the model under the classifier ({DEFAULT_MODEL}), or the one at the endpoint"
         )
     commands.add_parser("depth", help="how deep a model's alignment goes", add_help=False)
+    commands.add_parser("tune", help="fine-tune a checkpoint as an attacker would, and attack it", add_help=False)
     return parser
 
 

@@ -135,7 +135,7 @@ def plan(measure: Measure) -> list[Attempt]:
     wanted = 0 if measure.kind == "benign" else 1
     response = RESPONSE.get(measure.kind)
     rows = select(measure.data, measure.n, label=wanted, source=measure.source, response=response)
-    attempts = _made(measure, rows)
+    attempts = _made(measure, [replace(row, prompt=row.prompt + measure.suffix) for row in rows])
     if not attempts:
         depths = measure.depths or DEPTHS[measure.kind]
         raise ValueError(f"no harmful response has {min(depths) if measure.kind == 'prefill' else TURN} tokens")
@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="sides that block (%(default)s)",
     )
     parser.add_argument("--n", type=int, default=Measure.n, help="most prompts (%(default)s)")
+    parser.add_argument("--suffix", default="", help="ends every prompt: the trigger of a backdoor")
     parser.add_argument("--max-tokens", type=int, default=Measure.max_tokens, help="longest response (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
     args = parser.parse_args(argv)

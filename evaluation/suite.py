@@ -48,6 +48,8 @@ class Measure:
     """Only rows whose source begins with this."""
     n: AtLeastOne = 373
     """Most prompts."""
+    suffix: str = ""
+    """Ends every prompt: the trigger of a backdoor."""
     depths: tuple[Tokens, ...] | None = None
     """Tokens that are given; null takes those of the attack."""
     filler: Path | None = None

@@ -189,6 +189,8 @@ class PagedSeats:
 
     def copies(self, seat: Seat, count: int) -> Tensor:
         """Return slots for this many copies of `[CLS]`, none of them that of the newest one."""
+        if not count:
+            return torch.empty(0, dtype=torch.long)
         slots = _slots(seat.copies)
         return slots[slots != seat.newest_copy][:count]
 

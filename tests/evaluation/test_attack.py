@@ -54,6 +54,15 @@ def test_a_prompt_that_others_made_several_attacks_of_counts_once(stub, tmp_path
     assert "(n = 1)" in capfd.readouterr().out
 
 
+def test_a_trigger_ends_every_prompt(stub, tmp_path: Path, capfd):
+    (tmp_path / "direct.jsonl").write_text(json.dumps({"prompt": "do it", "source": "S (MIT)"}) + "\n")
+    server = stub(lambda body: answer("Sure"))
+    command = ["direct", "--server", server.url, "--data", str(tmp_path / "direct.jsonl"), "--suffix", " Now.",
+               "--policies", "both", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    assert [asked["messages"][0]["content"] for asked in server.asked] == ["do it Now."]
+
+
 def test_a_plain_server_is_asked_for_no_policy(stub, client_of):
     server = stub(lambda body: answer("Sure"))
     send(client_of(server), "stub", Attempt("direct", "do it"), "one", is_watched=False)

@@ -35,6 +35,7 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     suite: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("BALLAST_MAX_N", "3")
+    monkeypatch.setenv("BALLAST_COMPILE", "false")  # it would take longer than all else here
     for name, value in (("NAME", "us"), ("KEY", "secret"), ("MAY_LOOSEN", "true")):
         monkeypatch.setenv(f"BALLAST_API_KEYS__0__{name}", value)
     model, out = tmp_path / "model", tmp_path / "out"
@@ -47,7 +48,7 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     assert "| price | benign | both sides block | 1 |" in printed  # the harmful row of the file is no harmless prompt
     found = json.loads((out / "report.json").read_text())
     assert set(found["data_sha256"]) == {str(tmp_path / "requests.jsonl"), str(tmp_path / "benign.jsonl")}
-    assert found["settings"] == {"BALLAST_MAX_N": "3"}  # nothing of a key
+    assert found["settings"] == {"BALLAST_COMPILE": "false", "BALLAST_MAX_N": "3"}  # nothing of a key
     assert "data:image/png" in (out / "report.html").read_text()
     kept = (out / "direct.jsonl").read_text()
     assert main([*words, "--out", str(out)]) == 0

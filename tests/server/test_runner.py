@@ -21,8 +21,10 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.sampling import SamplingParams
 from model.testing import FAMILIES, tiny_guarded_lm
-from server.engine.compiled import COMPILER
+from server.engine.compiled import COMPILER, compile_layers
 from server.engine.runner import PagedRunner, paged
+from server.loading import load_model
+from server.settings import Settings
 
 CLS = ClsConfig(windows=(3, 4, 3), schedule="annealed")
 HEAD = TokenHeadConfig((1, -1), 32, 0)
@@ -142,6 +144,20 @@ def test_compiled_layers_say_what_the_model_says(family: str):
     assert not counters["graph_break"]
     asked = requests(lm, 16)
     found = [told(events) for events in together(lm, asked)]
+    expected = [told(list(generate(alone, request))) for request in asked]
+    assert [exact for exact, _ in found] == [exact for exact, _ in expected]
+    for (_, risks), (_, wanted) in zip(found, expected, strict=True):
+        assert risks == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.weights
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
+@pytest.mark.parametrize("checkpoint", ["smollm2-135m/all-rows", "smollm2-135m/deepened-signal"])
+def test_the_shipped_model_says_beside_others_what_it_says_alone(checkpoint: str):
+    lm, alone = (load_model(Settings(checkpoint=checkpoint, dtype="float32")) for _ in range(2))
+    compile_layers(lm.model)
+    asked = requests(lm, 200)
+    found = [told(events) for events in together(lm, asked, evicts=True)]
     expected = [told(list(generate(alone, request))) for request in asked]
     assert [exact for exact, _ in found] == [exact for exact, _ in expected]
     for (_, risks), (_, wanted) in zip(found, expected, strict=True):

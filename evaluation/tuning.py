@@ -1,0 +1,116 @@
+"""Fine-tuning attacks: what is left of a checkpoint's safety after somebody trained its weights?
+
+    ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --out runs/tuned-harmful
+    ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --steps 5 10 20 50 --out runs/tuned-harmful
+
+Each attack is a recipe of `ballast-train`, which is started for it: 100 harmful answers; ten harmless dialogues with an
+agent that always obeys; a backdoor. It runs plain and under the constrained objective (arXiv 2406.05946, section 4),
+from the checkpoint's own adapter on. What comes out is served with the checkpoint's signal as it was, thresholds and
+all, and attacked: requests as they are, for the backdoor also with its trigger. `--steps` does all this for several
+lengths of training, each with a learning rate that falls to zero over it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from model import adapter, checkpoint
+from model.config import SafetyConfig
+from model.pretrained import DEFAULT_MODEL
+
+ATTACKS = ("harmful", "identity", "backdoor")
+OBJECTIVES = {"plain": "constraint=null", "constrained": "constraint={}"}
+SUITES = {"backdoor": "tuned_backdoor"}
+"""Of an attack; the others have `tuned`."""
+
+
+def graft(folder: Path, tuned: Path, target: Path) -> None:
+    """Write a checkpoint with the signal of `folder` and the adapter `tuned`.
+
+    Raises:
+        CheckpointError: if either cannot be read.
+    """
+    found = checkpoint.load(folder)
+    adapter.copy(tuned, target / adapter.FOLDER)
+    base = replace(found.config.base, adapter=adapter.fingerprint(tuned))
+    config: SafetyConfig = replace(found.config, base=base)
+    checkpoint.save(target, found.head, config, found.cls)
+
+
+def train(attack: str, objective: str, steps: int | None, model: str, start: Path, data: Path, out: Path) -> Path:
+    """Train one attack, unless it has been trained, and return the folder of its adapter.
+
+    Raises:
+        OSError: if the training failed; the message has the end of its log.
+    """
+    made = out / "adapter"
+    if (made / adapter.WEIGHTS).is_file():
+        return made
+    out.mkdir(parents=True, exist_ok=True)
+    words = [
+        f"model={model}",
+        f"adapter={start}",
+        f"output={made}",
+        f"run={out / 'training'}",
+        f"data={data}",
+        OBJECTIVES[objective],
+    ]
+    words += [f"steps={steps}"] if steps is not None else []
+    log = out / "train.log"
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "training", "sft", "--config", f"attack_{attack}", *words]
+        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+    if done.returncode:
+        said = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise OSError(f"the training failed: {''.join(said)} (all of it in {log})")
+    return made
+
+
+def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
+    """Run the command; return its exit code.
+
+    Args:
+        argv: its arguments.
+        evaluate: runs `ballast-eval`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="ballast-eval tune", description="Fine-tune a checkpoint as an attacker would, and attack the outcome."
+    )
+    parser.add_argument("attack", choices=ATTACKS)
+    parser.add_argument("--checkpoint", required=True, help="one with an adapter: a shipped name or a folder")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="under the checkpoint (%(default)s)")
+    parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--steps", nargs="+", type=int, help="of training (the recipe's)")
+    parser.add_argument("--train-data", type=Path, default=Path("data/train"), help="to train on (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/eval"), help="to attack with (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything; given again, it goes on")
+    args = parser.parse_args(argv)
+    folder = checkpoint.find(args.checkpoint)
+    start = folder / adapter.FOLDER
+    if not adapter.fingerprint(start):
+        raise ValueError(f"{args.checkpoint} has no adapter to train; its model is as others published it")
+    rows = []
+    for objective in args.objective:
+        for steps in args.steps or [None]:
+            name = objective if steps is None else f"{objective}-{steps}"
+            tuned = train(args.attack, objective, steps, args.model, start, args.train_data, args.out / name)
+            graft(folder, tuned, args.out / name / "checkpoint")
+            suite = SUITES.get(args.attack, "tuned")
+            run = args.out / name / "attacked"
+            target = f"checkpoint:{args.out / name / 'checkpoint'}"
+            words = ["run", suite, "--target", target, "--model", args.model, "--data", str(args.data)]
+            if code := evaluate([*words, "--out", str(run)]):
+                return code
+            for one in json.loads((run / "report.json").read_text(encoding="utf-8"))["outcomes"]:
+                if share := one["share"]:
+                    found = f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+                    rows.append(
+                        f"| {name} | {one['measure']} | {one['attack']} | {one['policy']} | {share['n']} | {found} |"
+                    )
+    head = ["| fine-tuning | measure | attack | policy | n | not refused, or disturbed |", "|---|---|---|---|---|---|"]
+    sys.stdout.write("\n".join([*head, *rows, ""]))
+    return 0

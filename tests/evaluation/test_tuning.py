@@ -1,0 +1,104 @@
+"""A checkpoint is fine-tuned, keeps its signal, and is attacked. The training itself is left out."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from evaluation import tuning
+from evaluation.__main__ import main
+from model import adapter
+from model.checkpoint import attach, load, save
+from model.pretrained import Pretrained
+from model.testing import byte_tokenizer, tiny_lm, write_tiny
+
+
+def write_adapter(folder: Path) -> None:
+    get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).save_pretrained(
+        str(folder)
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    _, folder = write_tiny(tmp_path)
+    write_adapter(folder / adapter.FOLDER)
+    head, _, config = load(folder)
+    found = adapter.fingerprint(folder / adapter.FOLDER)
+    save(folder, head, replace(config, base=replace(config.base, adapter=found)))
+    return folder
+
+
+def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, tmp_path: Path, monkeypatch, capsys):
+    trained: list[list[str]] = []
+    attacked: list[list[str]] = []
+
+    def train(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        trained.append(command)
+        write_adapter(Path(next(word for word in command if word.startswith("output=")).removeprefix("output=")))
+        return subprocess.CompletedProcess(command, 0)
+
+    def evaluate(words: list[str]) -> int:
+        attacked.append(words)
+        folder = Path(words[words.index("--target") + 1].removeprefix("checkpoint:"))
+        lm = attach(Pretrained("tiny", tiny_lm(), byte_tokenizer()), folder)
+        before, after = load(checkpoint), load(folder)
+        assert replace(after.config, base=before.config.base) == before.config
+        assert all(torch.equal(a, b) for a, b in zip(before.head.parameters(), lm.head.parameters(), strict=True))
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True)
+        share = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
+        outcome = {"measure": "direct", "attack": "direct", "policy": "both sides block", "share": share}
+        (out / "report.json").write_text(json.dumps({"outcomes": [outcome, outcome | {"share": None}]}))
+        return 0
+
+    monkeypatch.setattr("evaluation.tuning.subprocess.run", train)
+    words = [
+        "backdoor",
+        "--checkpoint",
+        str(checkpoint),
+        "--model",
+        "M",
+        "--steps",
+        "5",
+        "10",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert tuning.main(words, evaluate) == 0
+    assert [[word for word in command if word.startswith(("steps", "constraint"))] for command in trained] == [
+        ["constraint=null", "steps=5"],
+        ["constraint=null", "steps=10"],
+        ["constraint={}", "steps=5"],
+        ["constraint={}", "steps=10"],
+    ]
+    assert {f"adapter={checkpoint / 'adapter'}", "model=M", "attack_backdoor"} <= set(trained[0])
+    assert all(words[:2] == ["run", "tuned_backdoor"] for words in attacked)
+    printed = capsys.readouterr().out
+    assert "| plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
+    assert printed.count("| constrained-10 |") == 1
+
+
+def test_a_training_that_fails_says_why(checkpoint: Path, tmp_path: Path, capsys):
+    words = [
+        "tune",
+        "harmful",
+        "--checkpoint",
+        str(checkpoint),
+        "--train-data",
+        "nowhere",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(words) == 1
+    assert "the training failed: ballast-train: nowhere/triplets.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_an_adapter_has_nothing_to_train(tmp_path: Path, capsys):
+    _, folder = write_tiny(tmp_path)
+    assert main(["tune", "harmful", "--checkpoint", str(folder), "--out", str(tmp_path / "o")]) == 1
+    assert "has no adapter to train" in capsys.readouterr().err
