@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedModel
 
 from model.pretrained import cache_folder
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 """As torch chooses it."""
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 MOST_KINDS = 64
 """Of layers and inputs that are compiled each by itself; what comes after them runs as it is."""
@@ -58,7 +61,8 @@ def compile_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     if shutil.which(COMPILER) is None:
         logger.info("the model's layers are not compiled, as there is no %s", COMPILER)
         return []
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    if os.environ.get(CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():  # torch sets it to that itself
+        os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled")
     num_layers = model.config.get_text_config().num_hidden_layers
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers), ())
     for layer in layers:
