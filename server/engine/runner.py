@@ -54,9 +54,14 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
     """
     was = lm.model.config.get_text_config()._attn_implementation
     ids = lm.chat.encode([Message("user", "Hello")]).request
-    with torch.inference_mode():
-        expected = lm.model(torch.tensor([ids], device=lm.model.device)).logits[0, -1]
-    pack(lm.model)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = lm.model(torch.tensor([ids], device=lm.model.device)).logits[0, -1]
+        return logits
+
+    expected = run()
+    pack(lm.model, run)
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
         _check(runner, ids, expected)
