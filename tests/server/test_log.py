@@ -108,9 +108,9 @@ def test_a_request_is_logged_and_counted_under_its_route_whoever_answers_it(
     assert locked.metric(sample) == before + 1
 
 
-def test_a_word_that_is_no_method_is_not_logged(locked):
+def test_a_method_that_is_not_of_http_is_not_logged(locked):
     with structlog.testing.capture_logs() as lines:
-        locked.http.request("DARKEST", "/v1/models", headers=KEY)
+        locked.http.request("PURGE", "/v1/models", headers=KEY)
         arrived(lines, "request", method="", endpoint="/v1/models", status=405)
 
 
