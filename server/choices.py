@@ -8,6 +8,8 @@ from model.request import GenerationRequest
 from server.engine.engine import Engine, EngineError
 from server.metrics import ChoiceMeter
 
+UNFINISHED = "the engine ended a response without finishing it"
+
 
 class Choices:
     """Events of several sequences as they come, each with the index of its choice.
@@ -31,21 +33,30 @@ class Choices:
         self._arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         try:
-            streams = [engine.submit(name, request) for name, request in zip(self._ids, requests, strict=True)]
+            self._streams = [engine.submit(name, request) for name, request in zip(self._ids, requests, strict=True)]
         except Exception:
             self.close()
             raise
-        self._tasks = [asyncio.create_task(self._pump(index, stream)) for index, stream in enumerate(streams)]
+        if len(self._streams) > 1:
+            self._tasks = [asyncio.create_task(self._pump(index, one)) for index, one in enumerate(self._streams)]
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Yield every event until each choice has finished; raise the first error of any."""
-        num_open = len(self._tasks)
-        while num_open:
+        num_open = len(self._streams)
+        merged = self._merged() if self._tasks else ((0, item) async for item in self._streams[0])
+        async for index, item in merged:
+            self._meters[index].see(item)
+            num_open -= isinstance(item, Finish)
+            yield index, item
+            if not num_open:
+                return
+        raise EngineError(UNFINISHED)
+
+    async def _merged(self) -> AsyncIterator[tuple[int, Event]]:
+        while True:
             index, item = await self._arrived.get()
             if isinstance(item, Exception):
                 raise item
-            self._meters[index].see(item)
-            num_open -= isinstance(item, Finish)
             yield index, item
 
     def close(self) -> None:
@@ -61,6 +72,6 @@ class Choices:
                 self._arrived.put_nowait((index, event))
                 if isinstance(event, Finish):
                     return
-            raise EngineError("the engine ended a response without finishing it")
+            raise EngineError(UNFINISHED)
         except Exception as error:
             self._arrived.put_nowait((index, error))
