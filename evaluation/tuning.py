@@ -46,20 +46,18 @@ def train(attack: str, objective: str, steps: int | None, model: str, start: Pat
 
     Raises:
         OSError: if the training failed; the message has the end of its log.
+        ValueError: if the folder holds a fine-tuning of something else.
     """
-    made = out / "adapter"
+    made, facts = out / "adapter", out / "tuning.json"
+    words = [f"model={model}", f"adapter={start}", f"output={made}", f"run={out / 'training'}", f"data={data}"]
+    words += [OBJECTIVES[objective]] + ([f"steps={steps}"] if steps is not None else [])
+    asked = {"attack": attack, "words": words, "adapter": adapter.fingerprint(start)}
+    out.mkdir(parents=True, exist_ok=True)
+    if facts.is_file() and json.loads(facts.read_text(encoding="utf-8")) != asked:
+        raise ValueError(f"{out} holds a fine-tuning of another kind; choose another --out")
+    facts.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     if (made / adapter.WEIGHTS).is_file():
         return made
-    out.mkdir(parents=True, exist_ok=True)
-    words = [
-        f"model={model}",
-        f"adapter={start}",
-        f"output={made}",
-        f"run={out / 'training'}",
-        f"data={data}",
-        OBJECTIVES[objective],
-    ]
-    words += [f"steps={steps}"] if steps is not None else []
     log = out / "train.log"
     with log.open("w", encoding="utf-8") as file:
         command = [sys.executable, "-m", "training", "sft", "--config", f"attack_{attack}", *words]
@@ -96,7 +94,7 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     rows = []
     for objective in args.objective:
         for steps in args.steps or [None]:
-            name = objective if steps is None else f"{objective}-{steps}"
+            name = "-".join([args.attack, objective] + ([] if steps is None else [str(steps)]))
             tuned = train(args.attack, objective, steps, args.model, start, args.train_data, args.out / name)
             graft(folder, tuned, args.out / name / "checkpoint")
             suite = SUITES.get(args.attack, "tuned")

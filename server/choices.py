@@ -1,7 +1,8 @@
 """The choices of one chat completion: submitted together, their events merged, aborted together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 
 from model.events import Event, Finish
 from model.request import GenerationRequest
@@ -44,15 +45,16 @@ class Choices:
         """Yield every event until each choice has finished; raise the first error of any."""
         num_open = len(self._streams)
         merged = self._merged() if self._tasks else ((0, item) async for item in self._streams[0])
-        async for index, item in merged:
-            self._meters[index].see(item)
-            num_open -= isinstance(item, Finish)
-            yield index, item
-            if not num_open:
-                return
+        async with aclosing(merged):
+            async for index, item in merged:
+                self._meters[index].see(item)
+                num_open -= isinstance(item, Finish)
+                yield index, item
+                if not num_open:
+                    return
         raise EngineError(UNFINISHED)
 
-    async def _merged(self) -> AsyncIterator[tuple[int, Event]]:
+    async def _merged(self) -> AsyncGenerator[tuple[int, Event], None]:
         while True:
             index, item = await self._arrived.get()
             if isinstance(item, Exception):

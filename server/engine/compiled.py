@@ -28,7 +28,8 @@ MOST_KINDS = 64
 """Of layers and inputs that are compiled each by itself; what comes after them runs as it is."""
 
 UNCHANGED = {"EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "MODULE_MATCH"}
-"""What torch would check before every call of a layer: hooks and code, which nobody changes while a model is served."""
+"""What torch would check before every call of a layer: hooks, attributes that are not set, and code, which nobody
+changes while a model is served."""
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "emulate_precision_casts": True,  # rounding as in the model itself: the signal was trained on it
@@ -52,30 +53,46 @@ def operation(schema: str, run: Callable[..., Tensor], shape: Callable[..., Tens
     torch.library.register_fake(f"ballast::{name}", shape, lib=_LIBRARY)
 
 
-def compile_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """Have the decoder layers of a model compiled when they next run, and return them; none if they are not found.
+def compile_layers(model: PreTrainedModel) -> None:
+    """Have the decoder layers of a model, where they are found, compiled when they next run.
 
     What was compiled before, on this machine, is read from the cache folder. A layer that cannot be compiled runs as it
     is; without a C++ compiler all do.
     """
     if shutil.which(COMPILER) is None:
         logger.info("the model's layers are not compiled, as there is no %s", COMPILER)
-        return []
+        return
     if os.environ.get(CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():  # torch sets it to that itself
         os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled")
-    num_layers = model.config.get_text_config().num_hidden_layers
-    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers), ())
-    for layer in layers:
-        for module in layer.modules():
-            if module is not layer:  # transformers' own hooks, for attention weights; a compiler cannot follow them
-                module._forward_hooks.clear()
-        layer.forward = torch.compile(layer.forward, options=OPTIONS)
     torch._dynamo.config.recompile_limit = MOST_KINDS
     torch._dynamo.config.suppress_errors = True
-    return list(layers)
+    torch.compiler.set_stance("default")
+    for layer in _layers(model):
+        for module in layer.modules():
+            if module is not layer:
+                _drop_capturing_hooks(module)
+        layer.forward = torch.compile(layer.forward, options=OPTIONS)
 
 
-def as_it_was(layers: Sequence[nn.Module]) -> None:
-    """Have these layers run as they are."""
-    for layer in layers:
-        del layer.forward
+def keep_compiled() -> None:
+    """Compile nothing from now on: a layer that gets something of another kind runs as it is, and holds up nobody."""
+    torch.compiler.set_stance("eager_on_recompile")
+
+
+def as_it_was(model: PreTrainedModel) -> None:
+    """Have the layers of a model run as they are."""
+    for layer in _layers(model):
+        vars(layer).pop("forward", None)
+
+
+def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """Return the decoder layers of a model; none if they are not found."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return next((list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers), [])
+
+
+def _drop_capturing_hooks(module: nn.Module) -> None:
+    """Take away transformers' hooks for attention weights, which nobody asks for and a compiler cannot follow."""
+    for number, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__name__", "") == "output_capturing_hook":
+            del module._forward_hooks[number]

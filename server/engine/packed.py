@@ -108,8 +108,8 @@ def _siblings(layers: Mapping[nn.Linear, tuple[nn.Module, str]], run: Callable[[
     read: dict[nn.Linear, Tensor] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(layer, nn.Linear)
-        read.setdefault(layer, args[0])  # kept until the end, so that no other has its place
+        if isinstance(layer, nn.Linear) and args:
+            read.setdefault(layer, args[0])  # kept until the end, so that no other has its place
 
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:

@@ -22,7 +22,7 @@ from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
 from model.safety_head import extend_each
 from server.engine.attention import Block, Reads, SlotAttention
-from server.engine.compiled import as_it_was, compile_layers
+from server.engine.compiled import as_it_was, compile_layers, keep_compiled
 from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
 from server.engine.packed import pack
@@ -75,12 +75,14 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
             num_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(lm.model.device)[0])
     runner.resize(num_bytes)
     if compiles and lm.model.device.type == "cpu":
-        layers = compile_layers(lm.model)
         try:
+            compile_layers(lm.model)
             _check(runner, ids, expected)
+            keep_compiled()
         except Exception as error:
             logger.warning("the model's layers run as they are, as they cannot be compiled: %s", origin(error))
-            as_it_was(layers)
+            as_it_was(lm.model)
+            runner.reset()  # it holds what they gave
     return runner
 
 

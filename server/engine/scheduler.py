@@ -75,9 +75,8 @@ def plan(candidates: Sequence[Candidate], *, num_rows: int, num_available: int) 
             if freed < num_missing:
                 if candidate not in first:
                     continue
-                victims = (
-                    later  # pages that they share with one another count for none of them, and are there all the same
-                )
+                # Pages that they share with one another count for none of them, and are there all the same.
+                victims = later
             num_available += freed
             evicted += victims
         num_available -= candidate.size.num_new_pages

@@ -79,8 +79,11 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
     assert {f"adapter={checkpoint / 'adapter'}", "model=M", "attack_backdoor"} <= set(trained[0])
     assert all(words[:2] == ["run", "tuned_backdoor"] for words in attacked)
     printed = capsys.readouterr().out
-    assert "| plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
-    assert printed.count("| constrained-10 |") == 1
+    write_adapter(checkpoint / adapter.FOLDER)  # another one: what was trained on the first is not taken for its own
+    with pytest.raises(ValueError, match="another kind"):
+        tuning.main(words, evaluate)
+    assert "| backdoor-plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
+    assert printed.count("| backdoor-constrained-10 |") == 1
 
 
 def test_a_training_that_fails_says_why(checkpoint: Path, tmp_path: Path, capsys):

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from model.chat import Message
+from model.chat import EncodedPrompt, Message
 from model.config import ClsConfig, Thresholds, TokenHeadConfig
 from model.events import Finish, Release
 from model.generation import Generation, generate
@@ -19,10 +18,11 @@ from model.guarded_lm import GuardedLM
 from model.passes import Pass
 from model.policy import Mode
 from model.request import GenerationRequest
-from model.sampling import SamplingParams
+from model.sampling import GREEDY, SamplingParams
 from model.testing import FAMILIES, tiny_guarded_lm
-from server.engine.compiled import COMPILER, compile_layers
+from server.engine.compiled import COMPILER
 from server.engine.runner import PagedRunner, paged
+from server.engine.seats import run_one
 from server.loading import load_model
 from server.settings import Settings
 
@@ -55,10 +55,15 @@ def requests(lm: GuardedLM, count: int, seed: int = 0) -> list[GenerationRequest
 
 
 def together(
-    lm: GuardedLM, asked: list[GenerationRequest], num_pages: int = 400, seed: int = 0, *, evicts: bool = False
+    lm: GuardedLM,
+    asked: list[GenerationRequest],
+    runner: PagedRunner | None = None,
+    seed: int = 0,
+    *,
+    evicts: bool = False,
 ):
     """Return the events of each request, some of them in each pass."""
-    runner, drawn = PagedRunner(lm, num_pages), random.Random(seed)
+    runner, drawn = runner or PagedRunner(lm, 400), random.Random(seed)
     events = [[] for _ in asked]
     seats = {}
     steps = [Generation(lm, request, lm.schedule).run() for request in asked]
@@ -89,7 +94,7 @@ def together(
             if passes[number] is waiting[number]:
                 del waiting[number]
                 go_on(number, lambda number=number, found=found: steps[number].send(found))
-    assert runner.pages.num_available == num_pages
+    assert runner.pages.num_available == runner.pages.num_pages
     return events
 
 
@@ -139,11 +144,14 @@ def test_compiled_layers_say_what_the_model_says(family: str):
     thresholds = {"request": NEVER, "response": OFTEN, "onset": 0.4}
     lm, alone = (tiny_guarded_lm(family, **SIGNALS["both"] | thresholds) for _ in range(2))
     counters.clear()
-    assert isinstance(paged(lm, 8 << 20, compiles=True), PagedRunner)
-    assert counters["stats"]["unique_graphs"] >= 2
-    assert not counters["graph_break"]
+    runner = paged(lm, 8 << 20, compiles=True)
+    assert isinstance(runner, PagedRunner)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert num_graphs >= 2
     asked = requests(lm, 16)
-    found = [told(events) for events in together(lm, asked)]
+    found = [told(events) for events in together(lm, asked, runner)]
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    assert not counters["graph_break"]
     expected = [told(list(generate(alone, request))) for request in asked]
     assert [exact for exact, _ in found] == [exact for exact, _ in expected]
     for (_, risks), (_, wanted) in zip(found, expected, strict=True):
@@ -155,9 +163,10 @@ def test_compiled_layers_say_what_the_model_says(family: str):
 @pytest.mark.parametrize("checkpoint", ["smollm2-135m/all-rows", "smollm2-135m/deepened-signal"])
 def test_the_shipped_model_says_beside_others_what_it_says_alone(checkpoint: str):
     lm, alone = (load_model(Settings(checkpoint=checkpoint, dtype="float32")) for _ in range(2))
-    compile_layers(lm.model)
+    runner = paged(lm, 64 << 20, compiles=True)
+    assert isinstance(runner, PagedRunner)
     asked = requests(lm, 200)
-    found = [told(events) for events in together(lm, asked, evicts=True)]
+    found = [told(events) for events in together(lm, asked, runner, evicts=True)]
     expected = [told(list(generate(alone, request))) for request in asked]
     assert [exact for exact, _ in found] == [exact for exact, _ in expected]
     for (_, risks), (_, wanted) in zip(found, expected, strict=True):
@@ -165,16 +174,37 @@ def test_the_shipped_model_says_beside_others_what_it_says_alone(checkpoint: str
 
 
 def test_layers_that_compile_to_something_else_run_as_they_are(monkeypatch, caplog):
-    def wrong(model: PreTrainedModel) -> list[nn.Module]:
+    def wrong(model: PreTrainedModel) -> None:
         for layer in model.model.layers:
             layer.forward = lambda states, *args, forward=layer.forward, **kwargs: -forward(states, *args, **kwargs)
-        return list(model.model.layers)
 
     monkeypatch.setattr("server.engine.runner.compile_layers", wrong)
-    lm = tiny_guarded_lm()
-    assert isinstance(paged(lm, 8 << 20, compiles=True), PagedRunner)
+    lm, alone = tiny_guarded_lm(), tiny_guarded_lm()
+    runner = paged(lm, 8 << 20, compiles=True)
+    assert isinstance(runner, PagedRunner)
     assert "cannot be compiled" in caplog.text
-    assert "forward" not in vars(lm.model.model.layers[0])
+    # Nothing that they gave is taken for what the model gives, not even for the same beginning.
+    asked = [GenerationRequest(lm.chat.encode([Message("user", "Hello")]), 8, GREEDY)]
+    (found,) = (told(events) for events in together(lm, asked, runner))
+    assert found[0] == told(list(generate(alone, asked[0])))[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
+def test_packed_and_compiled_layers_are_one_graph_for_a_row_and_one_for_many():
+    if shutil.which(COMPILER) is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("there is no compiler, or no product in bfloat16")
+    lm = tiny_guarded_lm(token_head=HEAD)
+    lm.model.to(torch.bfloat16)
+    with torch.inference_mode():
+        expected = lm.model(torch.tensor([range(3, 40)])).logits[0, -1]
+    counters.clear()
+    runner = paged(lm, 8 << 20, compiles=True)
+    assert isinstance(runner, PagedRunner)
+    seat = runner.open(EncodedPrompt(tuple(range(3, 40))), watches_request=False)
+    *_, last = (run_one(runner, seat, Pass(some)) for some in (range(3, 20), [20], range(21, 23), range(23, 39), [39]))
+    assert torch.cosine_similarity(last.logits.float(), expected.float(), dim=0) > 0.999
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 def test_a_shared_beginning_is_fed_once_and_nothing_else_changes():
