@@ -163,7 +163,7 @@ def test_compiled_layers_say_what_the_model_says(family: str):
 @pytest.mark.parametrize("checkpoint", ["smollm2-135m/all-rows", "smollm2-135m/deepened-signal"])
 def test_the_shipped_model_says_beside_others_what_it_says_alone(checkpoint: str):
     lm, alone = (load_model(Settings(checkpoint=checkpoint, dtype="float32")) for _ in range(2))
-    runner = paged(lm, 64 << 20, compiles=True)
+    runner = paged(lm, 1 << 30, compiles=True)
     assert isinstance(runner, PagedRunner)
     asked = requests(lm, 200)
     found = [told(events) for events in together(lm, asked, runner, evicts=True)]
