@@ -179,7 +179,7 @@ def _attention_of_layer(
     """Attend for a layer: what transformers calls, and what a compiler sees."""
     if more.get("s_aux") is not None:
         raise ValueError("attention sinks are not supported")
-    if not hasattr(module, "ballast_slots") or module.ballast_number != number:
+    if getattr(module, "ballast_number", None) != number:
         module.ballast_number = number
         _ATTENTIONS[number].join(module, key, value)
     settings = more.get("sliding_window"), more.get("scaling"), more.get("softcap")

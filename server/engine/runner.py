@@ -64,7 +64,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
     pack(lm.model, run)
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
-        _check(runner, ids, expected)
+        runner.check(ids, expected)
     except Exception as error:
         logger.warning("sequences run one by one, as the model's attention cannot be replaced: %s", origin(error))
         lm.model.set_attn_implementation(was)
@@ -77,27 +77,13 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
     if compiles and lm.model.device.type == "cpu":
         try:
             compile_layers(lm.model)
-            _check(runner, ids, expected)
+            runner.check(ids, expected)
             keep_compiled()
         except Exception as error:
             logger.warning("the model's layers run as they are, as they cannot be compiled: %s", origin(error))
             as_it_was(lm.model)
             runner.reset()  # it holds what they gave
     return runner
-
-
-def _check(runner: "PagedRunner", ids: tuple[int, ...], expected: Tensor) -> None:
-    """See that a row by itself, many rows and then one more give the logits, (V,), that the model itself gives.
-
-    Raises:
-        ValueError: if they do not, or a layer has not read from the cache.
-    """
-    seat = runner.open(EncodedPrompt(ids), watches_request=False)
-    try:
-        *_, last = (run_one(runner, seat, Pass(some)) for some in (ids[:1], ids[1:-1], ids[-1:]))
-        runner.check(expected, last.logits)
-    finally:
-        runner.close(seat)
 
 
 def _longest_refusal(lm: GuardedLM) -> int:
@@ -134,15 +120,20 @@ class PagedRunner(PagedSeats):
         self._attention = SlotAttention(lm.model, num_pages * PAGE_SIZE)
         self.num_rows = NUM_ROWS
 
-    def check(self, expected: Tensor, found: Tensor) -> None:
-        """See that the first passes gave what the model itself gives.
+    def check(self, ids: tuple[int, ...], expected: Tensor) -> None:
+        """See that a row by itself, many rows and then one more give the logits, (V,), that the model itself gives.
 
         Raises:
-            ValueError: if it did not, or a layer has not read from the cache.
+            ValueError: if they do not, or a layer has not read from the cache.
         """
+        seat = self.open(EncodedPrompt(ids), watches_request=False)
+        try:
+            *_, last = (run_one(self, seat, Pass(some)) for some in (ids[:1], ids[1:-1], ids[-1:]))
+        finally:
+            self.close(seat)
         if self._attention.num_layers != (num_layers := self._lm.model.config.get_text_config().num_hidden_layers):
             raise ValueError(f"{self._attention.num_layers} of {num_layers} layers read from the cache")
-        if not cosine_similarity(expected.float().cpu(), found.float().cpu(), dim=0) > SAME:
+        if not cosine_similarity(expected.float().cpu(), last.logits.float().cpu(), dim=0) > SAME:
             raise ValueError("the logits are not those of the model itself")
 
     def resize(self, num_bytes: int) -> None:

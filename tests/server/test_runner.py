@@ -184,7 +184,8 @@ def test_layers_that_compile_to_something_else_run_as_they_are(monkeypatch, capl
     assert isinstance(runner, PagedRunner)
     assert "cannot be compiled" in caplog.text
     # Nothing that they gave is taken for what the model gives, not even for the same beginning.
-    asked = [GenerationRequest(lm.chat.encode([Message("user", "Hello")]), 8, GREEDY)]
+    prompt = lm.chat.encode([Message("user", "Hello")])
+    asked = [GenerationRequest(prompt, 8, GREEDY, input=Mode.OFF, output=Mode.OFF)]  # then it is read from shared pages
     (found,) = (told(events) for events in together(lm, asked, runner))
     assert found[0] == told(list(generate(alone, asked[0])))[0]
 
