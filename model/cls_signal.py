@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from model import tensors
 from model.attention import Span, pass_mask, pass_places
+from model.cache_keyword import with_cache
 from model.config import ClsConfig
 from model.errors import CheckpointError, ModelError
 
@@ -147,9 +148,8 @@ def feed(
         rows[None],
         masks,
         torch.tensor([places]),
-        past_key_values=cache,
-        use_cache=True,
         logits_to_keep=torch.tensor([newest], device=model.device),
+        **with_cache(model, cache),
     )
     if spans:
         cache.fold(len(spans))

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from model import cls_signal
 from model.attention import Span, Windows
+from model.cache_keyword import with_cache
 from model.chat import ChatTemplate, EncodedPrompt
 from model.cls_signal import ClsCache, ClsSignal
 from model.config import ClsConfig, SafetyConfig, Side
@@ -145,7 +146,7 @@ class GuardedLM:
         else:
             ids = torch.tensor([token_ids], device=self.model.device)  # (1, T)
             output = self.model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=is_read
+                input_ids=ids, logits_to_keep=1, output_hidden_states=is_read, **with_cache(self.model, cache)
             )
             logits, copies = output.logits[0, -1], None  # (V,)
             hidden_states = tuple(state[0] for state in output.hidden_states) if is_read else ()

@@ -11,6 +11,7 @@ from training import recipe_file
 from training.config import HeadRecipe
 from training.errors import TrainingError
 from training.harden_config import HardenRecipe
+from training.memory import keep_freed
 from training.tune_config import AnchorRecipe, DpoRecipe, MergeRecipe, TuneRecipe
 
 USER_ERROR = 2
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
+    keep_freed()
     try:
         COMMANDS[arguments.command].run(arguments, shlex.join(["ballast-train", *words]))
     except (TrainingError, ModelError) as error:

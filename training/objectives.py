@@ -12,38 +12,28 @@ IGNORED = -100
 """Label of a token that is not learned: prompt, harmful prefix, padding."""
 
 
-def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return log pi(y_t | x, y_<t) at every label, in float32, and 0 where the label is `IGNORED`, (B, T - 1).
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return log pi(y_t | x, y_<t) of every token, in float32, (N,).
 
     Args:
-        logits: next-token logits, (B, T, V).
-        labels: the tokens themselves, `IGNORED` where not learned, (B, T).
+        logits: next-token logits of what stands before each token, (N, V).
+        tokens: the tokens themselves, (N,).
     """
-    next_logits, next_labels = logits[:, :-1], labels[:, 1:]  # (B, T - 1, V), (B, T - 1)
-    is_learned = next_labels != IGNORED
-    found = torch.zeros(next_labels.shape, dtype=torch.float32, device=logits.device)
-    learned = next_logits[is_learned].float()  # (N, V): float32 only where it is needed
-    found[is_learned] = -cross_entropy(learned, next_labels[is_learned], reduction="none")
-    return found
+    return -cross_entropy(logits.float(), tokens, reduction="none")
 
 
-def divergences(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-    """Return KL(pi_reference || pi_theta) of the next token at every label, in float32, 0 where `IGNORED`, (B, T - 1).
+def divergences(logits: Tensor, reference: Tensor) -> Tensor:
+    """Return KL(pi_reference || pi_theta) of every next token, in float32, (N,).
 
     Its gradient is what that of the cross entropy is on average over draws from the reference, without their noise.
     Deviation from Qi et al. 2024 (arXiv 2406.05946), section 3, where anchors are tokens that the model drew.
 
     Args:
-        logits: next-token logits of the model, (B, T, V).
-        reference: those of the reference, which gets no gradient, (B, T, V).
-        labels: `IGNORED` where nothing is learned, (B, T).
+        logits: next-token logits of the model, (N, V).
+        reference: those of the reference, which gets no gradient, (N, V).
     """
-    is_learned = labels[:, 1:] != IGNORED
-    found = torch.zeros(is_learned.shape, dtype=torch.float32, device=logits.device)
-    learned = logits[:, :-1][is_learned].float().log_softmax(dim=-1)  # (N, V)
-    expected = reference[:, :-1][is_learned].detach().float().log_softmax(dim=-1)
-    found[is_learned] = kl_div(learned, expected, reduction="none", log_target=True).sum(dim=-1)
-    return found
+    learned, expected = logits.float().log_softmax(dim=-1), reference.detach().float().log_softmax(dim=-1)
+    return kl_div(learned, expected, reduction="none", log_target=True).sum(dim=-1)
 
 
 def positions(labels: Tensor) -> Tensor:

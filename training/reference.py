@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.objectives import token_logprobs
+from training.objectives import IGNORED, token_logprobs
+from training.output_head import predicting
 from training.progress import tracked
 from training.shards import digest, write_atomically
 from training.steps import Encoded, EncodedPart, Example, collate
@@ -45,14 +46,16 @@ def _compute(model: nn.Module, rows: dict[tuple[str, int], Encoded], pad_id: int
     device = next(model.parameters()).device
     keys = sorted(rows, key=lambda key: len(rows[key].request) + len(rows[key].response))
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    found = {}
+    found: Reference = {}
     for batch in tracked(batches, "reference", unit=len):
         examples = [_example(key, rows[key]) for key in batch]
         inputs = {name: values.to(device) for name, values in collate(examples, pad_id).items()}
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        logprobs = token_logprobs(logits, inputs["labels"]).cpu()  # (B, T - 1)
-        for key, values, example in zip(batch, logprobs, examples, strict=True):
-            found[key] = values[example.num_given - 1 : len(example.ids) - 1].clone()
+        is_learned = inputs["labels"] != IGNORED  # (B, T); N of them
+        with predicting(model, is_learned):
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits  # (N, V)
+        logprobs = token_logprobs(logits, inputs["labels"][is_learned]).cpu()  # (N,)
+        each = torch.split(logprobs, is_learned.sum(dim=1).tolist())
+        found |= {key: values.clone() for key, values in zip(batch, each, strict=True)}
     return found
 
 

@@ -1,6 +1,7 @@
 """A language model and its `[CLS]` signal as one module: what is trained, and what a training checkpoint holds."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel, set_seed
 
 from model.attention import Span, pass_mask, pass_places
 from model.cls_signal import ClsSignal, Masks, forward
+from training.beginnings import num_shared, read_once
 from training.losses import softmax_weighted_loss
+from training.output_head import predicting
 from training.steps import Example
 from training.tune_config import Signal
 
@@ -151,12 +154,14 @@ class SignalModel(nn.Module):
     Args:
         model: the language model, perhaps with an adapter.
         signal: embedding and head.
+        shares_beginnings: as `training.beginnings` does.
     """
 
-    def __init__(self, model: nn.Module, signal: ClsSignal) -> None:
+    def __init__(self, model: nn.Module, signal: ClsSignal, shares_beginnings: bool = False) -> None:
         super().__init__()
         self.model = model
         self.signal = signal
+        self.shares_beginnings = shares_beginnings
 
     def __getattr__(self, name: str) -> Any:
         """Return what the trainer asks of a language model, such as how to save memory, from the language model."""
@@ -164,28 +169,31 @@ class SignalModel(nn.Module):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
-    def forward(self, input_ids: Tensor, masks: Masks, places: Tensor, logits_to_keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Return next-token logits (B, T', V) and the logits of the copies (B, K, 2).
+    def forward(self, input_ids: Tensor, masks: Masks, places: Tensor, is_learned: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits that the learned tokens are drawn from (N, V) and the logits of the copies (B, K, 2).
 
         Args:
             input_ids: tokens, (B, T).
             masks: true where a row may read, (B, T + K, T + K), by kind of layer.
             places: position of every row, (B, T + K).
-            logits_to_keep: tokens whose next-token logits are returned, (T',).
+            is_learned: which tokens are learned, (B, T).
         """
         language_model: Any = self.model
         tokens = language_model.get_input_embeddings()(input_ids)  # (B, T, D)
         longest = input_ids.shape[1]
         copies = self.signal.embedding.to(tokens).expand(len(input_ids), places.shape[1] - longest, -1)
-        output = forward(
-            language_model,
-            torch.cat([tokens, copies], dim=1),
-            masks,
-            places,
-            use_cache=False,
-            logits_to_keep=logits_to_keep,
-        )
-        return output.logits, self.signal(output.hidden_states[-1][:, longest:])
+        rows = torch.cat([tokens, copies], dim=1)  # (B, T + K, D)
+        start = num_shared(input_ids, is_learned, masks) if self.shares_beginnings else 0
+        cached: dict[str, Any] = {"use_cache": False}
+        if start:
+            beginning = {kind: mask[:1, :start, :start] for kind, mask in masks.items()}
+            read = partial(forward, language_model, rows[:1, :start], beginning, places[:1, :start])
+            with predicting(language_model, is_learned[:1, :start]):
+                cached = read_once(language_model, len(rows), read)
+        rest = {kind: mask[:, start:] for kind, mask in masks.items()}
+        with predicting(language_model, is_learned[:, start:]):
+            output = forward(language_model, rows[:, start:], rest, places[:, start:], **cached)
+        return output.logits, self.signal(output.hidden_states[-1][:, longest - start :])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there
         """Return the trained parameters by name."""

@@ -4,6 +4,7 @@ The loop is that of transformers' `Trainer`. The loss of a step is a sum over it
 `steps.py` gave it, so it does not depend on the batch size or the number of processes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,12 +22,14 @@ from model.cls_signal import ClsSignal, sliding_windows
 from model.config import ClsConfig
 from model.pretrained import Pretrained, device_of, load
 from training import fit, lora, recipe_file
+from training.beginnings import num_shared, read_once
 from training.dialogues import Dialogue, read_openings, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.licences import licence_beside, licence_for
 from training.logs import loggers
 from training.objectives import IGNORED, betas, constrained_loss, divergences, positions, token_logprobs
+from training.output_head import predicting
 from training.reference import Reference, reference_logprobs
 from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import EncodedPart, Example, Steps, collate, encode
@@ -48,6 +51,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         ModelError: if the model cannot be loaded.
     """
     pretrained = load(recipe.model, dtype=_storage(recipe), device=device_of(recipe.device))
+    if pretrained.model.device.type == "cpu":
+        pretrained.model.set_attn_implementation("eager")  # short rows: its gradient is twice as fast as PyTorch's own
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
     openings = {
         name: read_openings(name, part.onset, recipe) for name, part in recipe.parts.items() if part.onset is not None
@@ -72,9 +77,11 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
     folder = run / f"trainer-{identity[:12]}"
     whole: nn.Module = model
+    # Processes that share the model must run it equally often, and checkpointed layers keep no keys and values.
+    shares = not recipe.gradient_checkpointing and int(os.environ.get("WORLD_SIZE", "1")) == 1
     windows: dict[str, int | None] = {}
     if recipe.signal is not None:
-        whole = SignalModel(model, _signal(recipe, recipe.signal, pretrained.model))
+        whole = SignalModel(model, _signal(recipe, recipe.signal, pretrained.model), shares)
         windows = sliding_windows(pretrained.model)
     trainer = ObjectiveTrainer(
         model=whole,
@@ -87,6 +94,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         constraint=recipe.constraint,
         signal=recipe.signal,
         distils=any(part.is_distilled for part in recipe.parts.values()),
+        shares_beginnings=shares,
         per_step=steps.per_step,
         optimizers=(_optimiser(whole, recipe), None),
     )
@@ -106,6 +114,7 @@ class ObjectiveTrainer(Trainer):
         constraint: hold each token near the reference that the batches bring; None is plain cross entropy.
         signal: weights of the signal's losses; None trains the language model alone.
         distils: some examples are learned as the plain model expects them.
+        shares_beginnings: as `training.beginnings` does.
         per_step: examples of one step.
     """
 
@@ -115,11 +124,13 @@ class ObjectiveTrainer(Trainer):
         constraint: Constraint | None,
         signal: Signal | None,
         distils: bool,
+        shares_beginnings: bool,
         per_step: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._distils = distils
+        self._shares_beginnings = shares_beginnings
         self._constraint = constraint
         self._signal = signal
         self._per_step = per_step
@@ -134,37 +145,44 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the batch's share of the step's loss, and with `return_outputs` the model's output too."""
-        kept = _predicting(inputs["labels"], inputs["weights"])  # (T',): a large vocabulary makes logits dear
-        labels = inputs["labels"][:, kept]  # (B, T')
-        outputs = self._outputs(model, inputs, kept)
-        logits: Tensor = outputs[0]  # (B, T', V)
-        logprobs = token_logprobs(logits, labels)  # (B, T' - 1)
+        is_learned = _learned(inputs)  # (B, T); N of them
+        row = is_learned.nonzero()[:, 0]  # (N,)
+        outputs = self._outputs(model, inputs, is_learned)
+        logits: Tensor = outputs[0]  # (N, V)
+        logprobs = token_logprobs(logits, inputs["labels"][is_learned])  # (N,)
         per_token = -logprobs
         if self._distils:
             rows = _distilled(inputs)
-            divergence = divergences(logits[rows], self._plain_logits(model, inputs, rows, kept), labels[rows])
-            is_distilled = inputs["is_distilled"][rows, None]
-            per_token = per_token.index_put((rows,), torch.where(is_distilled, divergence, per_token[rows]))
+            chosen = torch.isin(row, rows)
+            divergence = divergences(logits[chosen], self._plain_logits(model, inputs, rows, is_learned))
+            is_distilled = inputs["is_distilled"][row[chosen]]
+            per_token = per_token.index_put((chosen,), torch.where(is_distilled, divergence, per_token[chosen]))
         if self._constraint is not None:
-            place = positions(labels)[:, 1:]  # (B, T' - 1)
-            beta = betas(place, **asdict(self._constraint))
-            per_token = constrained_loss(logprobs, inputs["reference"][:, kept][:, 1:], beta) * (place > 0)
-        loss = (inputs["weights"][:, None] * per_token).sum()
+            beta = betas(positions(inputs["labels"])[is_learned], **asdict(self._constraint))
+            per_token = constrained_loss(logprobs, inputs["reference"][is_learned], beta)
+        loss = (inputs["weights"][row] * per_token).sum()
         if self._signal is not None:
             loss = loss + self._signal_loss(outputs[1], inputs, self._signal)
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the loss is a sum
         return (loss, outputs) if return_outputs else loss
 
-    def _outputs(self, model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> Any:
-        """Return the model's output, which begins with the next-token logits of the tokens `kept`, (B, T', V)."""
-        if self._signal is None:
+    def _outputs(self, model: nn.Module, inputs: dict[str, Any], is_learned: Tensor) -> Any:
+        """Return the model's output, which begins with the logits that the learned tokens are drawn from, (N, V)."""
+        if self._signal is not None:
+            return model(inputs["input_ids"], masks=inputs["masks"], places=inputs["places"], is_learned=is_learned)
+        ids, inner = inputs["input_ids"], self.accelerator.unwrap_model(model)
+        start = num_shared(ids, is_learned, {}) if self._shares_beginnings else 0
+        cached: dict[str, Any] = {"use_cache": False}
+        if start:
+            with predicting(inner, is_learned[:1, :start]):
+                cached = read_once(inner, len(ids), partial(model, input_ids=ids[:1, :start]))
+        with predicting(inner, is_learned[:, start:]):
             mask = inputs["attention_mask"]
-            return model(input_ids=inputs["input_ids"], attention_mask=mask, logits_to_keep=kept, return_dict=False)
-        return model(inputs["input_ids"], masks=inputs["masks"], places=inputs["places"], logits_to_keep=kept)
+            return model(input_ids=ids[:, start:], attention_mask=mask, return_dict=False, **cached)
 
     @torch.no_grad()
-    def _plain_logits(self, model: nn.Module, inputs: dict[str, Any], rows: Tensor, kept: Tensor) -> Tensor:
-        """Return the logits of some rows from the model without adapter, whose tokens read no `[CLS]`, (R, T', V)."""
+    def _plain_logits(self, model: nn.Module, inputs: dict[str, Any], rows: Tensor, is_learned: Tensor) -> Tensor:
+        """Return the logits of some rows from the model without adapter, whose tokens read no `[CLS]`, (N', V)."""
         length = inputs["input_ids"].shape[1]
         chosen = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
         if self._signal is not None:
@@ -176,7 +194,7 @@ class ObjectiveTrainer(Trainer):
         adapted: Any = inner.model if isinstance(inner, SignalModel) else inner
         was_training = model.training
         with adapted.disable_adapter():
-            found: Tensor = self._outputs(model.eval(), chosen, kept)[0]
+            found: Tensor = self._outputs(model.eval(), chosen, is_learned[rows])[0]
         model.train(was_training)
         return found
 
@@ -198,16 +216,9 @@ def _distilled(inputs: Mapping[str, Tensor]) -> Tensor:
     return found if len(found) else found.new_zeros(1)
 
 
-def _predicting(labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the positions from which something is predicted that is learned, to the end, (T',) with T' >= 1.
-
-    Args:
-        labels: (B, T).
-        weights: of each row's tokens in the loss, (B,).
-    """
-    is_learned = ((labels != IGNORED) & (weights > 0)[:, None]).any(dim=0)  # (T,)
-    first = int(is_learned.int().argmax()) if is_learned.any() else labels.shape[1]
-    return torch.arange(max(0, first - 1), labels.shape[1], device=labels.device)
+def _learned(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return which tokens weigh something in the loss, (B, T)."""
+    return (inputs["labels"] != IGNORED) & (inputs["weights"] > 0)[:, None]
 
 
 def _batch(

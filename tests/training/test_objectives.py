@@ -20,40 +20,31 @@ from training.objectives import (
 )
 
 
-def test_the_log_probability_of_a_token_is_that_of_the_position_before_it() -> None:
-    logits = torch.tensor([[[0.0, math.log(3.0)], [5.0, 5.0], [9.0, 0.0]]])
-    labels = torch.tensor([[IGNORED, 1, 0]])
-    found = token_logprobs(logits, labels)
-    assert found.tolist() == [pytest.approx([math.log(3 / 4), math.log(1 / 2)])]
-
-
-def test_tokens_that_are_not_learned_count_nothing() -> None:
-    logits = torch.randn(1, 4, 5)
-    labels = torch.tensor([[IGNORED, IGNORED, 2, IGNORED]])
-    assert token_logprobs(logits, labels).nonzero().tolist() == [[0, 1]]
+def test_the_log_probability_of_a_token_is_that_of_the_logits_before_it() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0]])
+    assert token_logprobs(logits, torch.tensor([1, 0])).tolist() == pytest.approx([math.log(3 / 4), math.log(1 / 2)])
 
 
 def test_log_probabilities_of_bfloat16_logits_are_float32() -> None:
-    assert token_logprobs(torch.randn(1, 3, 5).bfloat16(), torch.tensor([[0, 1, 2]])).dtype is torch.float32
+    assert token_logprobs(torch.randn(2, 5).bfloat16(), torch.tensor([1, 2])).dtype is torch.float32
 
 
 def test_the_divergence_from_a_reference_has_its_hand_computed_value() -> None:
-    logits = torch.tensor([[[0.0, math.log(3.0)], [5.0, 5.0], [9.0, 0.0]]])
-    reference = torch.tensor([[[7.0, 7.0], [2.0, 2.0], [0.0, 9.0]]])
-    found = divergences(logits, reference, torch.tensor([[IGNORED, 1, 0]]))
-    assert found.tolist() == [pytest.approx([0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.0], abs=1e-6)]
-    assert divergences(logits, reference, torch.tensor([[IGNORED, IGNORED, 0]]))[0, 0] == 0
+    logits = torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0]])
+    reference = torch.tensor([[7.0, 7.0], [2.0, 2.0]])
+    expected = [0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75), 0.0]
+    assert divergences(logits, reference).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_gradient_of_the_divergence_is_the_mean_one_of_the_cross_entropy_over_draws() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 2, 3, generator=generator, requires_grad=True)
-    reference = torch.randn(1, 2, 3, generator=generator)
-    expected = torch.zeros(1, 2, 3)
-    for token, probability in enumerate(reference[0, 0].softmax(dim=0)):
-        (gradient,) = torch.autograd.grad(-token_logprobs(logits, torch.tensor([[IGNORED, token]])).sum(), logits)
+    logits = torch.randn(1, 3, generator=generator, requires_grad=True)
+    reference = torch.randn(1, 3, generator=generator)
+    expected = torch.zeros(1, 3)
+    for token, probability in enumerate(reference[0].softmax(dim=0)):
+        (gradient,) = torch.autograd.grad(-token_logprobs(logits, torch.tensor([token])).sum(), logits)
         expected += probability * gradient
-    divergences(logits, reference, torch.tensor([[IGNORED, 0]])).sum().backward()
+    divergences(logits, reference).sum().backward()
     assert logits.grad is not None
     assert torch.allclose(logits.grad, expected, atol=1e-6)
 
@@ -127,27 +118,27 @@ def test_the_constrained_loss_has_its_hand_computed_value() -> None:
 
 def _random_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(2, 6, 11, generator=generator, dtype=torch.float64).requires_grad_()
-    labels = torch.randint(0, 11, (2, 6), generator=generator)
-    reference = -3 * torch.rand(2, 5, generator=generator)
-    return logits, labels, reference, betas(positions(labels)[:, 1:])
+    logits = torch.randn(10, 11, generator=generator, dtype=torch.float64).requires_grad_()
+    tokens = torch.randint(0, 11, (10,), generator=generator)
+    reference = -3 * torch.rand(10, generator=generator)
+    return logits, tokens, reference, betas(1 + torch.arange(10) % 5)
 
 
 def test_the_gradient_of_the_constrained_loss_is_the_weighted_one_of_the_cross_entropy() -> None:
-    logits, labels, reference, beta = _random_case()
-    logprobs = token_logprobs(logits, labels)
+    logits, tokens, reference, beta = _random_case()
+    logprobs = token_logprobs(logits, tokens)
     (gradient,) = torch.autograd.grad(constrained_loss(logprobs, reference, beta).sum(), logits)
     weights = constraint_weights(logprobs.detach(), reference, beta)
-    surrogate = (weights * -token_logprobs(logits, labels)).sum()
+    surrogate = (weights * -token_logprobs(logits, tokens)).sum()
     (expected,) = torch.autograd.grad(surrogate, logits)
     assert torch.allclose(gradient, expected, atol=1e-6)
 
 
 def test_at_the_start_the_gradient_is_that_of_the_cross_entropy() -> None:
-    logits, labels, _, beta = _random_case()
-    logprobs = token_logprobs(logits, labels)
+    logits, tokens, _, beta = _random_case()
+    logprobs = token_logprobs(logits, tokens)
     (gradient,) = torch.autograd.grad(constrained_loss(logprobs, logprobs.detach(), beta).sum(), logits)
-    plain = cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), reduction="sum")
+    plain = cross_entropy(logits, tokens, reduction="sum")
     (expected,) = torch.autograd.grad(plain, logits)
     assert torch.allclose(gradient, expected, atol=1e-6)
 

@@ -10,7 +10,14 @@ from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
 from tests.training.tuning import Count, Interrupt, joint, losses, recipe, weights
 from training.errors import RecipeError
-from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
+from training.signal_model import (
+    SignalModel,
+    collate_signal,
+    fresh_signal,
+    request_loss,
+    response_loss,
+    turn_loss,
+)
 from training.steps import SETTLED, Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
 from training.tune_config import Recovery, Signal
@@ -20,7 +27,7 @@ CONTENT = (False, True, True, True, False)
 
 
 def examples() -> list[Example]:
-    rows = [Encoded((1, 30 + i, 31, 32, 2), tuple(range(40, 46 + 3 * i)), (), CONTENT, 1, i % 2) for i in range(3)]
+    rows = [Encoded((1, 30, 31, 32 + i, 2), tuple(range(40, 46 + 3 * i)), (), CONTENT, 1, i % 2) for i in range(3)]
     steps = Steps([EncodedPart("rows", rows, 1.0, 3, None)], 1, seed=0, signal=SETTINGS)
     return [steps[i] for i in range(3)]
 
@@ -120,20 +127,25 @@ def test_the_turn_loss_is_the_mean_over_the_labelled_copies_of_each_row():
     assert turn_loss(logits, labels).tolist() == pytest.approx([(0.6931 + 0.1269) / 2, 0.0], abs=1e-4)
 
 
+@pytest.mark.parametrize("shares_beginnings", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str):
+def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str, shares_beginnings: bool):
     model = tiny_lm(family)
-    whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1))
+    whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1), shares_beginnings)
     found = examples()
     batch = collate(found, pad_id=0)
     of_signal = collate_signal(found, SETTINGS, sliding_windows(model))
-    every = torch.arange(batch["input_ids"].shape[1])
-    logits, cls = whole(batch["input_ids"], of_signal.masks, of_signal.places, every)
+    last = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     for row, example in enumerate(found):
-        alone = feed(model, whole.signal, ClsCache(CONTENT), example.ids, example.spans)
-        assert torch.allclose(logits[row, len(example.ids) - 1], alone.logits, atol=1e-4)
-        assert torch.allclose(cls[row, : len(alone.copies)], whole.signal(alone.copies), atol=1e-4)
+        last[row, len(example.ids) - 1] = True
+    logits, cls = whole(batch["input_ids"], of_signal.masks, of_signal.places, last)
+    for row, example in enumerate(found):
+        cache = ClsCache(CONTENT)
+        before = feed(model, whole.signal, cache, example.ids[:-1], example.spans[:-1])
+        copies = [before.copies, feed(model, whole.signal, cache, example.ids[-1:], example.spans[-1:]).copies]
+        assert torch.allclose(logits[row], before.logits, atol=1e-4)
+        assert torch.allclose(cls[row, : len(example.spans)], whole.signal(torch.cat(copies)), atol=1e-4)
 
 
 def test_the_request_loss_reads_the_first_copy_and_only_labelled_rows():

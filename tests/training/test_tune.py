@@ -26,8 +26,7 @@ from training.corpus import assemble
 from training.dialogues import read_part
 from training.errors import DataError, RecipeError
 from training.merge import merge
-from training.objectives import IGNORED
-from training.tune import ObjectiveTrainer, _predicting, tune
+from training.tune import ObjectiveTrainer, tune
 from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
 
 DISTILLED = {**ANCHORS, "is_distilled": True}
@@ -54,14 +53,6 @@ def test_weights_and_biases_is_asked_for_by_its_variable(saved_model: Path, data
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     with pytest.raises(RecipeError, match="WANDB_PROJECT is set, but wandb is not installed"):
         tune(recipe(saved_model, data, tmp_path), "")
-
-
-def test_logits_are_made_from_the_first_learned_token_on():
-    labels = torch.full((3, 8), IGNORED)
-    labels[0, 4:6], labels[1, 5:], labels[2, 1:] = 7, 7, 7
-    assert _predicting(labels, torch.tensor([1.0, 1.0, 0.0])).tolist() == [3, 4, 5, 6, 7]
-    assert _predicting(labels, torch.tensor([1.0, 1.0, 0.5])).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert _predicting(labels, torch.zeros(3)).tolist() == [7]
 
 
 def test_the_adapter_changes_the_model_when_it_is_loaded(saved_model: Path, data: Path, tmp_path: Path):
@@ -216,11 +207,10 @@ def test_the_plain_model_has_no_adapter_and_no_dropout_and_reads_no_signal(
     seen: list[tuple[Tensor, Tensor]] = []
     found_by = ObjectiveTrainer._plain_logits
 
-    def watched(self: ObjectiveTrainer, model: Any, inputs: dict[str, Any], rows: Tensor, kept: Tensor) -> Tensor:
-        found = found_by(self, model, inputs, rows, kept)
-        is_real = inputs["attention_mask"][rows][:, kept].bool()
+    def watched(self: ObjectiveTrainer, model: Any, inputs: dict[str, Any], rows: Tensor, learned: Tensor) -> Tensor:
+        found = found_by(self, model, inputs, rows, learned)
         ids, mask = inputs["input_ids"][rows], inputs["attention_mask"][rows]
-        seen.append((found[is_real], plain(input_ids=ids, attention_mask=mask).logits[:, kept][is_real]))
+        seen.append((found, plain(input_ids=ids, attention_mask=mask).logits[:, :-1][learned[rows][:, 1:]]))
         return found
 
     plain = load(str(saved_model), dtype=torch.float32).model.eval()
