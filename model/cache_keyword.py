@@ -3,11 +3,16 @@
 import inspect
 from typing import Any
 
+NAMES = {"cache", "past_key_values"}
+"""From transformers 5.24 on, and before; architectures were changed one after the other, and the old name warns."""
+
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """Return the keyword arguments with which a model reads and extends `cache`.
-
-    transformers renamed the argument in 5.24, one architecture after the other, and warns of its old name.
-    """
-    is_new = "cache" in inspect.signature(model.forward).parameters
+    """Return the keyword arguments with which a model, perhaps with an adapter, reads and extends `cache`."""
+    is_new = "cache" in inspect.signature(base_of(model).forward).parameters
     return {"cache" if is_new else "past_key_values": cache, "use_cache": True}
+
+
+def base_of(model: Any) -> Any:
+    """Return the model under an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

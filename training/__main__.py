@@ -59,6 +59,7 @@ def run_tune(arguments: argparse.Namespace, command: str) -> None:
     recipe = recipe_file.load(TuneRecipe, arguments.config, arguments.overrides)
     from training.tune import tune
 
+    keep_freed()
     sys.stderr.write(f"wrote {tune(recipe, command)}\n")
 
 
@@ -207,7 +208,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
-    keep_freed()
     try:
         COMMANDS[arguments.command].run(arguments, shlex.join(["ballast-train", *words]))
     except (TrainingError, ModelError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 def predicting(model: Any, is_learned: Tensor) -> Iterator[None]:
     """Within it a model's logits are those that the learned tokens are drawn from, (N, V), row by row.
 
-    Each is that of the token before. The first token of a row cannot be learned, and what the model reads after the
+    Each is that of the token before, so the first token of a row must not be learned. What the model reads after the
     tokens has no logits.
 
     Args:

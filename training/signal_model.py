@@ -1,7 +1,6 @@
 """A language model and its `[CLS]` signal as one module: what is trained, and what a training checkpoint holds."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel, set_seed
 
 from model.attention import Span, pass_mask, pass_places
 from model.cls_signal import ClsSignal, Masks, forward
-from training.beginnings import num_shared, read_once
+from training.common_start import num_common, read_once
 from training.losses import softmax_weighted_loss
 from training.output_head import predicting
 from training.steps import Example
@@ -154,14 +153,14 @@ class SignalModel(nn.Module):
     Args:
         model: the language model, perhaps with an adapter.
         signal: embedding and head.
-        shares_beginnings: as `training.beginnings` does.
+        reads_common_once: read the tokens that all rows of a pass begin with once, as `common_start.py` does.
     """
 
-    def __init__(self, model: nn.Module, signal: ClsSignal, shares_beginnings: bool = False) -> None:
+    def __init__(self, model: nn.Module, signal: ClsSignal, reads_common_once: bool = False) -> None:
         super().__init__()
         self.model = model
         self.signal = signal
-        self.shares_beginnings = shares_beginnings
+        self.reads_common_once = reads_common_once
 
     def __getattr__(self, name: str) -> Any:
         """Return what the trainer asks of a language model, such as how to save memory, from the language model."""
@@ -183,17 +182,15 @@ class SignalModel(nn.Module):
         longest = input_ids.shape[1]
         copies = self.signal.embedding.to(tokens).expand(len(input_ids), places.shape[1] - longest, -1)
         rows = torch.cat([tokens, copies], dim=1)  # (B, T + K, D)
-        start = num_shared(input_ids, is_learned, masks) if self.shares_beginnings else 0
-        cached: dict[str, Any] = {"use_cache": False}
-        if start:
-            beginning = {kind: mask[:1, :start, :start] for kind, mask in masks.items()}
-            read = partial(forward, language_model, rows[:1, :start], beginning, places[:1, :start])
-            with predicting(language_model, is_learned[:1, :start]):
-                cached = read_once(language_model, len(rows), read)
-        rest = {kind: mask[:, start:] for kind, mask in masks.items()}
-        with predicting(language_model, is_learned[:, start:]):
-            output = forward(language_model, rows[:, start:], rest, places[:, start:], **cached)
-        return output.logits, self.signal(output.hidden_states[-1][:, longest - start :])
+
+        def run(which: slice, tokens: slice, **cached: Any) -> Any:
+            some = {kind: mask[which, tokens, : tokens.stop] for kind, mask in masks.items()}
+            with predicting(language_model, is_learned[which, tokens]):
+                return forward(language_model, rows[which, tokens], some, places[which, tokens], **cached)
+
+        common = num_common(input_ids, is_learned, masks) if self.reads_common_once else 0
+        output = read_once(language_model, run, len(rows), common)
+        return output.logits, self.signal(output.hidden_states[-1][:, longest - common :])
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there
         """Return the trained parameters by name."""

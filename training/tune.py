@@ -1,12 +1,10 @@
 """The commands `sft`, `deepen`, `signal` and `constrain`: fine-tune a language model with the recipe's objective.
 
-The loop is that of transformers' `Trainer`. The loss of a step is a sum over its tokens, each with the weight that
-`steps.py` gave it, so it does not depend on the batch size or the number of processes.
+The loop is that of transformers' `Trainer`, the loss that of `objective_trainer.py`.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,25 +13,27 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from model import cls_signal
 from model.cls_signal import ClsSignal, sliding_windows
 from model.config import ClsConfig
 from model.pretrained import Pretrained, device_of, load
 from training import fit, lora, recipe_file
-from training.beginnings import num_shared, read_once
+from training.common_start import can_share
 from training.dialogues import Dialogue, read_openings, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
 from training.licences import licence_beside, licence_for
 from training.logs import loggers
-from training.objectives import IGNORED, betas, constrained_loss, divergences, positions, token_logprobs
-from training.output_head import predicting
+from training.objective_trainer import ObjectiveTrainer
 from training.reference import Reference, reference_logprobs
-from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
+from training.signal_model import SignalModel, collate_signal, fresh_signal
 from training.steps import EncodedPart, Example, Steps, collate, encode
-from training.tune_config import Constraint, Signal, TuneRecipe
+from training.tune_config import Signal, TuneRecipe
+
+LARGEST_ATTENTION = 4 * 2**30
+"""Bytes of the attention weights that a pass may keep for its gradients."""
 
 
 def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -51,8 +51,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         ModelError: if the model cannot be loaded.
     """
     pretrained = load(recipe.model, dtype=_storage(recipe), device=device_of(recipe.device))
-    if pretrained.model.device.type == "cpu":
-        pretrained.model.set_attn_implementation("eager")  # short rows: its gradient is twice as fast as PyTorch's own
+    if _is_short(recipe, pretrained.model):
+        pretrained.model.set_attn_implementation("eager")  # its gradient is faster on a CPU, and needs more memory
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
     openings = {
         name: read_openings(name, part.onset, recipe) for name, part in recipe.parts.items() if part.onset is not None
@@ -76,16 +76,16 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
             )
     steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
     folder = run / f"trainer-{identity[:12]}"
+    arguments = _arguments(recipe, steps.per_step, folder)
+    once = _reads_common_once(recipe, pretrained.model, arguments)
     whole: nn.Module = model
-    # Processes that share the model must run it equally often, and checkpointed layers keep no keys and values.
-    shares = not recipe.gradient_checkpointing and int(os.environ.get("WORLD_SIZE", "1")) == 1
     windows: dict[str, int | None] = {}
     if recipe.signal is not None:
-        whole = SignalModel(model, _signal(recipe, recipe.signal, pretrained.model), shares)
+        whole = SignalModel(model, _signal(recipe, recipe.signal, pretrained.model), once)
         windows = sliding_windows(pretrained.model)
     trainer = ObjectiveTrainer(
         model=whole,
-        args=_arguments(recipe, steps.per_step, folder),
+        args=arguments,
         data_collator=partial(
             _batch, pad_id=pretrained.pad_id, reference=reference, signal=recipe.signal, windows=windows
         ),
@@ -94,7 +94,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         constraint=recipe.constraint,
         signal=recipe.signal,
         distils=any(part.is_distilled for part in recipe.parts.values()),
-        shares_beginnings=shares,
+        reads_common_once=once,
         per_step=steps.per_step,
         optimizers=(_optimiser(whole, recipe), None),
     )
@@ -105,120 +105,6 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         learned = {name: (part, dialogues[name]) for name, part in recipe.parts.items()}
         fit.write(recipe, model, pretrained, learned, trainer.state.log_history, licence, command)
     return Path(recipe.output)
-
-
-class ObjectiveTrainer(Trainer):
-    """A trainer whose loss is the weighted sum over tokens.
-
-    Args:
-        constraint: hold each token near the reference that the batches bring; None is plain cross entropy.
-        signal: weights of the signal's losses; None trains the language model alone.
-        distils: some examples are learned as the plain model expects them.
-        shares_beginnings: as `training.beginnings` does.
-        per_step: examples of one step.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        constraint: Constraint | None,
-        signal: Signal | None,
-        distils: bool,
-        shares_beginnings: bool,
-        per_step: int,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._distils = distils
-        self._shares_beginnings = shares_beginnings
-        self._constraint = constraint
-        self._signal = signal
-        self._per_step = per_step
-        self.model_accepts_loss_kwargs = True  # with labels in the batch: the loss is not divided by a step's passes
-        self.loss_is_scaled_for_ga = True
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the batch's share of the step's loss, and with `return_outputs` the model's output too."""
-        is_learned = _learned(inputs)  # (B, T); N of them
-        row = is_learned.nonzero()[:, 0]  # (N,)
-        outputs = self._outputs(model, inputs, is_learned)
-        logits: Tensor = outputs[0]  # (N, V)
-        logprobs = token_logprobs(logits, inputs["labels"][is_learned])  # (N,)
-        per_token = -logprobs
-        if self._distils:
-            rows = _distilled(inputs)
-            chosen = torch.isin(row, rows)
-            divergence = divergences(logits[chosen], self._plain_logits(model, inputs, rows, is_learned))
-            is_distilled = inputs["is_distilled"][row[chosen]]
-            per_token = per_token.index_put((chosen,), torch.where(is_distilled, divergence, per_token[chosen]))
-        if self._constraint is not None:
-            beta = betas(positions(inputs["labels"])[is_learned], **asdict(self._constraint))
-            per_token = constrained_loss(logprobs, inputs["reference"][is_learned], beta)
-        loss = (inputs["weights"][row] * per_token).sum()
-        if self._signal is not None:
-            loss = loss + self._signal_loss(outputs[1], inputs, self._signal)
-        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the loss is a sum
-        return (loss, outputs) if return_outputs else loss
-
-    def _outputs(self, model: nn.Module, inputs: dict[str, Any], is_learned: Tensor) -> Any:
-        """Return the model's output, which begins with the logits that the learned tokens are drawn from, (N, V)."""
-        if self._signal is not None:
-            return model(inputs["input_ids"], masks=inputs["masks"], places=inputs["places"], is_learned=is_learned)
-        ids, inner = inputs["input_ids"], self.accelerator.unwrap_model(model)
-        start = num_shared(ids, is_learned, {}) if self._shares_beginnings else 0
-        cached: dict[str, Any] = {"use_cache": False}
-        if start:
-            with predicting(inner, is_learned[:1, :start]):
-                cached = read_once(inner, len(ids), partial(model, input_ids=ids[:1, :start]))
-        with predicting(inner, is_learned[:, start:]):
-            mask = inputs["attention_mask"]
-            return model(input_ids=ids[:, start:], attention_mask=mask, return_dict=False, **cached)
-
-    @torch.no_grad()
-    def _plain_logits(self, model: nn.Module, inputs: dict[str, Any], rows: Tensor, is_learned: Tensor) -> Tensor:
-        """Return the logits of some rows from the model without adapter, whose tokens read no `[CLS]`, (N', V)."""
-        length = inputs["input_ids"].shape[1]
-        chosen = {name: inputs[name][rows] for name in ("input_ids", "attention_mask")}
-        if self._signal is not None:
-            masks = {kind: mask[rows] for kind, mask in inputs["masks"].items()}
-            for mask in masks.values():
-                mask[:, :length, length:] = False
-            chosen |= {"masks": masks, "places": inputs["places"][rows]}
-        inner = self.accelerator.unwrap_model(model)
-        adapted: Any = inner.model if isinstance(inner, SignalModel) else inner
-        was_training = model.training
-        with adapted.disable_adapter():
-            found: Tensor = self._outputs(model.eval(), chosen, is_learned[rows])[0]
-        model.train(was_training)
-        return found
-
-    def _signal_loss(self, logits: Tensor, inputs: dict[str, Tensor], settings: Signal) -> Tensor:
-        """Return the batch's share of both lambda-weighted signal losses, each a mean over the step's rows."""
-        request = request_loss(logits[..., 0], inputs["request_labels"])  # (B,)
-        of_copies = logits[..., 1]  # (B, K)
-        response = response_loss(of_copies, inputs["is_copy"], inputs["response_labels"], settings.softmax_tau)
-        response = response + turn_loss(of_copies, inputs["span_labels"])  # (B,): a row has labels of one kind only
-        return (settings.request_weight * request + settings.response_weight * response).sum() / self._per_step
-
-
-def _distilled(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the numbers of the distilled rows, (R,), or the first one's where there is none.
-
-    Processes that share the model must all run it equally often.
-    """
-    found = inputs["is_distilled"].nonzero()[:, 0]
-    return found if len(found) else found.new_zeros(1)
-
-
-def _learned(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return which tokens weigh something in the loss, (B, T)."""
-    return (inputs["labels"] != IGNORED) & (inputs["weights"] > 0)[:, None]
 
 
 def _batch(
@@ -357,6 +243,24 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         )
     arguments.gradient_accumulation_steps = per_step // at_once
     return arguments
+
+
+def _is_short(recipe: TuneRecipe, model: PreTrainedModel) -> bool:
+    """Tell whether on a CPU the attention weights of a pass, in float32 and bfloat16, take up little memory."""
+    config = model.config.get_text_config()
+    heads = config.num_hidden_layers * config.num_attention_heads
+    longest = recipe.cut.request_tokens + recipe.cut.response_tokens
+    return model.device.type == "cpu" and recipe.batch_size * heads * longest**2 * 6 <= LARGEST_ATTENTION
+
+
+def _reads_common_once(recipe: TuneRecipe, model: PreTrainedModel, arguments: TrainingArguments) -> bool:
+    """Tell whether a pass may read once what its rows begin with, without another result.
+
+    Processes that share the model must run it equally often, checkpointed layers keep nothing, and dropout must differ
+    from row to row.
+    """
+    drops = recipe.lora is None or recipe.lora.dropout > 0
+    return arguments.world_size == 1 and not recipe.gradient_checkpointing and not drops and can_share(model)
 
 
 def _storage(recipe: TuneRecipe) -> torch.dtype:

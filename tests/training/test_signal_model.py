@@ -10,14 +10,7 @@ from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
 from tests.training.tuning import Count, Interrupt, joint, losses, recipe, weights
 from training.errors import RecipeError
-from training.signal_model import (
-    SignalModel,
-    collate_signal,
-    fresh_signal,
-    request_loss,
-    response_loss,
-    turn_loss,
-)
+from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
 from training.steps import SETTLED, Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
 from training.tune_config import Recovery, Signal
@@ -127,12 +120,12 @@ def test_the_turn_loss_is_the_mean_over_the_labelled_copies_of_each_row():
     assert turn_loss(logits, labels).tolist() == pytest.approx([(0.6931 + 0.1269) / 2, 0.0], abs=1e-4)
 
 
-@pytest.mark.parametrize("shares_beginnings", [False, True])
+@pytest.mark.parametrize("reads_common_once", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str, shares_beginnings: bool):
+def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str, reads_common_once: bool):
     model = tiny_lm(family)
-    whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1), shares_beginnings)
+    whole = SignalModel(model, fresh_signal(model, SETTINGS, seed=1), reads_common_once)
     found = examples()
     batch = collate(found, pad_id=0)
     of_signal = collate_signal(found, SETTINGS, sliding_windows(model))

@@ -21,12 +21,14 @@ from tests.training.conftest import SOURCES
 from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
 from training import recipe_file
 from training.anchors import write_anchors
+from training.common_start import read_once
 from training.config import HeadRecipe
 from training.corpus import assemble
 from training.dialogues import read_part
 from training.errors import DataError, RecipeError
 from training.merge import merge
-from training.tune import ObjectiveTrainer, tune
+from training.objective_trainer import ObjectiveTrainer
+from training.tune import _is_short, tune
 from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
 
 DISTILLED = {**ANCHORS, "is_distilled": True}
@@ -338,3 +340,42 @@ def test_two_processes_have_the_loss_and_the_weights_of_one(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+@pytest.mark.parametrize("make", [recipe, joint], ids=["plain", "signal"])
+@pytest.mark.parametrize(
+    ("changes", "is_shared"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": True}, False),  # such layers keep nothing
+        ({"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}, False),  # each row drops its own
+    ],
+    ids=["as it is", "checkpointing", "dropout"],
+)
+def test_what_rows_begin_with_is_read_once_where_that_changes_nothing(
+    saved_model: Path,
+    data: Path,
+    tmp_path: Path,
+    make: Callable[..., TuneRecipe],
+    changes,
+    is_shared: bool,
+    monkeypatch,
+):
+    shared: list[int] = []
+
+    def watched(model: Any, run: Any, num_rows: int, num_common: int) -> Any:
+        shared.append(num_common)
+        return read_once(model, run, num_rows, num_common)
+
+    for module in ("objective_trainer", "signal_model"):
+        monkeypatch.setattr(f"training.{module}.read_once", watched)
+    tune(make(saved_model, data, tmp_path, steps=1, **changes), "")
+    assert bool(max(shared)) == is_shared
+
+
+def test_long_rows_keep_no_attention_weights(saved_model: Path, data: Path, tmp_path: Path):
+    model = load(str(saved_model), dtype=torch.float32).model
+    assert _is_short(recipe(saved_model, data, tmp_path), model)
+    assert not _is_short(
+        recipe(saved_model, data, tmp_path, cut={"request_tokens": 8192, "response_tokens": 2048}), model
+    )
