@@ -103,6 +103,18 @@ def calibrate(head: TokenHead | None, rows: Sequence[Row], states: States, recip
     )
 
 
+def check(rows: Sequence[Row], recipe: HeadRecipe) -> None:
+    """Refuse rows that can set no thresholds, before anything is computed of them.
+
+    Raises:
+        DataError: as `calibrate`.
+    """
+    for side in SIDES:
+        labels = [row.request_label if side == "request" else row.response_label for row in rows]
+        held_out = [i for i, label in enumerate(labels) if label is not None and rows[i].part != "train"]
+        _report(_scored(np.zeros(len(rows)), rows, held_out, side), side, recipe)
+
+
 @torch.inference_mode()
 def score(
     head: TokenHead | None, rows: Sequence[Row], states: States, recipe: HeadRecipe, share: float = 1.0

@@ -16,7 +16,7 @@ from model.pretrained import Pretrained
 from training import recipe_file
 from training.answers import answer
 from training.augment import augment
-from training.calibrate import Calibration, calibrate
+from training.calibrate import Calibration, calibrate, check
 from training.config import Head, HeadRecipe
 from training.corpus import assemble
 from training.errors import RecipeError
@@ -82,6 +82,7 @@ def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:
 def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = False) -> tuple[list[Row], str, States]:
     """Return the rows, or those that nothing is trained on, the licence of what is made of all, and their states."""
     rows = _rows(recipe, subject.pretrained)
+    check(rows, recipe)
     licence = licence_for(recipe, {row.licence for row in rows} | subject.brought.licences)
     _write_run(recipe, rows)
     if is_held_out_only:
