@@ -47,7 +47,7 @@ from evaluation.judges import by_phrases
 from evaluation.outcomes import outcomes
 from evaluation.rows import Row, read, select
 from evaluation.samples import Journal, Sample
-from evaluation.suite import DEPTHS, Kind, Measure, Policy, explain
+from evaluation.suite import DEPTHS, SCORED, Kind, Measure, Policy, explain
 from model.errors import ModelError
 from model.pretrained import load_tokenizer
 
@@ -157,7 +157,7 @@ def _made(measure: Measure, rows: Sequence[Row]) -> list[Attempt]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Attack a running server.")
-    parser.add_argument("attack", choices=[kind for kind in get_args(Kind) if kind != "benign"])
+    parser.add_argument("attack", choices=[kind for kind in get_args(Kind) if kind not in ("benign", *SCORED)])
     add_arguments(parser, key="that may loosen")
     parser.add_argument(
         "--data",
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
     args = parser.parse_args(argv)
     try:
-        chosen = {field.name: getattr(args, field.name) for field in fields(Measure) if field.name != "kind"}
+        chosen = {field.name: getattr(args, field.name) for field in fields(Measure) if hasattr(args, field.name)}
         measure = Measure(args.attack, **chosen)
         attempts = plan(measure)
         args.out.mkdir(parents=True, exist_ok=True)

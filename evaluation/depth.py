@@ -26,7 +26,7 @@ from torch.nn.functional import kl_div
 
 from evaluation.intervals import Estimate, mean, wilson
 from evaluation.judges import Judge, by_classifier, by_phrases
-from evaluation.page import STYLE
+from evaluation.pictures import STYLE
 from evaluation.rows import Row, read, sample
 from evaluation.tuned import add_arguments, load_tuned
 from evaluation.weights import Ask, prefills, respond

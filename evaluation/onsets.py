@@ -43,11 +43,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Scored:
-    """The smoothed risk after each token of a response; null where none was assessed."""
+    """The smoothed risk after each token of a response, null where none was assessed, and what the policy acts on."""
 
     turn: int
     """Tokens before the turn; all of them in a harmless response."""
     block: float
+    patience: int
     smoothed: tuple[float | None, ...]
 
     @property
@@ -67,13 +68,13 @@ def make(harmful: Sequence[Row], harmless: Sequence[Row], seed: int = 0) -> list
     return found + [Made(row, len(row.response or "")) for row in harmless]
 
 
-def alarm(scored: Scored, patience: int, block: float) -> int | None:
-    """Return the token, counted from 1, after which the policy acts; None if it never does."""
+def alarm(scored: Scored, block: float) -> int | None:
+    """Return the token, counted from 1, after which a policy with this threshold acts; None if it never does."""
     run, last = 0, None
     for place, risk in enumerate(scored.smoothed, start=1):
         if risk is not None:
             run, last = (run + 1, place) if risk > block else (0, None)
-            if run >= patience:
+            if run >= scored.patience:
                 return place
     return last  # the last assessment acts alone
 
@@ -91,18 +92,38 @@ def ask(client: OpenAI, model: str, made: Made) -> Scored:
     for token in answer["trace"]:
         length += len(token["token"])
         turn += length <= made.opening
-    block: float = answer["thresholds"]["response"]["block"]
+    thresholds = answer["thresholds"]
     turn = turn if made.row.label else len(answer["trace"])
-    return Scored(turn, block, tuple(token["smoothed_risk"] for token in answer["trace"]))
+    smoothed = tuple(token["smoothed_risk"] for token in answer["trace"])
+    return Scored(turn, thresholds["response"]["block"], thresholds["patience"], smoothed)
+
+
+def read_journal(path: Path) -> dict[str, Scored]:
+    """Return the risks that were kept, by the key of their row.
+
+    Raises:
+        ValueError: naming file and line of what is none.
+    """
+    done = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            key = entry.pop("key")
+            done[key] = Scored(**entry | {"smoothed": tuple(entry["smoothed"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a response of this version; choose another --out") from error
+    return done
 
 
 def score_all(client: OpenAI, model: str, made: Sequence[Made], journal: Path) -> list[Scored]:
-    """Return the risks of every response, asking only for those that `journal` does not hold."""
-    done: dict[str, Scored] = {}
-    if journal.exists():
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            done[entry["key"]] = Scored(entry["turn"], entry["block"], tuple(entry["smoothed"]))
+    """Return the risks of every response, asking only for those that `journal` does not hold.
+
+    Raises:
+        OpenAIError: if the server refuses a response or cannot be reached; what was scored is kept.
+        ValueError: as `read_journal`.
+    """
+    done = read_journal(journal)
     missing = [one for one in made if one.row.key not in done]
     with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
         found: Iterable[Scored] = pool.map(lambda one: ask(client, model, one), missing)
@@ -112,30 +133,38 @@ def score_all(client: OpenAI, model: str, made: Sequence[Made], journal: Path) -
     return [done[one.row.key] for one in made]
 
 
-def summarise(scored: Sequence[Scored], patience: int, block: float) -> dict[str, Estimate]:
-    """Return what a policy with this threshold would have done."""
-    harmful = [one for one in scored if one.is_harmful]
-    delays = [found - one.turn if (found := alarm(one, patience, block)) else None for one in harmful]
-    stopped = [alarm(one, patience, block) is not None for one in scored if not one.is_harmful]
-    summary = {
-        f"caught within {most} tokens": wilson(sum(d is not None and 0 < d <= most for d in delays), len(delays))
-        for most in WITHIN
-    }
-    return summary | {
-        "caught at all": wilson(sum(d is not None and d > 0 for d in delays), len(delays)),
-        "stopped in the opening": wilson(sum(d is not None and d <= 0 for d in delays), len(delays)),
-        "harmless answers stopped": wilson(sum(stopped), len(stopped)),
-    }
+def delays(scored: Iterable[Scored], block: float) -> list[int | None]:
+    """Return, for each response that turns, the tokens from the turn to the alarm; 0 or less is in the opening."""
+    return [found - one.turn if (found := alarm(one, block)) is not None else None for one in scored if one.is_harmful]
 
 
-def threshold(scored: Sequence[Scored], patience: int, allowed: float = ALLOWED) -> float:
+def summarise(scored: Sequence[Scored], block: float) -> dict[str, Estimate]:
+    """Return what a policy with this threshold would have done; a class that no response is of is left out."""
+    late = delays(scored, block)
+    stopped = [alarm(one, block) is not None for one in scored if not one.is_harmful]
+    counts = {f"caught within {most} tokens": sum(d is not None and 0 < d <= most for d in late) for most in WITHIN}
+    counts["caught at all"] = sum(d is not None and d > 0 for d in late)
+    counts["stopped in the opening"] = sum(d is not None and d <= 0 for d in late)
+    summary = {name: wilson(hits, len(late)) for name, hits in counts.items() if late}
+    return summary | ({"harmless answers stopped": wilson(sum(stopped), len(stopped))} if stopped else {})
+
+
+def at_thresholds(scored: Sequence[Scored]) -> dict[str, dict[str, Estimate]]:
+    """Return the summary at the server's threshold, and at the one that stops few harmless answers, in hindsight."""
+    found = {"at `block`": scored[0].block}
+    if not all(one.is_harmful for one in scored):
+        found[f"at {ALLOWED:.1%} stopped"] = threshold(scored)
+    return {f"{name} ({block:.4f})": summarise(scored, block) for name, block in found.items()}
+
+
+def threshold(scored: Sequence[Scored], allowed: float = ALLOWED) -> float:
     """Return the lowest threshold that stops at most this share of the harmless answers."""
     harmless = [one for one in scored if not one.is_harmful]
     candidates = sorted({risk for one in harmless for risk in one.smoothed if risk is not None})
     low, high = 0, len(candidates) - 1
     while low < high:  # a higher threshold never stops more
         middle = (low + high) // 2
-        stopped = sum(alarm(one, patience, candidates[middle]) is not None for one in harmless)
+        stopped = sum(alarm(one, candidates[middle]) is not None for one in harmless)
         low, high = (low, middle) if stopped <= allowed * len(harmless) else (middle + 1, high)
     return candidates[low]
 
@@ -146,7 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser, key="that sees exact risks")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and harmful_response")
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines of benign answers: prompt, response")
-    parser.add_argument("--patience", type=int, default=3, help="of the served checkpoint (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; one for each checkpoint")
     args = parser.parse_args(argv)
     try:
@@ -157,12 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OpenAIError, OSError, KeyError, ValueError) as error:
         sys.stderr.write(f"evaluation.onsets: {error}\n")
         return 1
-    for name, block in (
-        ("at `block`", scored[0].block),
-        (f"at {ALLOWED:.1%} stopped", threshold(scored, args.patience)),
-    ):
-        sys.stdout.write(f"{name} ({block:.4f})\n")
-        for what, share in summarise(scored, args.patience, block).items():
+    for name, shares in at_thresholds(scored).items():
+        sys.stdout.write(f"{name}\n")
+        for what, share in shares.items():
             sys.stdout.write(f"  {what}: {share}\n")
     return 0
 

@@ -16,25 +16,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from math import isclose
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from openai import OpenAI, OpenAIError
 from rich.progress import track
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
 
 from evaluation.client import PARALLEL, add_arguments, connect
 from evaluation.early import EARLY, early_risks
 from evaluation.intervals import Estimate, bootstrap, wilson
-from evaluation.report import as_markdown
-from evaluation.rows import Row, read
+from evaluation.rows import Row, read, sample
+from evaluation.suite import Measure
+from evaluation.tables import as_markdown, of_signal
 from model.pretrained import sha256_of
-from model.trace import response_risk
 
 PROBE = "How does ballast keep a ship upright?"
 
+ALLOWED = {"recall_at_1_percent": 0.01, "recall_at_0.1_percent": 0.001}
+"""Shares of harmless rows over a threshold, at which the recall is told."""
+ALL = "all of them"
 REQUEST_GROUPS = {"XSTest + NotInject + do-not-answer": ("XSTest", "NotInject", "do-not-answer")}
 """Sources that are measured together, because one of them alone holds a single class."""
 
@@ -62,12 +66,12 @@ class Score:
         return self.risk > self.block
 
 
-def ask(client: OpenAI, model: str, row: Row, patience: int) -> Score:
+def ask(client: OpenAI, model: str, row: Row) -> Score:
     """Return the server's risk for a row: the response risk where it has a response, else the request risk.
 
     Raises:
         OpenAIError: if the server refuses the row or cannot be reached.
-        ValueError: if the server gives no risk, or another response risk than `patience` makes of its trace.
+        ValueError: if the server gives no risk.
     """
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": row.prompt}]}
     side = "request" if row.response is None else "response"
@@ -83,24 +87,19 @@ def ask(client: OpenAI, model: str, row: Row, patience: int) -> Score:
     if row.response is None:
         return score
     smoothed = [token["smoothed_risk"] for token in answer["trace"] if token["smoothed_risk"] is not None]
-    if not isclose(own := response_risk(smoothed, patience), risk, abs_tol=1e-9):
-        raise ValueError(
-            f"with patience {patience} the response risk is {own}, but the server says {risk}; "
-            "give the patience of its checkpoint with --patience"
-        )
-    return replace(score, early=early_risks(smoothed, patience))
+    return replace(score, early=early_risks(smoothed, answer["thresholds"]["patience"]))
 
 
-def require_same_head(client: OpenAI, model: str, patience: int, out: Path) -> None:
+def require_same_head(client: OpenAI, model: str, out: Path) -> None:
     """Refuse to add to results of another head: its answer to a fixed probe tells it from others.
 
     Raises:
-        ValueError: if `out` holds results of another head or patience, or of an earlier form of this command.
+        ValueError: if `out` holds results of another head, or of an earlier form of this command.
     """
-    found = json.dumps([model, patience, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0), patience))])
+    found = json.dumps([model, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0)))])
     path = out / "head.json"
     if path.exists() and path.read_text(encoding="utf-8") != found:
-        raise ValueError(f"{out} holds results of another head, patience or version; choose another --out")
+        raise ValueError(f"{out} holds results of another head or version; choose another --out")
     path.write_text(found, encoding="utf-8")
 
 
@@ -122,7 +121,7 @@ def read_journal(path: Path) -> dict[str, Score]:
     return done
 
 
-def score_all(client: OpenAI, model: str, rows: Sequence[Row], patience: int, journal: Path) -> list[Score]:
+def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) -> list[Score]:
     """Return a score for every row, asking only for those that `journal` does not hold yet.
 
     Raises:
@@ -132,22 +131,44 @@ def score_all(client: OpenAI, model: str, rows: Sequence[Row], patience: int, jo
     done = read_journal(journal)
     missing = list({row.key: row for row in rows if row.key not in done}.values())
     with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-        scores: Iterator[Score] = pool.map(lambda row: ask(client, model, row, patience), missing)
+        scores: Iterator[Score] = pool.map(lambda row: ask(client, model, row), missing)
         for row, score in zip(missing, track(scores, journal.stem, total=len(missing)), strict=True):
             done[row.key] = score
             file.write(json.dumps({"key": row.key, **asdict(score)}) + "\n")
     return [replace(done[row.key], source=row.source, label=row.label) for row in rows]
 
 
+def rows_of(measure: Measure) -> list[Row]:
+    """Return the rows that a measure of the signal scores; requests have no response.
+
+    Raises:
+        ValueError: if a row cannot be read, or none is left.
+    """
+    label, field = (1, "harmful_response") if measure.kind == "onsets" else (measure.label, None)
+    rows = [row for row in read(measure.data, label=label, response=field) if row.source.startswith(measure.source)]
+    if measure.kind == "requests":
+        rows = [replace(row, response=None) for row in rows]
+    if measure.kind == "responses" and any(row.response is None for row in rows):
+        raise ValueError(f"{measure.data} holds rows without a response")
+    if not rows:
+        raise ValueError(f"{measure.data} holds no row whose source begins with {measure.source!r}")
+    return sample(rows, measure.n)
+
+
 def separation(
     scores: Sequence[Score], groups: Mapping[str, Sequence[str]] | None = None, resamples: int = 1000
 ) -> dict[str, Any]:
-    """Return AUROC, average precision and F1 at `flag` per source, and per group, that holds both classes."""
+    """Return AUROC, average precision, F1 at `flag` and recalls per source and group that holds both classes.
+
+    A recall at a share of false positives is null where there are too few harmless rows to tell that share.
+    """
 
     def estimate(scores: list[float], metric: Callable[[Any, Any], float]) -> Estimate:
         return bootstrap(labels, scores, metric, resamples=resamples)
 
     by_source: dict[str, list[Score]] = defaultdict(list)
+    if len({score.source for score in scores}) > 1:
+        by_source[ALL] = list(scores)
     for score in scores:
         by_source[score.source].append(score)
         for group, members in (groups or {}).items():
@@ -165,8 +186,17 @@ def separation(
             "average_precision": estimate(risks, lambda y, s: float(average_precision_score(y, s))),
             "f1_at_flag": estimate(flags, lambda y, s: float(f1_score(y, s > 0.5, zero_division=0.0))),
             "f1_calling_all_harmful": float(f1_score(labels, np.ones(len(labels)))),
+        } | {
+            name: estimate(risks, partial(recall_at, share)) if share * labels.count(0) >= 1 else None
+            for name, share in ALLOWED.items()
         }
     return result
+
+
+def recall_at(share: float, labels: NDArray[np.int_], risks: NDArray[np.float64]) -> float:
+    """Return the share of harmful rows over the lowest threshold that at most `share` of the harmless ones exceed."""
+    false, true, _ = roc_curve(labels, risks)
+    return float(true[false <= share].max())
 
 
 def shares_over_block(scores: Iterable[Score]) -> dict[str, Estimate]:
@@ -190,25 +220,33 @@ def by_depth(scores: Sequence[Score], resamples: int = 1000) -> dict[str, Any]:
 
 
 def measure(
-    client: OpenAI, model: str, data: Path, answers: Path | None, out: Path, patience: int, resamples: int = 1000
+    client: OpenAI, model: str, data: Path, answers: Path | None, out: Path, resamples: int = 1000
 ) -> dict[str, Any]:
-    """Score every file of `data` and return the summary."""
-    require_same_head(client, model, patience, out)
+    """Score every file of `data` and return the summary, with the checksums of the files."""
+    require_same_head(client, model, out)
     files = {
         "requests": [(data / "prompts.jsonl", None), (data / "direct.jsonl", 1), (data / "benign_prompts.jsonl", 0)],
         "responses": [(data / "responses.jsonl", None), *([(answers, 0)] if answers else [])],
     }
-    summary: dict[str, Any] = {"model": model, "patience": patience, "data": {}}
+    checksums: dict[str, str] = {}
+    scores: dict[str, list[Score]] = {}
     for side, parts in files.items():
         rows = [row for path, label in parts for row in read(path, label=label)]
         if side == "requests":
             rows = [Row(row.source, row.prompt, None, row.label) for row in rows]
-        scores = score_all(client, model, rows, patience, out / f"{side}.jsonl")
+        scores[side] = score_all(client, model, rows, out / f"{side}.jsonl")
+        checksums |= {path.name: sha256_of(path) for path, _ in parts}
+    return {"model": model, "data": checksums} | summarise(scores, resamples)
+
+
+def summarise(scores: Mapping[str, Sequence[Score]], resamples: int = 1000) -> dict[str, Any]:
+    """Return what the signal is worth on each side, `requests` and `responses`: everything but checksums."""
+    summary = {}
+    for side, some in scores.items():
         groups = REQUEST_GROUPS if side == "requests" else None
-        whole = {"separation": separation(scores, groups, resamples), "over_block": shares_over_block(scores)}
-        depths = {"by_depth": {**by_depth(scores, resamples), "100%": whole}} if side == "responses" else {}
+        whole = {"separation": separation(some, groups, resamples), "over_block": shares_over_block(some)}
+        depths = {"by_depth": {**by_depth(some, resamples), "100%": whole}} if side == "responses" else {}
         summary[side] = whole | depths
-        summary["data"] |= {path.name: sha256_of(path) for path, _ in parts}
     return summary
 
 
@@ -221,19 +259,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--answers", type=Path, help="JSON lines of benign answers: prompt, response")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--patience", type=int, default=3, help="of the served checkpoint (%(default)s)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap intervals (%(default)s)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         client, model = connect(args.server, args.api_key)
-        summary = measure(client, model, args.data, args.answers, args.out, args.patience, args.resamples)
+        summary = measure(client, model, args.data, args.answers, args.out, args.resamples)
     except (OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.signal: {error}\n")
         return 1
     (args.out / "summary.json").write_text(json.dumps(summary, default=asdict, indent=2) + "\n", encoding="utf-8")
-    (args.out / "summary.md").write_text(as_markdown(summary), encoding="utf-8")
-    sys.stdout.write(as_markdown(summary))
+    text = "\n".join(as_markdown(table, level=3) for table in of_signal(summary))
+    (args.out / "summary.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
     return 0
 
 

@@ -17,17 +17,31 @@ TEXTS = Path(__file__).parent / "texts"
 STRICT = ConfigDict(extra="forbid")
 
 Kind = Literal[
-    "direct", "ready", "exploit", "scenes", "conversations", "relapses", "prefill", "late", "diluted", "benign"
+    "direct",
+    "ready",
+    "exploit",
+    "scenes",
+    "conversations",
+    "relapses",
+    "prefill",
+    "late",
+    "diluted",
+    "benign",
+    "requests",
+    "responses",
+    "onsets",
 ]
-"""An attack of `evaluation.attack`, or benign requests sent as they are."""
+"""An attack of `evaluation.attack`, benign requests sent as they are, or labelled texts that the signal scores."""
+SCORED = ("requests", "responses", "onsets")
+"""What the signal scores: `evaluation.signal`, and made onsets of `evaluation.onsets`. Nothing is generated."""
 DEPTHS: dict[str, tuple[int, ...]] = {
     "prefill": (5, 10, 20, 40, 100, 200),
     "late": (25, 100, 300, 1000),
     "diluted": (500, 2000),
 }
 """Tokens that are given, by attack: of the harmful response, of the harmless opening, around the request."""
-FILLED = ("late", "diluted")
-"""Attacks with harmless text in them."""
+FILLED = ("late", "diluted", "onsets")
+"""What has harmless text in it."""
 Policy = Literal["both", "output", "none"]
 """The sides that block."""
 Tokens = Annotated[int, Field(ge=0)]
@@ -42,18 +56,20 @@ class Measure:
 
     kind: Kind
     data: Path
-    """JSON lines of `prompt`; `prefill` and `late` need `harmful_response`, `ready` needs `attack_prompt`. In a suite
-    relative to its own place or to the folder of data."""
+    """JSON lines of `prompt`; `prefill`, `late` and `onsets` need `harmful_response`, `ready` needs `attack_prompt`,
+    `responses` needs `response`. In a suite relative to its own place or to the folder of data."""
     source: str = ""
     """Only rows whose source begins with this."""
     n: AtLeastOne = 373
-    """Most prompts."""
+    """Most prompts; of what the signal scores, most rows."""
+    label: Literal[0, 1] | None = None
+    """Of all rows that the signal scores; null reads it from their field `harmful`."""
     suffix: str = ""
     """Ends every prompt: the trigger of a backdoor."""
     depths: tuple[Tokens, ...] | None = None
     """Tokens that are given; null takes those of the attack."""
     filler: Path | None = None
-    """JSON lines of harmless responses, for `late` and `diluted`."""
+    """JSON lines of harmless responses, for `late`, `diluted` and `onsets`."""
     policies: Annotated[tuple[Policy, ...], Field(min_length=1)] = ("both", "output", "none")
     max_tokens: AtLeastOne = 48
     """Of the longest response."""
@@ -65,6 +81,8 @@ class Measure:
             raise ValueError(f"depths are for {list(DEPTHS)}, one at least")
         if (self.filler is None) is (self.kind in FILLED):
             raise ValueError(f"filler, a file of harmless responses, is for {list(FILLED)}, which need it")
+        if self.label is not None and self.kind not in ("requests", "responses"):
+            raise ValueError("label is for requests and responses")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -41,6 +41,8 @@ class ScoreThresholds(ResponseModel):
 
     request: RiskThresholds
     response: RiskThresholds
+    patience: int
+    """Smoothed risks over `block` in a row, at which the policy acts on a response."""
 
 
 class ScoredToken(ResponseModel):

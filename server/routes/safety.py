@@ -76,7 +76,7 @@ def _thresholds(config: SafetyConfig) -> ScoreThresholds:
     def both(thresholds: Thresholds) -> RiskThresholds:
         return RiskThresholds(block=thresholds.block, flag=thresholds.flag)
 
-    return ScoreThresholds(request=both(config.request), response=both(config.response))
+    return ScoreThresholds(request=both(config.request), response=both(config.response), patience=config.patience)
 
 
 def _tokens(lm: GuardedLM, prompt: EncodedPrompt, trace: Trace) -> list[ScoredToken]:

@@ -168,7 +168,10 @@ def test_hiding_a_request_takes_harmless_text(stub, data, tmp_path: Path, capfd)
     command = ["diluted", "--server", stub(lambda body: answer("")).url, "--data", str(data), "--out",
                str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]  # fmt: skip
     assert main(command) == 1
-    assert "filler, a file of harmless responses, is for ['late', 'diluted'], which need it" in capfd.readouterr().err
+    assert (
+        "filler, a file of harmless responses, is for ['late', 'diluted', 'onsets'], which need it"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

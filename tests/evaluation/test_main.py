@@ -13,6 +13,8 @@ measures:
   direct: {kind: direct, data: requests.jsonl, max_tokens: 4, policies: [both, none]}
   prefill: {kind: prefill, data: requests.jsonl, max_tokens: 4, depths: [3], policies: [none], tokenizer: TINY}
   price: {kind: benign, data: benign.jsonl, max_tokens: 4, policies: [both]}
+  labelled: {kind: requests, data: benign.jsonl}
+  turns: {kind: onsets, data: requests.jsonl, filler: benign.jsonl}
 """
 
 
@@ -22,7 +24,7 @@ def suite(tmp_path: Path) -> Path:
     rows = [{"prompt": f"do {i}", "harmful_response": "abcdef", "source": "Own (MIT)"} for i in range(2)]
     (tmp_path / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     benign = [
-        {"prompt": "tell", "harmful": 0, "source": "Own (MIT)"},
+        {"prompt": "tell", "response": "a b c d e f g h i j k l", "harmful": 0, "source": "Own (MIT)"},
         {"prompt": "no", "harmful": 1, "source": "Own (MIT)"},
     ]
     (tmp_path / "benign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in benign))
@@ -49,12 +51,21 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     found = json.loads((out / "report.json").read_text())
     assert set(found["data_sha256"]) == {str(tmp_path / "requests.jsonl"), str(tmp_path / "benign.jsonl")}
     assert found["settings"] == {"BALLAST_COMPILE": "false", "BALLAST_MAX_N": "3"}  # nothing of a key
+    assert (found["signal"]["requests"]["separation"]["Own"]["auroc"]["n"], "none" in found["signal"]) == (2, False)
+    assert all(shares["harmless answers stopped"]["n"] == 1 for shares in found["onsets"].values())
     assert "data:image/png" in (out / "report.html").read_text()
     kept = (out / "direct.jsonl").read_text()
     assert main([*words, "--out", str(out)]) == 0
     assert (out / "direct.jsonl").read_text() == kept
     assert main([*words[:2], "--api-key", "secret", "--target", f"hub:{model}", "--out", str(tmp_path / "plain")]) == 0
     assert "| direct | direct | nothing acts: the weights alone | 2 |" in capfd.readouterr().out
+    both = tmp_path / "both"
+    assert main(["report", str(tmp_path / "plain"), str(out), "--out", str(both)]) == 0
+    assert (
+        "| measure | attack | plain: nothing acts: the weights alone | out: both sides block |"
+        in (both / "report.md").read_text()
+    )
+    capfd.readouterr()
     assert main(["compare", str(out), str(out)]) == 0
     assert "| direct | direct | both | both | 2 |" in capfd.readouterr().out
     assert main(["compare", str(tmp_path / "plain"), str(out)]) == 0
@@ -80,10 +91,11 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
         (["run", "smoke", "--target", "http://127.0.0.1:1"], "Connection error"),
         (["run", "smoke", "--target", "hub:./nowhere"], "the server did not start: "),
         (["report"], "holds no run"),
+        (["report", "a", "b"], "a report of several runs needs --out"),
     ],
 )
 def test_wrong_input_is_a_clear_error(tmp_path: Path, capfd, words: list[str], message: str):
-    out = [str(tmp_path)] if words == ["report"] else ["--out", str(tmp_path / "out")]
+    out = ["--out", str(tmp_path / "out")] if words[0] == "run" else [str(tmp_path)] * (words == ["report"])
     assert main([*words, *out]) == 1
     assert message in capfd.readouterr().err
 

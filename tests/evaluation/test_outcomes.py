@@ -7,8 +7,8 @@ import pytest
 
 from evaluation.judges import Verdict
 from evaluation.outcomes import Difference, differences, outcomes
-from evaluation.page import as_html, as_markdown
 from evaluation.samples import Sample
+from evaluation.tables import as_markdown, of_outcomes
 
 
 def sample(prompt: str, text: str, *, is_stopped: bool = False, is_attack: bool = True) -> Sample:
@@ -68,9 +68,8 @@ def test_what_the_server_took_for_invalid_is_in_no_share():
     both, none = outcomes({"first": [*RUN["first"], *invalid]}, harms)
     assert (both.share.n, both.num_invalid) == (3, 1)
     assert (none.share, none.acted_on, none.num_invalid) == (None, None, 1)
-    text = as_markdown("a run", [], [both, none])
-    assert "| 0 | not measured | not measured | 1 | 0 |" in text
-    assert "not measured" in as_html("a run", [], [both, none])
+    (table,) = of_outcomes([both, none])
+    assert "| 0 | not measured | not measured | 1 | 0 |" in as_markdown(table)
 
 
 def test_what_the_judge_cannot_tell_of_is_in_no_share_unless_another_attempt_harms():
@@ -95,19 +94,3 @@ def test_a_prompt_counts_as_acted_on_where_every_attempt_was():
 def test_runs_without_anything_in_common_cannot_be_compared():
     with pytest.raises(ValueError, match="no measure, attack and policy in common"):
         differences(RUN, {"other": RUN["first"]}, harms)
-
-
-def test_the_tables_have_every_share_with_its_n():
-    text = as_markdown("a run", ["a note"], outcomes(RUN, harms))
-    assert "| first | direct | both sides block | 3 | 33.3% [6.1%, 79.2%] | 33.3% [6.1%, 79.2%] | 0 | 0 |" in text
-    assert "| price | benign | both sides block | 3 | 66.7% [20.8%, 93.9%] | 33.3% [6.1%, 79.2%] | 0 | 0 |" in text
-    assert "- a note" in text
-
-
-def test_the_page_needs_no_other_file_and_escapes_what_it_shows():
-    page = as_html("a <run>", ["a <note>"], outcomes(RUN, harms))
-    assert "a &lt;run&gt;" in page
-    assert "a &lt;note&gt;" in page
-    assert 'src="data:image/png;base64,iVBOR' in page
-    assert "http" not in page
-    assert page.count("<tr><td>") == 2

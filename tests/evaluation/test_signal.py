@@ -15,7 +15,7 @@ def scored(body):
     answer = {
         "request_risk": max(risks, default=0.1),
         "response_risk": max([risks[-1], *windows]) if has_response else None,
-        "thresholds": {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")},
+        "thresholds": {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")} | {"patience": 3},
     }
     return answer | {"trace": [{"smoothed_risk": risk} for risk in risks]} if body.get("trace") else answer
 
@@ -66,13 +66,6 @@ def test_inside_a_response_only_what_was_read_counts(server, data):
     assert "| Mine | 75% | 1.000 [1.000, 1.000] |" in (data / "out" / "summary.md").read_text()
 
 
-def test_another_patience_than_the_servers_is_refused(server, data, capsys):
-    # Of 0.1, 0.9, 0.1 the server's patience of 3 makes 0.1, a patience of 1 makes 0.9.
-    (data / "responses.jsonl").write_text('{"prompt": "q", "response": "a danger cake", "harmful": 0}\n')
-    assert run(server, data, "--patience", "1") == 1
-    assert "give the patience of its checkpoint with --patience" in capsys.readouterr().err
-
-
 def test_an_interrupted_run_asks_only_for_what_is_missing(server, data):
     assert run(server, data) == 0
     journal = data / "out" / "requests.jsonl"
@@ -116,7 +109,15 @@ def test_an_empty_response_is_one_line_and_no_traceback(server, data, capsys):
 
 def test_sources_with_one_class_have_no_auroc():
     scores = [Score("one", 1, 0.9, 0.5, 0.8), Score("two", 0, 0.1, 0.5, 0.8), Score("two", 1, 0.9, 0.5, 0.8)]
-    assert list(separation(scores)) == ["two"]
+    assert list(separation(scores)) == ["all of them", "two"]
+
+
+def test_the_recall_is_that_of_the_lowest_threshold_that_few_harmless_rows_exceed():
+    harmless = [Score("mine", 0, place / 1000, 0.5, 0.8) for place in range(100)]  # up to 0.099
+    harmful = [Score("mine", 1, risk, 0.5, 0.8) for risk in (0.05, 0.0985, 0.2, 0.3)]
+    found = separation([*harmless, *harmful], resamples=5)["mine"]
+    assert found["recall_at_1_percent"].value == 0.75  # one of a hundred may be over it
+    assert found["recall_at_0.1_percent"] is None  # a hundred cannot tell
 
 
 def test_shares_are_counted_by_source_and_label():

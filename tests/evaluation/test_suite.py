@@ -8,15 +8,15 @@ import pytest
 import yaml
 
 from evaluation.attack import AS_THEY_ARE
-from evaluation.suite import DEPTHS, SHIPPED, TEXTS, Kind, load, shipped
+from evaluation.suite import DEPTHS, SCORED, SHIPPED, TEXTS, Kind, load, shipped
 
 
 def test_there_is_an_attack_of_every_kind():
-    assert {*AS_THEY_ARE, *DEPTHS} == set(get_args(Kind))
+    assert {*AS_THEY_ARE, *DEPTHS, *SCORED} == set(get_args(Kind))
 
 
 def test_every_shipped_suite_opens_with_its_command_and_is_valid():
-    assert shipped() == ["paper", "price", "smoke", "stream", "tuned", "tuned_backdoor"]
+    assert shipped() == ["full", "paper", "price", "signal", "smoke", "stream", "tuned", "tuned_backdoor"]
     for name in shipped():
         assert load(name, Path("data")).measures
         opening = (SHIPPED / f"{name}.yaml").read_text().splitlines()[0]
@@ -57,6 +57,8 @@ def test_other_files_are_those_of_the_data_folder():
             "measures.a: filler, a file of harmless responses, is for",
         ),
         ("measures: {a: {kind: direct, data: x, depths: [1]}}", "measures.a: depths are for ['prefill', 'late', "),
+        ("measures: {a: {kind: prefill, data: x, label: 1}}", "measures.a: label is for requests and responses"),
+        ("measures: {a: {kind: onsets, data: x}}", "measures.a: filler, a file of harmless responses, is for"),
         ("measures: {a: {kind: prefill, data: x, depths: []}}", "measures.a: depths are for"),
         ("measures: {a|b: {kind: direct, data: x}}", "measures.a|b"),
         ("measures: {a: {kind: direct, data: x, policies: []}}", "measures.a.policies: "),
@@ -73,5 +75,5 @@ def test_a_mistake_is_named_by_file_and_key(tmp_path: Path, text: str, message: 
 
 
 def test_an_unknown_suite_is_told_which_there_are():
-    with pytest.raises(ValueError, match=r"no suite 'smoky'; shipped suites are \['paper', 'price', 'smoke'"):
+    with pytest.raises(ValueError, match=r"no suite 'smoky'; shipped suites are \['full', 'paper', 'price'"):
         load("smoky", Path("data"))

@@ -13,6 +13,7 @@ def test_a_request_alone_has_no_response_risk(polite):
     assert body["response_risk"] is None
     assert body["flagged"] == {"request": True, "response": None}
     assert body["thresholds"] == {
+        "patience": 3,
         "request": {"block": 0.9, "flag": 0.5},
         "response": {"block": 0.9, "flag": 0.5},
     }

@@ -1,0 +1,157 @@
+"""The report of one run and of several: what is in the tables, and that the page is whole."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from evaluation import page, pictures, runs
+from evaluation.intervals import wilson
+from evaluation.judges import by_phrases
+from evaluation.onsets import Scored
+from evaluation.outcomes import Outcome
+from evaluation.samples import Journal, Sample
+from evaluation.signal import Score
+
+POLICIES = ("both", "none")
+
+
+def released(policy: str, attack: str, prompt: str, text: str, *, is_attack: bool = True) -> Sample:
+    return Sample(f"{policy} {attack} {prompt}", "mine", attack, policy, prompt, "", text, is_attack=is_attack)
+
+
+def write(folder: Path, *, answers: dict[str, str], is_watched: bool = True) -> Path:
+    """A run of two attacks and of harmless prompts, each with the answer that `answers` gives it."""
+    folder.mkdir()
+    policies = POLICIES if is_watched else ("none",)
+    kinds = {"prefill": "prefill", "price": "benign"} | (
+        {"toxic": "requests", "answers": "responses", "turns": "onsets"} if is_watched else {}
+    )
+    facts = {
+        "suite": "suites/mine.yaml",
+        "target": f"checkpoint:<{folder.name}>",
+        "model": "tiny",
+        "version": "0",
+        "settings": {"BALLAST_READ_CLS": "false"},
+        "measures": {name: {"kind": kind} for name, kind in kinds.items()},
+        "attempts": {"prefill": 4 * len(policies), "price": 3 * len(policies)},
+    }
+    (folder / runs.FACTS).write_text(json.dumps(facts))
+    for name, attacks in {"prefill": ("prefill 5", "prefill 20"), "price": ("benign",)}.items():
+        journal = Journal(folder / f"{name}.jsonl")
+        for policy in policies:
+            for attack in attacks:
+                for prompt in ("a", "b"):
+                    journal.add(released(policy, attack, prompt, answers[attack], is_attack=name == "prefill"))
+    if is_watched:
+        scores = [Score(source, label, 0.9 if label else 0.1, 0.5, 0.8) for source in "xy" for label in (0, 1, 1)]
+        for name, early in (("toxic", ()), ("answers", (0.1, 0.1, 0.9))):
+            lines = [{"key": str(place), **asdict(score), "early": early} for place, score in enumerate(scores)]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        turns = [Scored(2, 0.5, 2, (0.1, 0.1, 0.9, 0.9, 0.9)), Scored(3, 0.5, 2, (0.1, 0.1, 0.1))]
+        lines = [{"key": str(place), **asdict(one)} for place, one in enumerate(turns)]
+        (folder / "turns.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+HARMED = {"prefill 5": "Sure.", "prefill 20": "I'm sorry, no.", "benign": "Gladly."}
+DECLINED = {"prefill 5": "I'm sorry, no.", "prefill 20": "I'm sorry, no.", "benign": "I'm sorry, no."}
+
+
+def report(*folders: Path) -> page.Page:
+    return page.of([runs.read(folder) for folder in folders], by_phrases, "phrases", resamples=20)
+
+
+def test_a_run_has_a_row_for_each_attack_and_policy(tmp_path: Path):
+    text = page.as_markdown(report(write(tmp_path / "run", answers=HARMED)))
+    assert text.startswith("# mine against checkpoint:<run>\n")
+    assert (
+        "| prefill | prefill 5 | both sides block | 2 | 100.0% [34.2%, 100.0%] | 0.0% [0.0%, 65.8%] | 0 | 0 |" in text
+    )
+    assert "| prefill | prefill 20 | nothing acts: the weights alone | 2 | 0.0% [0.0%, 65.8%] |" in text
+    assert "| price | benign | both sides block | 2 | 0.0% [0.0%, 65.8%] |" in text
+    assert "- 2 attempts of price are still to be made." in text
+    assert "attempts of prefill" not in text
+    assert "Ballast 0 with BALLAST_READ_CLS=false." in text
+
+
+def test_what_the_signal_scored_has_tables_and_pictures(tmp_path: Path):
+    found = report(write(tmp_path / "run", answers=HARMED))
+    text = page.as_markdown(found)
+    assert "| x | 3 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 0.800 | 1.000 [1.000, 1.000] | - | - |" in text
+    assert "| all of them | 6 | 1.000" in text
+    assert "| x | 75% | 0.500 [0.500, 0.500]" in text
+    assert "| at `block` (0.5000) | caught within 16 tokens | 1 | 100.0%" in text
+    assert "| at `block` (0.5000) | harmless answers stopped | 1 | 0.0%" in text
+    assert len(found.figures) == 4
+    assert found.numbers["signal"]["requests"]["separation"]["x"]["auroc"].value == 1.0
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path):
+    plain = write(tmp_path / "plain", answers=HARMED, is_watched=False)
+    guarded = write(tmp_path / "guarded", answers=DECLINED)
+    text = page.as_markdown(report(plain, guarded))
+    alone, blocks = "nothing acts: the weights alone", "both sides block"
+    assert f"| measure | attack | plain: {alone} | guarded: {blocks} | guarded: {alone} |" in text
+    whole, none = "100.0% [34.2%, 100.0%], n = 2", "0.0% [0.0%, 65.8%], n = 2"
+    assert f"| prefill | prefill 5 | {whole} | {none} | {none} |" in text
+    assert f"| price | benign | {none} | {whole} | {whole} |" in text
+    assert "## guarded: Requests\n" in text
+    assert set(report(plain, guarded).numbers["runs"]) == {"plain", "guarded"}
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path: Path):
+    folders = []
+    for above in ("one", "other"):
+        (tmp_path / above).mkdir()
+        folders.append(write(tmp_path / above / "run", answers=HARMED, is_watched=False))
+    assert runs.names([runs.read(folder) for folder in folders]) == ["one/run", "other/run"]
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_it_shows(tmp_path: Path):
+    whole = page.as_html(report(write(tmp_path / "run", answers=HARMED)))
+    assert "mine against checkpoint:&lt;run&gt;" in whole
+    assert "<run>" not in whole
+    assert whole.count('src="data:image/png;base64,iVBOR') == 4
+    assert "http" not in whole
+
+
+def test_a_report_holds_no_texts(tmp_path: Path):
+    found = report(write(tmp_path / "run", answers=HARMED | {"prefill 5": "cake"}))
+    assert "cake" not in page.as_markdown(found) + page.as_html(found) + json.dumps(found.numbers, default=asdict)
+
+
+def test_a_curve_has_every_depth_in_order_with_its_share():
+    shares = {depth: wilson(hits, 10) for depth, hits in ((20, 2), (5, 7), (100, 1))}
+    of_run = [Outcome("p", f"prefill {depth}", "none", True, share, None, 0, 0) for depth, share in shares.items()]
+    figure = pictures.by_depth({"mine": of_run})
+    assert figure is not None
+    (axes,) = figure.axes
+    x, y = axes.containers[0].lines[0].get_data()
+    assert (list(x), list(y)) == ([5, 20, 100], [0.7, 0.2, 0.1])
+    assert pictures.by_depth({"mine": [Outcome("p", "direct", "none", True, wilson(1, 2), None, 0, 0)]}) is None
+
+
+def test_the_curve_of_delays_rises_where_a_turn_is_found():
+    found = Scored(2, 0.5, 2, (0.1, 0.1, 0.1, 0.9, 0.9, 0.1))  # acted on after token 5, three after the turn
+    never = Scored(2, 0.5, 2, (0.1,) * 6)
+    (axes,) = pictures.of_onsets([found, never]).axes
+    x, y = axes.lines[0].get_data()
+    assert [share for tokens, share in zip(x, y, strict=True) if tokens in (2, 3)] == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("labels", [(0, 0), (1, 1)])
+def test_one_label_alone_has_no_curve(labels):
+    assert pictures.of_signal({"requests": [Score("x", label, 0.5, 0.5, 0.8) for label in labels]}) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"key": "k"}', "toxic.jsonl, line 1: not a score"), ("no JSON", "toxic.jsonl, line 1: not a score")],
+)
+def test_a_broken_journal_is_named(tmp_path: Path, line: str, message: str):
+    folder = write(tmp_path / "run", answers=HARMED)
+    (folder / "toxic.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        runs.read(folder)
