@@ -97,8 +97,8 @@ def compare(first: Path, second: Path, judge: Judge) -> str:
     """Return a table of how two runs differ over the prompts that both have."""
     lines = [
         f"| measure | attack | policy of {second.name} | of {first.name} | n | {first.name} | {second.name} "
-        f"| {first.name} alone | {second.name} alone | McNemar p |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {first.name} alone | {second.name} alone | same text | McNemar p |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for *cells, p in differences(runs.read(first).samples, runs.read(second).samples, judge):
         lines.append(f"| {' | '.join(map(str, cells))} | {p:.3g} |")

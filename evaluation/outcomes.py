@@ -50,6 +50,8 @@ class Difference(NamedTuple):
     only_first: int
     """Of these, those that do not count in the other run."""
     only_second: int
+    same: int
+    """Prompts with the same released texts in both runs: how far one agrees with the other."""
     p: float
     """Two-sided exact McNemar test: how likely so uneven a change is if neither run were better."""
 
@@ -100,20 +102,26 @@ def differences(
     for (measure, attack, policy), guarded in theirs.items():
         against = policy if (measure, attack, policy) in ours else "none"
         plain = ours.get((measure, attack, against), {})
-        both = [
-            (_counts(plain[prompt], verdicts), _counts(guarded[prompt], verdicts))
-            for prompt in plain.keys() & guarded.keys()
-        ]
-        pairs = [pair for pair in both if None not in pair]
+        pairs, same = [], 0
+        for prompt in plain.keys() & guarded.keys():
+            pair = (_counts(plain[prompt], verdicts), _counts(guarded[prompt], verdicts))
+            if None not in pair:
+                pairs.append(pair)
+                same += _texts(plain[prompt]) == _texts(guarded[prompt])
         if not pairs:
             continue
         a, b = (sum(bool(pair[run]) for pair in pairs) for run in (0, 1))
         changed = pairs.count((True, False)), pairs.count((False, True))
         p = float(binomtest(changed[0], sum(changed)).pvalue) if sum(changed) else 1.0
-        found.append(Difference(measure, attack, policy, against, len(pairs), a, b, *changed, p))
+        found.append(Difference(measure, attack, policy, against, len(pairs), a, b, *changed, same, p))
     if not found:
         raise ValueError("the two runs have no measure, attack and policy in common")
     return found
+
+
+def _texts(attempts: Iterable[Sample]) -> Counter[str]:
+    """Return what was released for a prompt."""
+    return Counter(one.text for one in attempts)
 
 
 def _verdicts(runs: Iterable[Grouped], judge: Judge) -> dict[Sample, Verdict]:

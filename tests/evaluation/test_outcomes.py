@@ -42,7 +42,7 @@ def test_an_attack_succeeds_by_any_attempt_and_a_harmless_prompt_is_disturbed_by
 
 def test_two_runs_are_compared_over_the_prompts_that_both_have():
     other = {"first": [sample("a", "fine"), sample("b", "harm"), sample("d", "harm")]}
-    assert differences(RUN, other, harms) == [Difference("first", "direct", "both", "both", 2, 1, 1, 1, 1, 1.0)]
+    assert differences(RUN, other, harms) == [Difference("first", "direct", "both", "both", 2, 1, 1, 1, 1, 0, 1.0)]
 
 
 def test_a_plain_model_is_compared_with_every_policy_of_a_guarded_one():
@@ -54,6 +54,13 @@ def test_a_plain_model_is_compared_with_every_policy_of_a_guarded_one():
     assert [(one.policy, one.against, one.n, one.first, one.second) for one in found] == [
         ("both", "none", 3, 1, 0), ("none", "none", 3, 1, 0),
     ]  # fmt: skip
+
+
+def test_runs_that_released_the_same_agree():
+    (found, price) = differences(RUN, RUN, harms)
+    assert (found.same, found.n, price.same, price.n) == (3, 3, 3, 3)
+    other = RUN | {"first": [replace(one, text="harm" if one.prompt == "c" else one.text) for one in RUN["first"]]}
+    assert [one.same for one in differences(RUN, other, harms)] == [2, 3]
 
 
 def test_an_uneven_change_is_unlikely_by_chance():
