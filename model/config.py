@@ -101,6 +101,9 @@ class SafetyConfig:
     """Weight of the newest logit in the moving average, (0, 1]."""
     patience: int = 3
     lookback: int = 8
+    request_clear: float = 0.0
+    """Request risk below which a refusal that the model begins with by itself is withdrawn, and the response drawn
+    again, once; 0 never does."""
     cls: ClsConfig | None = None
     """None where the checkpoint carries no `[CLS]`."""
     refusal: RefusalConfig = field(default_factory=RefusalConfig)
@@ -120,6 +123,7 @@ class SafetyConfig:
             onset=self.onset,
             patience=self.patience,
             lookback=self.lookback,
+            request_clear=self.request_clear,
         )
 
     def schedule(self, name: str | None = None) -> Schedule:

@@ -55,6 +55,8 @@ class Finish:
     """Of the response as generated, withdrawn tokens included; None without an assessment."""
     num_assessments: int
     num_withdrawn_tokens: int
+    is_redrawn: bool
+    """A refusal of the model's own was withdrawn, as the request is clear, and the response drawn again."""
     num_request_failures: int
     """Assessments of the request on which the head failed."""
     num_response_failures: int

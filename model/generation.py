@@ -24,6 +24,8 @@ from model.trace import Trace
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass, so that a long prompt does not hold up its neighbours."""
+OPENING = 6
+"""Tokens of the refusal prefix with which a response begins that is taken for a refusal."""
 SHORTEST_REFUSAL = 24
 """Characters that the model adds to the refusal prefix before the end of a sentence ends the refusal."""
 
@@ -66,19 +68,28 @@ class Generation:
         self._response_head = HeadWork()
         self._untold_head = HeadWork()
         self._num_withdrawn = 0
+        self._doubted: tuple[int, ...] = ()
+        """How a response begins that is withdrawn and drawn again, once."""
+        self._is_redrawn = False
 
     def run(self) -> Steps[Release, Finish]:
         """Yield passes and what they release, and return how the response ended."""
         logits = yield from self._read_request()
         if isinstance(self._policy.decide_request(self._trace.request_risk), Refuse):
             return (yield from self._refuse("refused"))
+        if not self._num_prefill and self._policy.doubts_refusals(self._trace.request_risk):
+            self._doubted = self._opening()
         reason: FinishReason | None = None
+        first = logits
         logits, decision = yield from self._read_prefill(logits)
         while isinstance(decision, Continue):
-            yield self._release(decision.releasable, is_end=reason is not None)
+            is_held = reason is None and self._may_be_doubted()
+            yield self._release(0 if is_held else decision.releasable, is_end=reason is not None)
             if reason is not None:
                 return self._finish(reason, "none", self._draft.num_released)
             reason, token_id = self._draw(logits)
+            if self._doubted and tuple(self._draft.token_ids) == self._doubted:
+                reason, token_id = self._draw_again(first)
             if reason is None:
                 logits, decision = yield from self._step(token_id)
             else:
@@ -119,7 +130,32 @@ class Generation:
             yield Release(head=self._pop_head())
         return logits, decision
 
-    def _draw(self, logits: Tensor) -> tuple[FinishReason | None, int]:
+    def _opening(self) -> tuple[int, ...]:
+        """Return the tokens that a refusal begins with."""
+        assert self._lm.config is not None
+        return tuple(self._lm.tokenizer.encode(self._lm.config.refusal.prefix, add_special_tokens=False)[:OPENING])
+
+    def _may_be_doubted(self) -> bool:
+        """Tell whether the response so far may become one that is drawn again."""
+        length = len(self._draft)
+        return length < len(self._doubted) and tuple(self._draft.token_ids) == self._doubted[:length]
+
+    def _draw_again(self, logits: Tensor) -> tuple[FinishReason | None, int]:
+        """Withdraw a refusal of a request that is clear, and draw the first token again: any but that one.
+
+        A second refusal stands. Not in the source; weights whose refusals hold deep refuse too much.
+
+        Args:
+            logits: those that the first token was drawn from, (V,).
+        """
+        forbidden = self._doubted[0]
+        self._doubted, self._is_redrawn = (), True
+        self._num_withdrawn += self._draft.crop(0)
+        self._trace = replace(self._trace, assessments=[])
+        self._reader.restart()
+        return self._draw(logits, forbidden)
+
+    def _draw(self, logits: Tensor, forbidden: int | None = None) -> tuple[FinishReason | None, int]:
         """Draw the next token; return why the response ends with it, if it does."""
         sampling = self._request.sampling
         drawn = draw(
@@ -129,6 +165,7 @@ class Generation:
             prompt=self._prompt_ids,
             output=self._draft.token_ids,
             eos_ids=self._lm.eos_ids,
+            forbidden=forbidden,
         )
         if drawn.token_id in self._lm.eos_ids and not sampling.ignore_eos:
             return "stop", drawn.token_id
@@ -258,6 +295,7 @@ class Generation:
             response_risk=self._response_risk if is_refusal else self._overall_risk(),
             num_assessments=self._request_head.num_assessments + self._response_head.num_assessments,
             num_withdrawn_tokens=self._num_withdrawn,
+            is_redrawn=self._is_redrawn,
             num_request_failures=self._request_head.num_failures,
             num_response_failures=self._response_head.num_failures,
             prompt_tokens=len(self._prompt_ids),

@@ -60,6 +60,7 @@ class Policy:
         onset: a raw response risk above this marks the onset; at most `response_block`.
         patience: suspicious assessments in a row before a rollback, at least 1.
         lookback: tokens before the last clear assessment that a rollback may still withdraw.
+        request_clear: where the request risk is below this, a refusal of the model's own is doubted; 0 never is.
     """
 
     input: Mode
@@ -69,17 +70,24 @@ class Policy:
     onset: float
     patience: int = 3
     lookback: int = 8
+    request_clear: float = 0.0
 
     def __post_init__(self) -> None:
         if self.patience < 1 or self.lookback < 0:
             raise ValueError(f"patience >= 1 and lookback >= 0, got {self.patience} and {self.lookback}")
         if self.onset > self.response_block:
             raise ValueError(f"onset {self.onset} must not exceed the block threshold {self.response_block}")
+        if not 0.0 <= self.request_clear <= self.request_block:
+            raise ValueError(f"request_clear {self.request_clear} must be from 0 to the block threshold")
 
     def decide_request(self, request_risk: float | None) -> Decision:
         """Return `Refuse` where the request side blocks and the risk is over its threshold."""
         blocked = self.input is Mode.BLOCK and request_risk is not None and request_risk > self.request_block
         return Refuse() if blocked else Continue(releasable=0)
+
+    def doubts_refusals(self, request_risk: float | None) -> bool:
+        """Tell whether the request is so harmless that a refusal with which the model begins is drawn again."""
+        return self.input is Mode.BLOCK and request_risk is not None and request_risk < self.request_clear
 
     def is_suspicious(self, assessment: Assessment) -> bool:
         """Tell whether the smoothed response risk is over `response_block`."""

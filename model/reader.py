@@ -65,6 +65,7 @@ class Reader:
         self._watches_response = watches_response
         self._num_fed = 0
         self._is_refusal = False
+        self._restarts = False
         self._newest_due = 0
         self._held: float | None = None  # the newest response logit of `[CLS]`
 
@@ -86,6 +87,7 @@ class Reader:
         """
         first, stop, border = self._num_fed, self._num_fed + len(token_ids), self._num_request
         ends_request = first < border <= stop
+        restarts_at, self._restarts = border if self._restarts else None, False
         numbers = range(max(first, border) - border + 1, stop - border + 1)  # of the response tokens
         asked = self._due(numbers, is_suspicious=turned_at is not None, must_assess=must_assess)
         has_both = self._lm.cls is not None and self._lm.head is not None
@@ -97,7 +99,8 @@ class Reader:
             num_response=len(numbers) if self._watches_response else 0,
             asks_request=asks_request,
             num_asked=len(reported) if self._lm.head is not None else 0,
-            spans=self._spans(asked, turned_at, is_first=ends_request),
+            spans=self._spans(asked, turned_at, is_first=ends_request or restarts_at is not None),
+            restarts_at=restarts_at,
         )
         self._num_fed = stop
         request = None
@@ -115,6 +118,11 @@ class Reader:
         has_head = self._lm.head is not None
         passed = yield Pass((), num_asked=int(has_head), spans=self._spans([number], turned_at))
         return self._step(passed, None, self._assessed([number], [number], passed))
+
+    def restart(self) -> None:
+        """Forget the response: what is fed next is its first token. `[CLS]` is assessed on the request again before."""
+        self._newest_due, self._held, self._restarts = 0, None, True
+        self._num_fed = self._num_request
 
     def begin_refusal(self, prefix: Sequence[int]) -> Reading:
         """Forget the response, and feed the refusal prefix after the bare request.

@@ -181,13 +181,16 @@ def draw(
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     eos_ids: frozenset[int] = frozenset(),
+    forbidden: int | None = None,
 ) -> Draw:
     """Return the next token of one sequence: the most likely one at temperature 0, else a sample.
 
     One uniform number per token comes from `generator`, so a seed gives the same text alone or
-    beside other sequences.
+    beside other sequences. `forbidden` is a token that cannot be drawn; the others are as in `adjust`.
     """
     adjusted = adjust(logits, params, prompt, output, eos_ids)
+    if forbidden is not None:
+        adjusted[forbidden] = -math.inf
     if params.temperature == 0.0:
         token_id = int(adjusted.argmax())
     else:

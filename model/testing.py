@@ -137,18 +137,26 @@ class ScriptedLM(GuardedLM):
     Args:
         script: what it answers; it ends with end-of-sequence.
         refusal_script: how it continues a refusal.
+        second_script: what it answers where the first token of its script is forbidden.
         fails_at: raises at the forward pass of this number, to test how faults are contained.
     """
 
     HIGH, LOW = 8.0, -8.0
 
     def __init__(
-        self, script: str, refusal_script: str = ". bye.", *, fails_at: int | None = None, **changes: Any
+        self,
+        script: str,
+        refusal_script: str = ". bye.",
+        second_script: str = "",
+        *,
+        fails_at: int | None = None,
+        **changes: Any,
     ) -> None:
         lm = tiny_guarded_lm(**changes)
         super().__init__(lm.model, lm.tokenizer, lm.head, lm.config, lm.cls)
         self._script = script
         self._refusal_script = refusal_script
+        self._second_script = second_script
         self._fails_at = fails_at
         self.fed: list[tuple[int, ...]] = []
         """The new tokens of every forward pass."""
@@ -166,6 +174,8 @@ class ScriptedLM(GuardedLM):
         cache.extend(token_ids)
         logits = torch.full((self.vocab_size,), -50.0)
         logits[self._next(list(cache))] = 50.0
+        if self._second_script and len(cache) == cache.num_request:
+            logits[self.tokenizer.encode(self._second_script)[0]] = 40.0
         request = self._logit(self._request_text(list(cache)))
         response = [str(self.tokenizer.decode([token])) for token in cache[cache.num_request :]]
         copies = [[request, self._logit("".join(response[s.read.start : s.read.stop]))] for s in spans]
@@ -207,5 +217,7 @@ class ScriptedLM(GuardedLM):
         assert self.config is not None
         prefix = self.config.refusal.prefix
         script = prefix + self._refusal_script if response.startswith(prefix) else self._script
+        if self._second_script and not script.startswith(response):
+            script = self._second_script
         rest = script[len(response) :]
         return int(self.tokenizer.encode(rest)[0]) if rest else int(self.tokenizer.eos_token_id)

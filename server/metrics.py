@@ -202,6 +202,7 @@ class ChoiceMeter:
         if finish.response_risk is not None:
             metrics.response_risk.observe(finish.response_risk)
         if self._request.input is not Mode.OFF:
-            metrics.decisions.labels("input", "refused" if finish.action == "refused" else "none").inc()
+            redrawn = "redrawn" if finish.is_redrawn else "none"
+            metrics.decisions.labels("input", "refused" if finish.action == "refused" else redrawn).inc()
         if self._request.output is not Mode.OFF:
             metrics.decisions.labels("output", "rolled_back" if finish.action == "rolled_back" else "none").inc()

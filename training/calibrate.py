@@ -59,11 +59,12 @@ class SideReport:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds of both sides and the onset."""
+    """Thresholds of both sides, the onset, and below which request risk a refusal of the model's own is doubted."""
 
     request: SideReport
     response: SideReport
     onset: float
+    request_clear: float
     request_scores: Scored
     response_scores: Scored
     request_share: float = 1.0
@@ -96,6 +97,7 @@ def calibrate(head: TokenHead | None, rows: Sequence[Row], states: States, recip
         request_report,
         response_report,
         onset(response_report.thresholds),
+        _clear(request, request_report, recipe.acting.refusals_believed),
         request,
         response,
         request_share,
@@ -174,6 +176,14 @@ def onset(response: Thresholds) -> float:
     """Return the risk whose logit is halfway between `flag` and `block`, and never over `block`."""
     middle = (_logit(response.flag) + _logit(response.block)) / 2
     return min(response.block, 1 / (1 + math.exp(-middle)))
+
+
+def _clear(scored: Scored, report: SideReport, believed: float | None) -> float:
+    """Return the risk that this share of the benign requests exceeds, at most `block`; 0 where all are believed."""
+    if believed is None:
+        return 0.0
+    benign = scored.risks[(scored.labels == 0) & np.isin(scored.groups, report.block_sources)]
+    return min(report.thresholds.block, block_threshold(benign, believed))
 
 
 def _scored(risks: Array, rows: Sequence[Row], chosen: Sequence[int], side: Side) -> Scored:

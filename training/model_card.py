@@ -108,7 +108,8 @@ def _thresholds(config: SafetyConfig, calibration: Calibration, recipe: HeadReci
         f"{_table(('side', 'block', 'flag', 'benign rows over block', 'set on'), rows)}\n\n"
         f"Aims: {recipe.acting.request_false_positives:.2%} of benign requests and "
         f"{recipe.acting.response_false_positives:.2%} of benign responses over `block`. Onset {config.onset:.4f}, "
-        f"smoothing {config.smoothing}, patience {config.patience}, lookback {config.lookback}."
+        f"smoothing {config.smoothing}, patience {config.patience}, lookback {config.lookback}. "
+        f"A refusal of the model's own is drawn again at a request risk below {config.request_clear:.4f}."
     )
 
 

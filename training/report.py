@@ -68,6 +68,7 @@ def metrics(
         "request": asdict(calibration.request),
         "response": asdict(calibration.response),
         "onset": calibration.onset,
+        "request_clear": calibration.request_clear,
     }
 
 

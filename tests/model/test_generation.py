@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.config import ClsConfig, Thresholds
 from model.errors import InvalidRequest
 from model.events import Finish, Release
 from model.generation import generate
@@ -303,3 +304,71 @@ def test_failures_are_counted_by_side_and_step(value: float, ask):
     assert answer.finish.num_request_failures == 0
     assert answer.finish.num_response_failures == answer.finish.num_assessments - 1 > 0
     assert sum(release.head.num_failures for release in answer.releases) == answer.finish.num_head_failures
+
+
+# A refusal of the model's own, of a request that is clear
+
+
+def doubting(script: str, second: str = "gladly: done", **changes) -> ScriptedLM:
+    return ScriptedLM(script, second_script=second, **{"request_clear": 0.5, **changes})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_refusal_of_a_clear_request_is_drawn_again_before_any_of_it_leaves(ask, schedule):
+    answer = ask(doubting("sorry, I must not"), schedule=schedule)
+    assert (answer.text, answer.refusal) == ("gladly: done", "")
+    assert (answer.finish.reason, answer.finish.action) == ("stop", "none")
+    assert answer.finish.num_withdrawn_tokens == 6
+    assert answer.finish.completion_tokens == 12
+    assert answer.finish.is_redrawn
+    assert "".join(release.text for release in answer.releases) == "gladly: done"
+
+
+@pytest.mark.parametrize("modes", [{"output": Mode.OFF}, {"output": Mode.SCORE}])
+def test_it_is_held_back_where_nothing_else_is(ask, modes):
+    answer = ask(doubting("sorry, I must not"), **modes)
+    assert answer.text == "gladly: done"
+    assert ask(doubting("sorry for it"), **modes).text == "sorry for it"
+
+
+@pytest.mark.parametrize("modes", [{"input": Mode.OFF}, {"input": Mode.SCORE}])
+def test_it_stands_where_the_request_side_does_not_act(ask, modes):
+    assert ask(doubting("sorry, I must not"), **modes).text == "sorry, I must not"
+
+
+def test_it_stands_where_the_request_is_not_clear(ask):
+    lm = doubting("sorry, I must not", request=Thresholds(block=0.9999, flag=0.5))
+    assert ask(lm, "Bad").text == "sorry, I must not"
+
+
+def test_it_stands_without_a_threshold(ask):
+    assert ask(doubting("sorry, I must not", request_clear=0.0)).text == "sorry, I must not"
+
+
+def test_it_stands_after_a_prefilled_message(ask):
+    assert ask(ScriptedLM("x sorry, I must not", request_clear=0.5), prefill="x ").text == "sorry, I must not"
+
+
+def test_a_second_refusal_stands(ask):
+    lm = doubting("sorry, I must not", second="Sorry, I must not")
+    assert ask(lm).text == "Sorry, I must not"
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 10))
+def test_an_end_within_the_opening_is_as_long_as_it_may_be(ask, max_tokens):
+    answer = ask(doubting("sorry, I must not"), max_tokens=max_tokens)
+    assert answer.text == ("sorry, I must not" if max_tokens < 6 else "gladly: done")[:max_tokens]
+    assert answer.finish.reason == "length"
+
+
+def test_harm_in_what_is_drawn_again_is_rolled_back(ask):
+    answer = ask(doubting("sorry, I must not", second="gladly: HARM at last"))
+    assert (answer.text, answer.refusal) == ("gladly: ", REFUSAL)
+    assert answer.finish.num_withdrawn_tokens == 6 + 3
+
+
+def test_cls_reads_the_request_alone_before_what_is_drawn_again(ask):
+    lm = doubting("sorry, I must not", cls=ClsConfig())
+    assert ask(lm).text == "gladly: done"
+    restart = next(place for place, fed in enumerate(lm.fed) if fed == tuple(ids_of(lm, "g")))
+    assert [span.covers for span in lm.spans[restart]][:1] == [0]

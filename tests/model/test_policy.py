@@ -5,7 +5,7 @@ where one is due, and a last one before the end.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -195,6 +195,21 @@ def test_only_a_blocking_input_side_refuses_and_only_over_the_threshold(mode, ri
     assert policy.decide_request(risk) == expected
 
 
+@pytest.mark.parametrize(
+    ("mode", "risk", "expected"),
+    [
+        (Mode.BLOCK, 0.1, True),
+        (Mode.BLOCK, 0.2, False),
+        (Mode.BLOCK, None, False),
+        (Mode.SCORE, 0.1, False),
+        (Mode.OFF, None, False),
+    ],
+)
+def test_a_refusal_is_doubted_where_the_request_is_clear_and_its_side_acts(mode, risk, expected):
+    assert replace(block(request_clear=0.2), input=mode).doubts_refusals(risk) is expected
+    assert not replace(block(), input=mode).doubts_refusals(risk)
+
+
 def test_modes_are_ordered_by_strictness():
     assert Mode.OFF.strictness < Mode.SCORE.strictness < Mode.BLOCK.strictness
 
@@ -205,6 +220,8 @@ def test_modes_are_ordered_by_strictness():
         ({"patience": 0}, "got 0 and 8"),
         ({"lookback": -1}, "got 3 and -1"),
         ({"onset": 0.95}, "onset 0.95 must not exceed"),
+        ({"request_clear": 0.95}, "request_clear 0.95 must be from 0 to the block"),
+        ({"request_clear": -0.1}, "request_clear -0.1 must be from 0 to the block"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(changes, named: str):

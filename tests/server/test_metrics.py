@@ -93,6 +93,13 @@ def test_decisions_risks_and_withdrawn_tokens_are_counted_by_side(serve):
     assert server.metric("ballast_response_risk_count") == 2
 
 
+def test_a_refusal_that_is_drawn_again_is_counted(serve, scripted):
+    server = serve(lm=lambda: scripted("sorry, I must not", second_script="gladly", request_clear=0.5))
+    assert server.chat("hello").choices[0].message.content == "gladly"
+    assert server.metric('ballast_safety_decisions_total{action="redrawn",side="input"}') == 1
+    assert server.metric("ballast_withdrawn_tokens_total") == 6
+
+
 def test_the_risk_of_a_request_is_counted_once_and_that_of_every_choice(serve):
     server = serve()
     server.chat("hello", n=4)

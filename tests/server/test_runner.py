@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from model.chat import EncodedPrompt, Message
-from model.config import ClsConfig, Thresholds, TokenHeadConfig
+from model.config import ClsConfig, RefusalConfig, Thresholds, TokenHeadConfig
 from model.events import Finish, Release
 from model.generation import Generation, generate
 from model.guarded_lm import GuardedLM
@@ -132,6 +132,24 @@ def test_each_sequence_says_what_it_says_alone(family: str, signal: str, is_hard
     actions = {exact[2].action for exact, _ in found}
     assert "none" in actions
     assert actions & {"refused", "rolled_back"}
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+def test_refusals_that_are_drawn_again_are_those_that_are_drawn_again_alone(family: str, signal: str):
+    changes = {"request": NEVER, "request_clear": 0.998, "refusal": RefusalConfig(prefix="sssssssss")}
+    lm, alone = (tiny_guarded_lm(family, **SIGNALS[signal] | changes) for _ in range(2))
+    (letter,) = lm.tokenizer.encode("s", add_special_tokens=False)
+    asked = [
+        replace(one, sampling=replace(one.sampling, logit_bias={letter: 100.0})) if number % 2 else one
+        for number, one in enumerate(requests(lm, 16))
+    ]
+    found = [told(events) for events in together(lm, asked, evicts=True)]
+    expected = [told(list(generate(alone, request))) for request in asked]
+    assert [exact for exact, _ in found] == [exact for exact, _ in expected]
+    for (_, risks), (_, wanted) in zip(found, expected, strict=True):
+        assert risks == pytest.approx(wanted, abs=1e-4)
+    assert any(text[1:7] == "ssssss" != text[:6] for (text, _, _), _ in found)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler

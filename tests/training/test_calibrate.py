@@ -15,7 +15,7 @@ from model.schedule import Periodic
 from model.scoring import score as slow_score
 from model.testing import tiny_guarded_lm
 from training import calibrate as calibrate_module
-from training.calibrate import SHARES, Scored, _report, calibrate, onset, score
+from training.calibrate import SHARES, Scored, _clear, _report, calibrate, onset, score
 from training.config import Acting, HeadRecipe, Source
 from training.corpus import assemble
 from training.errors import DataError
@@ -167,6 +167,18 @@ def recipe_of(**sources: Source) -> HeadRecipe:
 
 def source(**fields) -> Source:
     return Source(path="none.jsonl", kind="prompts", **fields)
+
+
+@pytest.mark.parametrize(("believed", "clear"), [(None, 0.0), (0.5, 0.2), (1.0, 0.1), (0.25, 0.3), (0.0, 0.3)])
+def test_a_refusal_is_believed_at_so_many_benign_requests(believed: float | None, clear: float):
+    # At 0.0 none would be; but over `block`, where a quarter is, the request side refuses by itself.
+    found = scored(
+        *(("mine", risk, 0, "validation") for risk in (0.1, 0.2, 0.3, 0.4)),
+        ("mine", 0.05, 1, "validation"),
+        ("other", 0.01, 0, "validation"),
+    )
+    recipe = recipe_of(mine=source(sets_block=("request",)), other=source())
+    assert _clear(found, _report(found, "request", recipe), believed) == clear
 
 
 @pytest.mark.parametrize(("side", "block", "hits"), [("request", 0.3, 1), ("response", 0.2, 2)])
