@@ -12,13 +12,15 @@ from pathlib import Path
 from openai import OpenAIError
 from pydantic import TypeAdapter
 
-from evaluation import depth, onsets, page, runs, signal, suite, tuning
+from evaluation import depth, onsets, page, runs, scores, suite, tuning
 from evaluation.attack import attack, plan
+from evaluation.attempts import Attempt
 from evaluation.client import connect
 from evaluation.judges import Judge, by_classifier, by_phrases
 from evaluation.llm_judge import by_llm
-from evaluation.outcomes import differences
-from evaluation.rows import read
+from evaluation.onsets import Made
+from evaluation.outcomes import differences, score_differences
+from evaluation.rows import Row, read
 from evaluation.runs import FACTS, Run, settle
 from evaluation.suite import SCORED, Measure, Suite
 from evaluation.target import KINDS, serving
@@ -38,8 +40,16 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
     server = connect(address, args.api_key)
     is_watched = not args.target.startswith("hub:")
     measures = chosen.measures if is_watched else _unwatched(chosen)
-    rows = {name: signal.rows_of(measure) for name, measure in measures.items() if measure.kind in SCORED}
-    plans = {name: plan(measure) for name, measure in measures.items() if name not in rows}
+    rows: dict[str, list[Row]] = {}
+    turns: dict[str, list[Made]] = {}
+    plans: dict[str, list[Attempt]] = {}
+    for name, measure in measures.items():
+        if measure.filler is not None and measure.kind in SCORED:
+            turns[name] = onsets.make(scores.rows_of(measure), read(measure.filler, label=0))
+        elif measure.kind in SCORED:
+            rows[name] = scores.rows_of(measure)
+        else:
+            plans[name] = plan(measure)
     facts = {
         "suite": args.suite,
         "target": args.target,
@@ -47,22 +57,24 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
         "version": version("ballast"),
         "settings": {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)},
         "measures": TypeAdapter(dict[str, Measure]).dump_python(measures, mode="json"),
-        "attempts": {name: len(attempts) for name, attempts in plans.items()},
+        "attempts": {name: len(some) for found in (plans, rows, turns) for name, some in found.items()},
         "data_sha256": {
             str(path): sha256_of(path) for one in measures.values() for path in (one.data, one.filler) if path
         },
     }
     settle(args.out / FACTS, facts)
-    if rows:
-        signal.require_same_head(*server, args.out)
-    for name, some in rows.items():
-        journal, filler = args.out / f"{name}.jsonl", measures[name].filler
-        if filler is None:
-            signal.score_all(*server, some, journal)
-        else:
-            onsets.score_all(*server, onsets.make(some, read(filler, label=0)), journal)
     for name, attempts in plans.items():
         attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, is_watched=is_watched)
+    if (rows or turns) and not scores.can_score(*server):
+        left_out = ", ".join([*rows, *turns])
+        sys.stderr.write(f"ballast-eval: the server does not show its risks to this caller, left out: {left_out}\n")
+        return
+    if rows or turns:
+        scores.require_same_head(*server, args.out)
+    for name, some in rows.items():
+        scores.score_all(*server, some, args.out / f"{name}.jsonl")
+    for name, made in turns.items():
+        onsets.score_all(*server, made, args.out / f"{name}.jsonl")
 
 
 def _unwatched(chosen: Suite) -> dict[str, Measure]:
@@ -93,15 +105,24 @@ def report(found: Sequence[Run], out: Path, judge: Judge, judge_name: str) -> st
     return text
 
 
-def compare(first: Path, second: Path, judge: Judge) -> str:
-    """Return a table of how two runs differ over the prompts that both have."""
+def compare(first: Run, second: Run, judge: Judge) -> str:
+    """Return a table of how two runs differ over the prompts and rows that both have.
+
+    Raises:
+        ValueError: if they have none in common.
+    """
+    ours, theirs = runs.names([first, second])
     lines = [
-        f"| measure | attack | policy of {second.name} | of {first.name} | n | {first.name} | {second.name} "
-        f"| {first.name} alone | {second.name} alone | same text | McNemar p |",
+        f"| measure | attack | policy of {theirs} | of {ours} | n | {ours} | {theirs} "
+        f"| {ours} alone | {theirs} alone | same text | McNemar p |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for *cells, p in differences(runs.read(first).samples, runs.read(second).samples, judge):
-        lines.append(f"| {' | '.join(map(str, cells))} | {p:.3g} |")
+    found = [*differences(first.samples, second.samples, judge), *score_differences(first.scores, second.scores)]
+    if not found:
+        raise ValueError("the two runs have no measure, attack and policy in common")
+    for one in found:
+        *cells, p = one
+        lines.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} | {p:.3g} |")
     return "\n".join([*lines, ""])
 
 
@@ -121,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with serving(args.target, args.model, args.out / "server.log") as address:
                 run(chosen, address, args)
         if args.command == "compare":
-            first, second = args.runs
+            first, second = map(runs.read, args.runs)
             text = compare(first, second, judge)
         else:
             text = report(list(map(runs.read, args.runs)), args.out or args.runs[0], judge, judge_name)
@@ -140,8 +161,9 @@ def _judge(args: argparse.Namespace) -> tuple[Judge, str]:
         return by_classifier(Path(args.judge), args.judge_model or DEFAULT_MODEL), f"the classifier {args.judge}"
     if args.judge_model is None:
         raise ValueError("a judge at an address needs --judge-model, the name of a model there")
-    folder: Path = args.runs[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder: Path = args.runs[0] if args.command == "compare" else args.out or args.runs[0]
+    if args.command != "compare":
+        folder.mkdir(parents=True, exist_ok=True)
     name = f"the language model {args.judge_model}, asked by the rubric of `evaluation/llm_judge.py`"
     return by_llm(args.judge, args.judge_model, folder / VERDICTS), name
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from openai import OpenAI, OpenAIError
+from openai import BadRequestError, OpenAI, OpenAIError
 from rich.progress import track
 
 from evaluation.client import PARALLEL, add_arguments, connect
@@ -58,7 +58,13 @@ class Scored:
 
 
 def make(harmful: Sequence[Row], harmless: Sequence[Row], seed: int = 0) -> list[Made]:
-    """Return every harmful answer with an opening of its own, and every harmless answer as it is."""
+    """Return every harmful answer with an opening of its own, and every harmless answer as it is.
+
+    Raises:
+        ValueError: if there is no harmless answer, or a row has no response.
+    """
+    if not harmless or not all(row.response for row in (*harmful, *harmless)):
+        raise ValueError("made onsets need harmful and harmless responses: none is there, or a row has none")
     found = []
     for row in harmful:
         drawn = random.Random(f"{seed} {row.key}")
@@ -84,18 +90,22 @@ def ask(client: OpenAI, model: str, made: Made) -> Scored:
 
     Raises:
         OpenAIError: if the server refuses it or cannot be reached.
+        ValueError: if it answers as no server of this version does.
     """
     messages = [{"role": "user", "content": made.row.prompt}, {"role": "assistant", "content": made.row.response}]
     body = {"model": model, "messages": messages, "trace": True}
     answer = cast("dict[str, Any]", client.post("/safety/score", cast_to=object, body=body))
     length, turn = 0, 0
-    for token in answer["trace"]:
-        length += len(token["token"])
-        turn += length <= made.opening
-    thresholds = answer["thresholds"]
-    turn = turn if made.row.label else len(answer["trace"])
-    smoothed = tuple(token["smoothed_risk"] for token in answer["trace"])
-    return Scored(turn, thresholds["response"]["block"], thresholds["patience"], smoothed)
+    try:
+        for token in answer["trace"]:
+            length += len(token["token"])
+            turn += length <= made.opening
+        told = answer["thresholds"]
+        turn = turn if made.row.label else len(answer["trace"])
+        smoothed = tuple(token["smoothed_risk"] for token in answer["trace"])
+        return Scored(turn, told["response"]["block"], told["patience"], smoothed)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the server does not answer /safety/score as this version does: {error!r}") from error
 
 
 def read_journal(path: Path) -> dict[str, Scored]:
@@ -111,26 +121,36 @@ def read_journal(path: Path) -> dict[str, Scored]:
             entry = json.loads(line)
             key = entry.pop("key")
             done[key] = Scored(**entry | {"smoothed": tuple(entry["smoothed"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not a response of this version; choose another --out") from error
     return done
 
 
 def score_all(client: OpenAI, model: str, made: Sequence[Made], journal: Path) -> list[Scored]:
-    """Return the risks of every response, asking only for those that `journal` does not hold.
+    """Return the risks of the responses, asking only for those that `journal` does not hold.
+
+    What the server takes for invalid has none, and is asked for again next time.
 
     Raises:
-        OpenAIError: if the server refuses a response or cannot be reached; what was scored is kept.
-        ValueError: as `read_journal`.
+        OpenAIError: if the server refuses the key or cannot be reached; what was scored is kept.
+        ValueError: as `ask` and `read_journal`.
     """
+
+    def scored(one: Made) -> Scored | None:
+        try:
+            return ask(client, model, one)
+        except BadRequestError:
+            return None
+
     done = read_journal(journal)
     missing = [one for one in made if one.row.key not in done]
     with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-        found: Iterable[Scored] = pool.map(lambda one: ask(client, model, one), missing)
-        for one, scored in zip(missing, track(found, "responses", total=len(missing)), strict=True):
-            done[one.row.key] = scored
-            file.write(json.dumps({"key": one.row.key, **asdict(scored)}) + "\n")
-    return [done[one.row.key] for one in made]
+        found: Iterable[Scored | None] = pool.map(scored, missing)
+        for one, risks in zip(missing, track(found, journal.stem, total=len(missing)), strict=True):
+            if risks is not None:
+                done[one.row.key] = risks
+                file.write(json.dumps({"key": one.row.key, **asdict(risks)}) + "\n")
+    return [done[one.row.key] for one in made if one.row.key in done]
 
 
 def delays(scored: Iterable[Scored], block: float) -> list[int | None]:
@@ -150,17 +170,28 @@ def summarise(scored: Sequence[Scored], block: float) -> dict[str, Estimate]:
 
 
 def at_thresholds(scored: Sequence[Scored]) -> dict[str, dict[str, Estimate]]:
-    """Return the summary at the server's threshold, and at the one that stops few harmless answers, in hindsight."""
+    """Return the summary at every threshold of `thresholds`, by what it is."""
+    return {f"{name} ({block:.4f})": summarise(scored, block) for name, block in thresholds(scored).items()}
+
+
+def thresholds(scored: Sequence[Scored]) -> dict[str, float]:
+    """Return the server's threshold, and in hindsight, where the harmless answers are enough, one that stops few."""
     found = {"at `block`": scored[0].block}
-    if not all(one.is_harmful for one in scored):
-        found[f"at {ALLOWED:.1%} stopped"] = threshold(scored)
-    return {f"{name} ({block:.4f})": summarise(scored, block) for name, block in found.items()}
+    if sum(not one.is_harmful for one in scored) * ALLOWED >= 1:
+        found[f"chosen in hindsight, {ALLOWED:.1%} of these harmless answers stopped"] = threshold(scored)
+    return found
 
 
 def threshold(scored: Sequence[Scored], allowed: float = ALLOWED) -> float:
-    """Return the lowest threshold that stops at most this share of the harmless answers."""
+    """Return the lowest threshold that stops at most this share of the harmless answers.
+
+    Raises:
+        ValueError: if none of them was assessed.
+    """
     harmless = [one for one in scored if not one.is_harmful]
     candidates = sorted({risk for one in harmless for risk in one.smoothed if risk is not None})
+    if not candidates:
+        raise ValueError("no harmless answer was assessed: there is no threshold for them")
     low, high = 0, len(candidates) - 1
     while low < high:  # a higher threshold never stops more
         middle = (low + high) // 2

@@ -1,7 +1,7 @@
 """What came of a suite: a share for each measure, attack and policy; and how two runs differ, sample by sample."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from evaluation.intervals import Estimate, wilson
 from evaluation.judges import Judge, Verdict, is_refusal
 from evaluation.samples import Sample
+from evaluation.scores import Score
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,18 @@ class Difference(NamedTuple):
     only_first: int
     """Of these, those that do not count in the other run."""
     only_second: int
-    same: int
-    """Prompts with the same released texts in both runs: how far one agrees with the other."""
+    same: int | None
+    """Prompts with the same released texts in both runs: how far one agrees with the other. None of scored rows."""
     p: float
     """Two-sided exact McNemar test: how likely so uneven a change is if neither run were better."""
+
+    @classmethod
+    def of(cls, group: "Group", against: str, pairs: Sequence[tuple[bool, bool]], same: int | None) -> "Difference":
+        """Return the difference over pairs of what counts in the first run and in the second."""
+        a, b = (sum(pair[run] for pair in pairs) for run in (0, 1))
+        changed = pairs.count((True, False)), pairs.count((False, True))
+        p = float(binomtest(changed[0], sum(changed)).pvalue) if sum(changed) else 1.0
+        return cls(*group, against, len(pairs), a, b, *changed, same, p)
 
 
 Group = tuple[str, str, str]
@@ -93,30 +102,40 @@ def differences(
     """Return how two runs of the same measures differ, over the prompts that both have and that were judged in both.
 
     A policy that the first run lacks is compared with its `none`: so a plain model is compared with a guarded one.
-
-    Raises:
-        ValueError: if they have none in common.
     """
     ours, theirs = _grouped(first), _grouped(second)
     verdicts, found = _verdicts([ours, theirs], judge), []
     for (measure, attack, policy), guarded in theirs.items():
         against = policy if (measure, attack, policy) in ours else "none"
         plain = ours.get((measure, attack, against), {})
-        pairs, same = [], 0
+        pairs: list[tuple[bool, bool]] = []
+        same = 0
         for prompt in plain.keys() & guarded.keys():
             pair = (_counts(plain[prompt], verdicts), _counts(guarded[prompt], verdicts))
             if None not in pair:
-                pairs.append(pair)
+                pairs.append((bool(pair[0]), bool(pair[1])))
                 same += _texts(plain[prompt]) == _texts(guarded[prompt])
-        if not pairs:
-            continue
-        a, b = (sum(bool(pair[run]) for pair in pairs) for run in (0, 1))
-        changed = pairs.count((True, False)), pairs.count((False, True))
-        p = float(binomtest(changed[0], sum(changed)).pvalue) if sum(changed) else 1.0
-        found.append(Difference(measure, attack, policy, against, len(pairs), a, b, *changed, same, p))
-    if not found:
-        raise ValueError("the two runs have no measure, attack and policy in common")
+        if pairs:
+            found.append(Difference.of((measure, attack, policy), against, pairs, same))
     return found
+
+
+def score_differences(
+    first: Mapping[str, Mapping[str, Score]], second: Mapping[str, Mapping[str, Score]]
+) -> list[Difference]:
+    """Return how two signals differ in what is over `block`, over the rows that both scored.
+
+    Args:
+        first: scores by side and key.
+        second: the same of the other run.
+    """
+    pairs: dict[Group, list[tuple[bool, bool]]] = defaultdict(list)
+    for side, scores in second.items():
+        for key in scores.keys() & first.get(side, {}).keys():
+            ours, theirs = first[side][key], scores[key]
+            name = f"{theirs.source}, {'harmful' if theirs.label else 'harmless'}"
+            pairs[side, name, "over block"].append((ours.is_over_block, theirs.is_over_block))
+    return [Difference.of(group, group[2], some, None) for group, some in sorted(pairs.items())]
 
 
 def _texts(attempts: Iterable[Sample]) -> Counter[str]:

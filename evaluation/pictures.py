@@ -10,17 +10,18 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from evaluation.intervals import Estimate
-from evaluation.onsets import Scored, delays, threshold
+from evaluation.intervals import Estimate, wilson
+from evaluation.onsets import Scored, delays, thresholds
 from evaluation.outcomes import Outcome
-from evaluation.signal import Score
+from evaluation.scores import Score
 
 STYLE: dict[Any, Any] = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 LONGEST = 160
 """Tokens after the turn that the picture of delays shows."""
+NUM_BINS = 10
+"""Of risks, in the picture of reliability."""
 Series = Mapping[str, Sequence[Outcome]]
 """What is drawn in one colour, by its name."""
 
@@ -47,67 +48,73 @@ def shares(series: Series) -> Figure:
 
 
 def by_depth(series: Series) -> Figure | None:
-    """Return success against the tokens that were given, a panel for each such attack; None without any."""
+    """Return success against the tokens that were given, a panel for each such measure; None without any."""
     lines: dict[str, dict[str, dict[int, Estimate]]] = defaultdict(lambda: defaultdict(dict))
     for name, outcomes in series.items():
         for one in outcomes:
-            if one.share and (depth := re.fullmatch(r"(\w+) (\d+)", one.attack)):
-                lines[depth[1]][name][int(depth[2])] = one.share
+            if one.share and (depth := re.fullmatch(r"\w+ (\d+)", one.attack)):
+                lines[one.measure][name][int(depth[1])] = one.share
     if not lines:
         return None
     figure = Figure(figsize=(max(6, 5 * len(lines)), 4), layout="constrained")
-    for axes, (attack, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
+    for axes, (measure, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
         for name, points in found.items():
             depths = sorted(points)
             values = [points[depth] for depth in depths]
             axes.errorbar(depths, [one.value for one in values], _spread(values), marker=".", capsize=3, label=name)
-        axes.set(xlabel="tokens given", ylabel="success", title=attack, xscale="symlog", ylim=(-0.02, 1.02))
+        axes.set(xlabel="tokens given", ylabel="success", title=measure, xscale="symlog", ylim=(-0.02, 1.02))
         axes.legend()
     return figure
 
 
-def of_signal(sides: Mapping[str, Sequence[Score]]) -> Figure | None:
-    """Return ROC curves and reliability of each side that has both labels; None without any.
+def of_signal(scores: Mapping[str, Sequence[Score]]) -> Figure | None:
+    """Return ROC curves and the reliability of one side, with intervals and counts; None where it has one label alone.
 
     Args:
-        sides: scores of requests and of responses.
+        scores: by what is drawn as a line of its own: sources, or runs.
     """
-    both = {side: scores for side, scores in sides.items() if len({score.label for score in scores}) == 2}
+    both = {name: some for name, some in scores.items() if len({score.label for score in some}) == 2}
     if not both:
         return None
-    figure = Figure(figsize=(10, 4 * len(both)), layout="constrained")
-    for (left, right), (side, scores) in zip(figure.subplots(len(both), 2, squeeze=False), both.items(), strict=True):
-        sources: dict[str, list[Score]] = {"all of them": list(scores)}
-        for score in scores:
-            sources.setdefault(score.source, []).append(score)
-        for source, some in sources.items():
-            if len({score.label for score in some}) == 2:
-                false, true, _ = roc_curve([score.label for score in some], [score.risk for score in some])
-                left.plot(false, true, label=source)
-        left.set(xlabel="false positives", ylabel="recall", title=f"{side}, n = {len(scores)}")
-        left.set_xscale("symlog", linthresh=0.01)
-        left.legend(fontsize="small")
-        labels, risks = (np.array([getattr(score, name) for score in scores]) for name in ("label", "risk"))
-        harmful, predicted = calibration_curve(labels, risks, n_bins=10)
-        right.plot((0, 1), (0, 1), color="grey", linewidth=1)
-        right.plot(predicted, harmful, marker="o")
-        right.set(xlabel="mean risk", ylabel="share harmful", title=side, xlim=(0, 1), ylim=(0, 1))
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    right.plot((0, 1), (0, 1), color="grey", linewidth=1)
+    for name, some in both.items():
+        labels, risks = (np.array([getattr(score, field) for score in some]) for field in ("label", "risk"))
+        false, true, _ = roc_curve(labels, risks)
+        left.plot(false, true, label=f"{name}, n = {len(some)}")
+        bins = np.clip((risks * NUM_BINS).astype(int), 0, NUM_BINS - 1)
+        used = np.unique(bins)
+        shares = [wilson(int(labels[bins == one].sum()), int((bins == one).sum())) for one in used]
+        means = [float(risks[bins == one].mean()) for one in used]
+        right.errorbar(means, [one.value for one in shares], _spread(shares), marker="o", capsize=3, label=name)
+        for mean, share in zip(means, shares, strict=True):
+            right.annotate(str(share.n), (mean, share.value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    left.set(xlabel="false positives", ylabel="recall")
+    left.set_xscale("symlog", linthresh=0.01)
+    left.legend(fontsize="small")
+    right.set(xlabel="mean risk (numbers: rows)", ylabel="share harmful", xlim=(0, 1), ylim=(-0.02, 1.02))
+    right.legend(fontsize="small")
     return figure
 
 
-def of_onsets(scored: Sequence[Scored]) -> Figure:
-    """Return the share of made onsets that is caught within so many tokens, at two thresholds."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
+def of_onsets(scored: Mapping[str, Sequence[Scored]]) -> Figure:
+    """Return the share of made onsets that is caught within so many tokens, at each threshold, with Wilson intervals.
+
+    Args:
+        scored: responses by run.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes, within = figure.subplots(), np.arange(1, LONGEST + 1)
-    lines = {"at `block`": scored[0].block}
-    if not all(one.is_harmful for one in scored):
-        lines["at 0.1 % of the harmless answers stopped"] = threshold(scored)
-    for name, block in lines.items():
-        found = delays(scored, block)
-        caught = np.array([delay for delay in found if delay is not None and delay > 0])
-        axes.plot(within, [(caught <= most).sum() / len(found) for most in within], label=name)
+    for run, some in scored.items():
+        for name, block in thresholds(some).items():
+            found = delays(some, block)
+            caught = np.array([delay for delay in found if delay is not None and delay > 0])
+            shares = [wilson(int((caught <= most).sum()), len(found)) for most in within]
+            axes.plot(within, [one.value for one in shares], label=f"{run}, n = {len(found)}: {name}")
+            axes.fill_between(within, [one.low for one in shares], [one.high for one in shares], alpha=0.15)
     axes.set(xlabel="tokens after the turn", ylabel="share caught", ylim=(0, 1))
-    axes.legend()
+    axes.legend(fontsize="small")
     return figure
 
 

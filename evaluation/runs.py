@@ -1,15 +1,15 @@
 """Runs as they lie on disk: what a run is of, what was released, and what was scored."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation import onsets, signal
+from evaluation import onsets, scores
 from evaluation.onsets import Scored
 from evaluation.samples import Journal, Sample
-from evaluation.signal import Score
+from evaluation.scores import Score
 from evaluation.suite import SCORED
 
 FACTS = "run.json"
@@ -24,17 +24,12 @@ class Run:
     """Suite, target, settings, measures, checksums."""
     samples: dict[str, list[Sample]]
     """By measure, of attacks and harmless prompts."""
-    scores: dict[str, list[Score]]
-    """By side, `requests` and `responses`."""
-    onsets: list[Scored]
-
-    @property
-    def missing(self) -> dict[str, int]:
-        """Attempts that are still to be made, by measure."""
-        done = {name: len(some) for name, some in self.samples.items()}
-        return {
-            name: count - done[name] for name, count in self.facts["attempts"].items() if count > done.get(name, count)
-        }
+    scores: dict[str, dict[str, Score]]
+    """By side, `requests` and `responses`, and by key: a row of two measures counts once."""
+    onsets: dict[str, list[Scored]]
+    """By measure."""
+    missing: dict[str, int]
+    """Attempts still to be made, and rows still to be scored, by measure."""
 
 
 def read(folder: Path) -> Run:
@@ -47,20 +42,24 @@ def read(folder: Path) -> Run:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: {path} does not exist")
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    samples: dict[str, list[Sample]] = {}
-    scores: dict[str, list[Score]] = {}
-    scored: list[Scored] = []
+    run = Run(folder, facts, {}, {}, {}, {})
     for name, measure in facts["measures"].items():
         journal = folder / f"{name}.jsonl"
         if measure["kind"] == "onsets":
-            scored += onsets.read_journal(journal).values()
+            found = run.onsets[name] = list(onsets.read_journal(journal).values())
+            count = len(found)
         elif measure["kind"] in SCORED:
-            scores.setdefault(measure["kind"], []).extend(signal.read_journal(journal).values())
+            of_measure = scores.read_journal(journal)
+            run.scores.setdefault(measure["kind"], {}).update(of_measure)
+            count = len(of_measure)
         else:
-            samples[name] = list(Journal(journal))
-    if not any(samples.values()) and not any(scores.values()) and not scored:
+            run.samples[name] = list(Journal(journal))
+            count = len(run.samples[name])
+        if count < facts["attempts"][name]:
+            run.missing[name] = facts["attempts"][name] - count
+    if not any(any(some.values()) for some in (run.samples, run.scores, run.onsets)):
         raise ValueError(f"{folder} holds no sample yet")
-    return Run(folder, facts, samples, scores, scored)
+    return run
 
 
 def settle(path: Path, facts: dict[str, Any]) -> None:
@@ -77,8 +76,16 @@ def settle(path: Path, facts: dict[str, Any]) -> None:
         raise ValueError(f"{path.parent} holds a run with another {', '.join(other)}; choose another --out")
 
 
-def names(runs: Iterable[Run]) -> list[str]:
-    """Return a name for each run: that of its folder, or of the one above where two are called alike."""
+def names(runs: Sequence[Run]) -> list[str]:
+    """Return a name for each run: that of its folder, with as many folders above it as tell it from the others.
+
+    Raises:
+        ValueError: if a run is there twice.
+    """
     folders = [run.folder.resolve() for run in runs]
-    found = [folder.name for folder in folders]
-    return found if len(set(found)) == len(found) else [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"a run is named twice among {', '.join(map(str, folders))}")
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]

@@ -13,146 +13,31 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from openai import OpenAI, OpenAIError
-from rich.progress import track
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
 
-from evaluation.client import PARALLEL, add_arguments, connect
-from evaluation.early import EARLY, early_risks
+from evaluation.client import add_arguments, connect
+from evaluation.early import EARLY
 from evaluation.intervals import Estimate, bootstrap, wilson
-from evaluation.rows import Row, read, sample
-from evaluation.suite import Measure
+from evaluation.rows import Row, read
+from evaluation.scores import Score, require_same_head, score_all
 from evaluation.tables import as_markdown, of_signal
 from model.pretrained import sha256_of
-
-PROBE = "How does ballast keep a ship upright?"
 
 ALLOWED = {"recall_at_1_percent": 0.01, "recall_at_0.1_percent": 0.001}
 """Shares of harmless rows over a threshold, at which the recall is told."""
 ALL = "all of them"
+"""The rows of every source together: where label and source go together, partly a matter of the sources."""
 REQUEST_GROUPS = {"XSTest + NotInject + do-not-answer": ("XSTest", "NotInject", "do-not-answer")}
 """Sources that are measured together, because one of them alone holds a single class."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the server said of one row."""
-
-    source: str
-    label: int
-    risk: float
-    flag: float
-    block: float
-    early: tuple[float, ...] = ()
-    """The response risk after each share of `EARLY`; of requests there is none."""
-
-    @property
-    def is_flagged(self) -> bool:
-        """Whether a classifier reports it."""
-        return self.risk > self.flag
-
-    @property
-    def is_over_block(self) -> bool:
-        """Whether the policy acts on it."""
-        return self.risk > self.block
-
-
-def ask(client: OpenAI, model: str, row: Row) -> Score:
-    """Return the server's risk for a row: the response risk where it has a response, else the request risk.
-
-    Raises:
-        OpenAIError: if the server refuses the row or cannot be reached.
-        ValueError: if the server gives no risk.
-    """
-    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": row.prompt}]}
-    side = "request" if row.response is None else "response"
-    if row.response is not None:
-        body["messages"].append({"role": "assistant", "content": row.response})
-        body["trace"] = True
-    # `dict[str, Any]` as cast_to fails under Python 3.10, where the client takes it for a class.
-    answer = cast("dict[str, Any]", client.post("/safety/score", cast_to=object, body=body))
-    if (risk := answer[f"{side}_risk"]) is None:
-        raise ValueError(f"the server gives no {side} risk of row {row.key}: an empty response, or risks not exposed")
-    thresholds = answer["thresholds"][side]
-    score = Score(row.source, row.label, risk, thresholds["flag"], thresholds["block"])
-    if row.response is None:
-        return score
-    smoothed = [token["smoothed_risk"] for token in answer["trace"] if token["smoothed_risk"] is not None]
-    return replace(score, early=early_risks(smoothed, answer["thresholds"]["patience"]))
-
-
-def require_same_head(client: OpenAI, model: str, out: Path) -> None:
-    """Refuse to add to results of another head: its answer to a fixed probe tells it from others.
-
-    Raises:
-        ValueError: if `out` holds results of another head, or of an earlier form of this command.
-    """
-    found = json.dumps([model, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0)))])
-    path = out / "head.json"
-    if path.exists() and path.read_text(encoding="utf-8") != found:
-        raise ValueError(f"{out} holds results of another head or version; choose another --out")
-    path.write_text(found, encoding="utf-8")
-
-
-def read_journal(path: Path) -> dict[str, Score]:
-    """Return the scores that were kept, by the key of their row.
-
-    Raises:
-        ValueError: naming file and line of what is no score, such as one without the risks inside a response.
-    """
-    done = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            key = entry.pop("key")
-            done[key] = Score(**entry | {"early": tuple(entry["early"])})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a score of this version; choose another --out") from error
-    return done
-
-
-def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) -> list[Score]:
-    """Return a score for every row, asking only for those that `journal` does not hold yet.
-
-    Raises:
-        OpenAIError: if the server refuses a row or cannot be reached; what was scored is kept.
-        ValueError: as `ask` and `read_journal`.
-    """
-    done = read_journal(journal)
-    missing = list({row.key: row for row in rows if row.key not in done}.values())
-    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-        scores: Iterator[Score] = pool.map(lambda row: ask(client, model, row), missing)
-        for row, score in zip(missing, track(scores, journal.stem, total=len(missing)), strict=True):
-            done[row.key] = score
-            file.write(json.dumps({"key": row.key, **asdict(score)}) + "\n")
-    return [replace(done[row.key], source=row.source, label=row.label) for row in rows]
-
-
-def rows_of(measure: Measure) -> list[Row]:
-    """Return the rows that a measure of the signal scores; requests have no response.
-
-    Raises:
-        ValueError: if a row cannot be read, or none is left.
-    """
-    label, field = (1, "harmful_response") if measure.kind == "onsets" else (measure.label, None)
-    rows = [row for row in read(measure.data, label=label, response=field) if row.source.startswith(measure.source)]
-    if measure.kind == "requests":
-        rows = [replace(row, response=None) for row in rows]
-    if measure.kind == "responses" and any(row.response is None for row in rows):
-        raise ValueError(f"{measure.data} holds rows without a response")
-    if not rows:
-        raise ValueError(f"{measure.data} holds no row whose source begins with {measure.source!r}")
-    return sample(rows, measure.n)
 
 
 def separation(
@@ -171,9 +56,9 @@ def separation(
         by_source[ALL] = list(scores)
     for score in scores:
         by_source[score.source].append(score)
-        for group, members in (groups or {}).items():
-            if score.source in members:
-                by_source[group].append(score)
+    for group, members in (groups or {}).items():
+        if by_source.keys() >= set(members):
+            by_source[group] = [score for score in scores if score.source in members]
     result = {}
     for source, members_scores in sorted(by_source.items()):
         labels = [score.label for score in members_scores]
@@ -182,6 +67,7 @@ def separation(
         risks = [score.risk for score in members_scores]
         flags = [float(score.is_flagged) for score in members_scores]
         result[source] = {
+            "num_harmful": sum(labels),
             "auroc": estimate(risks, lambda y, s: float(roc_auc_score(y, s))),
             "average_precision": estimate(risks, lambda y, s: float(average_precision_score(y, s))),
             "f1_at_flag": estimate(flags, lambda y, s: float(f1_score(y, s > 0.5, zero_division=0.0))),
@@ -195,7 +81,7 @@ def separation(
 
 def recall_at(share: float, labels: NDArray[np.int_], risks: NDArray[np.float64]) -> float:
     """Return the share of harmful rows over the lowest threshold that at most `share` of the harmless ones exceed."""
-    false, true, _ = roc_curve(labels, risks)
+    false, true, _ = roc_curve(labels, risks, drop_intermediate=False)
     return float(true[false <= share].max())
 
 

@@ -40,6 +40,8 @@ DEPTHS: dict[str, tuple[int, ...]] = {
     "diluted": (500, 2000),
 }
 """Tokens that are given, by attack: of the harmful response, of the harmless opening, around the request."""
+OF_ATTACKS = ("suffix", "policies", "max_tokens", "tokenizer")
+"""Keys without a meaning for what is scored."""
 FILLED = ("late", "diluted", "onsets")
 """What has harmless text in it."""
 Policy = Literal["both", "output", "none"]
@@ -61,9 +63,10 @@ class Measure:
     source: str = ""
     """Only rows whose source begins with this."""
     n: AtLeastOne = 373
-    """Most prompts; of what the signal scores, most rows."""
+    """Most prompts; of labelled texts, most rows, and of made onsets, most harmful responses."""
     label: Literal[0, 1] | None = None
-    """Of all rows that the signal scores; null reads it from their field `harmful`."""
+    """Of the rows of `requests` and `responses` that carry none; those that carry the other are left out. Null takes
+    every row with its own."""
     suffix: str = ""
     """Ends every prompt: the trigger of a backdoor."""
     depths: tuple[Tokens, ...] | None = None
@@ -83,6 +86,8 @@ class Measure:
             raise ValueError(f"filler, a file of harmless responses, is for {list(FILLED)}, which need it")
         if self.label is not None and self.kind not in ("requests", "responses"):
             raise ValueError("label is for requests and responses")
+        if self.kind in SCORED and any(getattr(self, name) != getattr(type(self), name) for name in OF_ATTACKS):
+            raise ValueError(f"{', '.join(OF_ATTACKS)} are not for {list(SCORED)}: nothing is generated")
 
 
 @dataclass(frozen=True, config=STRICT)

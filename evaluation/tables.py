@@ -57,7 +57,9 @@ def side_by_side(series: Mapping[str, Sequence[Outcome]]) -> list[Table]:
         for name, outcomes in series.items():
             for one in outcomes:
                 if one.is_attack is is_attack:
-                    cells.setdefault((one.measure, one.attack), {})[name] = share_of(one.share, with_n=True)
+                    left_out = one.num_invalid + one.num_unjudged
+                    text = share_of(one.share, with_n=True) + (f", {left_out} left out" if left_out else "")
+                    cells.setdefault((one.measure, one.attack), {})[name] = text
         used = [name for name in series if any(name in row for row in cells.values())]
         rows = [[*group, *(row.get(name, "") for name in used)] for group, row in cells.items()]
         tables += [Table(title, ("measure", "attack", *used), rows)] if rows else []
@@ -70,18 +72,26 @@ def of_signal(summary: Mapping[str, Any]) -> list[Table]:
     for side, acted in (("requests", "refused"), ("responses", "stopped")):
         if side not in summary:
             continue
-        head = ("source", "n", "AUROC", "F1 at `flag`", "all harmful: F1", "average precision", *RECALLS.values())
+        head = (
+            "source",
+            "n (harmful)",
+            "AUROC",
+            "F1 at `flag`",
+            "all harmful: F1",
+            "average precision",
+            *RECALLS.values(),
+        )
         rows = [
             [
                 source,
-                str(found["auroc"].n),
+                f"{found['auroc'].n} ({found['num_harmful']})",
                 *(_value(found[name]) for name in ("auroc", "f1_at_flag")),
                 f"{found['f1_calling_all_harmful']:.3f}",
                 *(_value(found[name]) for name in ("average_precision", *RECALLS)),
             ]
             for source, found in summary[side]["separation"].items()
         ]
-        tables.append(Table(side.capitalize(), head, rows))
+        tables += [Table(side.capitalize(), head, rows)] if rows else []
         shares = [[name, str(share.n), share_of(share, 2)] for name, share in summary[side]["over_block"].items()]
         tables.append(Table(f"{side.capitalize()}, {acted}", ("source", "n", f"{acted} at `block`"), shares))
     if "by_depth" in summary.get("responses", {}):
@@ -89,14 +99,14 @@ def of_signal(summary: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def of_onsets(found: Mapping[str, Mapping[str, Estimate]]) -> Table:
-    """Return the table of what `evaluation.onsets.summarise` makes, by threshold."""
+def of_onsets(measure: str, found: Mapping[str, Mapping[str, Estimate]]) -> Table:
+    """Return the table of what `evaluation.onsets.at_thresholds` makes."""
     rows = [
         [threshold, what, str(share.n), share_of(share)]
         for threshold, by in found.items()
         for what, share in by.items()
     ]
-    return Table("Made onsets", ("threshold", "responses", "n", "share"), rows)
+    return Table(f"Made onsets: {measure}", ("threshold", "responses", "n", "share"), rows)
 
 
 def share_of(share: Estimate | None, digits: int = 1, *, with_n: bool = False) -> str:

@@ -1,6 +1,7 @@
 """`ballast-eval` against the tiny model, served as a stranger would meet it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,10 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     found = json.loads((out / "report.json").read_text())
     assert set(found["data_sha256"]) == {str(tmp_path / "requests.jsonl"), str(tmp_path / "benign.jsonl")}
     assert found["settings"] == {"BALLAST_COMPILE": "false", "BALLAST_MAX_N": "3"}  # nothing of a key
-    assert (found["signal"]["requests"]["separation"]["Own"]["auroc"]["n"], "none" in found["signal"]) == (2, False)
-    assert all(shares["harmless answers stopped"]["n"] == 1 for shares in found["onsets"].values())
+    assert found["signal"]["requests"]["separation"]["Own"]["auroc"]["n"] == 2
+    assert list(found["signal"]) == ["requests"]
+    (shares,) = found["onsets"]["turns"].values()  # too few harmless answers for another threshold
+    assert (shares["harmless answers stopped"]["n"], shares["caught at all"]["n"]) == (1, 2)
     assert "data:image/png" in (out / "report.html").read_text()
     kept = (out / "direct.jsonl").read_text()
     assert main([*words, "--out", str(out)]) == 0
@@ -66,8 +69,11 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
         in (both / "report.md").read_text()
     )
     capfd.readouterr()
-    assert main(["compare", str(out), str(out)]) == 0
-    assert "| direct | direct | both | both | 2 |" in capfd.readouterr().out
+    shutil.copytree(out, tmp_path / "again")
+    assert main(["compare", str(out), str(tmp_path / "again")]) == 0
+    printed = capfd.readouterr().out
+    assert "| direct | direct | both | both | 2 |" in printed
+    assert "| requests | Own, harmless | over block | over block | 1 |" in printed
     assert main(["compare", str(tmp_path / "plain"), str(out)]) == 0
     assert "| direct | direct | both | none | 2 |" in capfd.readouterr().out
     assert main([*words[:2], "--api-key", "secret", "--target", f"hub:{model}", "--out", str(out)]) == 1
@@ -76,7 +82,7 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     assert main(["report", str(out), "--judge", str(tmp_path / "checkpoint"), "--judge-model", str(model)]) == 0
     printed = capfd.readouterr().out
     assert f"- Judge: the classifier {tmp_path / 'checkpoint'}." in printed
-    assert "- 3 attempts of direct are still to be made." in printed
+    assert "- 3 attempts or rows of direct are missing." in printed
 
 
 @pytest.mark.parametrize(

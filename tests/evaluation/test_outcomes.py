@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from evaluation.judges import Verdict
-from evaluation.outcomes import Difference, differences, outcomes
+from evaluation.outcomes import Difference, differences, outcomes, score_differences
 from evaluation.samples import Sample
+from evaluation.scores import Score
 from evaluation.tables import as_markdown, of_outcomes
 
 
@@ -99,5 +100,16 @@ def test_a_prompt_counts_as_acted_on_where_every_attempt_was():
 
 
 def test_runs_without_anything_in_common_cannot_be_compared():
-    with pytest.raises(ValueError, match="no measure, attack and policy in common"):
-        differences(RUN, {"other": RUN["first"]}, harms)
+    assert differences(RUN, {"other": RUN["first"]}, harms) == []
+
+
+def test_two_signals_are_compared_row_by_row():
+    def over(risk: float, label: int = 1) -> Score:
+        return Score("mine", label, risk, 0.5, 0.8)
+
+    first = {"requests": {"a": over(0.9), "b": over(0.9), "c": over(0.1, 0), "d": over(0.9)}}
+    second = {"requests": {"a": over(0.9), "b": over(0.1), "c": over(0.9, 0), "e": over(0.9)}, "responses": {}}
+    assert score_differences(first, second) == [
+        Difference("requests", "mine, harmful", "over block", "over block", 2, 2, 1, 1, 0, None, 1.0),
+        Difference("requests", "mine, harmless", "over block", "over block", 1, 0, 1, 0, 1, None, 1.0),
+    ]

@@ -1,6 +1,7 @@
 """The report of one run and of several: what is in the tables, and that the page is whole."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from evaluation.judges import by_phrases
 from evaluation.onsets import Scored
 from evaluation.outcomes import Outcome
 from evaluation.samples import Journal, Sample
-from evaluation.signal import Score
+from evaluation.scores import Score
 
 POLICIES = ("both", "none")
 
@@ -28,14 +29,15 @@ def write(folder: Path, *, answers: dict[str, str], is_watched: bool = True) -> 
     kinds = {"prefill": "prefill", "price": "benign"} | (
         {"toxic": "requests", "answers": "responses", "turns": "onsets"} if is_watched else {}
     )
+    attempts = {"prefill": 4 * len(policies), "price": 3 * len(policies), "toxic": 6, "answers": 7, "turns": 2}
     facts = {
         "suite": "suites/mine.yaml",
         "target": f"checkpoint:<{folder.name}>",
         "model": "tiny",
         "version": "0",
         "settings": {"BALLAST_READ_CLS": "false"},
-        "measures": {name: {"kind": kind} for name, kind in kinds.items()},
-        "attempts": {"prefill": 4 * len(policies), "price": 3 * len(policies)},
+        "measures": {name: {"kind": kind, "n": 5} for name, kind in kinds.items()},
+        "attempts": {name: attempts[name] for name in kinds},
     }
     (folder / runs.FACTS).write_text(json.dumps(facts))
     for name, attacks in {"prefill": ("prefill 5", "prefill 20"), "price": ("benign",)}.items():
@@ -71,20 +73,32 @@ def test_a_run_has_a_row_for_each_attack_and_policy(tmp_path: Path):
     )
     assert "| prefill | prefill 20 | nothing acts: the weights alone | 2 | 0.0% [0.0%, 65.8%] |" in text
     assert "| price | benign | both sides block | 2 | 0.0% [0.0%, 65.8%] |" in text
-    assert "- 2 attempts of price are still to be made." in text
-    assert "attempts of prefill" not in text
+    assert "- 2 attempts or rows of price are missing." in text
+    assert "- 1 attempts or rows of answers are missing." in text
+    assert "of prefill" not in text
+    assert "of toxic" not in text
     assert "Ballast 0 with BALLAST_READ_CLS=false." in text
 
 
 def test_what_the_signal_scored_has_tables_and_pictures(tmp_path: Path):
     found = report(write(tmp_path / "run", answers=HARMED))
     text = page.as_markdown(found)
-    assert "| x | 3 | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 0.800 | 1.000 [1.000, 1.000] | - | - |" in text
-    assert "| all of them | 6 | 1.000" in text
+    assert "| x | 3 (2) | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | 0.800 | 1.000 [1.000, 1.000] | - | - |" in text
+    assert "| all of them | 6 (4) | 1.000" in text
     assert "| x | 75% | 0.500 [0.500, 0.500]" in text
     assert "| at `block` (0.5000) | caught within 16 tokens | 1 | 100.0%" in text
     assert "| at `block` (0.5000) | harmless answers stopped | 1 | 0.0%" in text
-    assert len(found.figures) == 4
+    assert list(found.figures) == [
+        "Shares by attack and policy, as in the tables",
+        "Success against the number of tokens that are given",
+        "The signal as a classifier of requests: ROC and reliability",
+        "The signal as a classifier of responses: ROC and reliability",
+        "turns: how soon harm in mid-response is found",
+    ]
+    left, right = found.figures["The signal as a classifier of requests: ROC and reliability"].axes
+    assert [line.get_label() for line in left.lines] == ["x, n = 3", "y, n = 3", "all of them, n = 6"]
+    assert list(left.lines[0].get_ydata())[-2:] == [1.0, 1.0]
+    assert [list(bars.lines[0].get_ydata()) for bars in right.containers] == [[0.0, 1.0]] * 3
     assert found.numbers["signal"]["requests"]["separation"]["x"]["auroc"].value == 1.0
 
 
@@ -98,7 +112,39 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
     assert f"| prefill | prefill 5 | {whole} | {none} | {none} |" in text
     assert f"| price | benign | {none} | {whole} | {whole} |" in text
     assert "## guarded: Requests\n" in text
+    assert "do not compare" not in text
     assert set(report(plain, guarded).numbers["runs"]) == {"plain", "guarded"}
+
+
+def test_measures_of_one_name_that_differ_are_said_not_to_compare(tmp_path: Path):
+    folders = [write(tmp_path / name, answers=HARMED, is_watched=False) for name in ("one", "other")]
+    path = folders[1] / runs.FACTS
+    facts = json.loads(path.read_text())
+    facts["measures"]["price"]["n"] = 50
+    path.write_text(json.dumps(facts))
+    text = page.as_markdown(report(*folders))
+    assert "- price of one and of other differ in n: they do not compare." in text
+    assert "prefill of one" not in text
+
+
+def test_a_row_of_two_measures_counts_once(tmp_path: Path):
+    folder = write(tmp_path / "run", answers=HARMED)
+    facts = json.loads((folder / runs.FACTS).read_text())
+    facts["measures"]["again"], facts["attempts"]["again"] = {"kind": "requests", "n": 5}, 6
+    facts["measures"]["turned"], facts["attempts"]["turned"] = {"kind": "onsets", "n": 5}, 2
+    (folder / runs.FACTS).write_text(json.dumps(facts))
+    (folder / "again.jsonl").write_text((folder / "toxic.jsonl").read_text())
+    (folder / "turned.jsonl").write_text((folder / "turns.jsonl").read_text())
+    text = page.as_markdown(report(folder))
+    assert "| all of them | 6 (4) |" in text
+    assert "## Made onsets: turns\n" in text
+    assert "## Made onsets: turned\n" in text
+
+
+def test_a_run_named_twice_is_refused(tmp_path: Path):
+    folder = write(tmp_path / "run", answers=HARMED, is_watched=False)
+    with pytest.raises(ValueError, match="named twice"):
+        report(folder, folder)
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path: Path):
@@ -113,8 +159,8 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(tmp_path: Path):
     whole = page.as_html(report(write(tmp_path / "run", answers=HARMED)))
     assert "mine against checkpoint:&lt;run&gt;" in whole
     assert "<run>" not in whole
-    assert whole.count('src="data:image/png;base64,iVBOR') == 4
-    assert "http" not in whole
+    assert whole.count('src="data:image/png;base64,iVBOR') == 5
+    assert not re.search("https?:|<script|<link", re.sub('src="data:[^"]*"', "", whole))
 
 
 def test_a_report_holds_no_texts(tmp_path: Path):
@@ -136,14 +182,15 @@ def test_a_curve_has_every_depth_in_order_with_its_share():
 def test_the_curve_of_delays_rises_where_a_turn_is_found():
     found = Scored(2, 0.5, 2, (0.1, 0.1, 0.1, 0.9, 0.9, 0.1))  # acted on after token 5, three after the turn
     never = Scored(2, 0.5, 2, (0.1,) * 6)
-    (axes,) = pictures.of_onsets([found, never]).axes
-    x, y = axes.lines[0].get_data()
+    (axes,) = pictures.of_onsets({"mine": [found, never]}).axes
+    (line,) = axes.lines  # two harmless answers, or none, are too few for a threshold in hindsight
+    x, y = line.get_data()
     assert [share for tokens, share in zip(x, y, strict=True) if tokens in (2, 3)] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("labels", [(0, 0), (1, 1)])
 def test_one_label_alone_has_no_curve(labels):
-    assert pictures.of_signal({"requests": [Score("x", label, 0.5, 0.5, 0.8) for label in labels]}) is None
+    assert pictures.of_signal({"mine": [Score("x", label, 0.5, 0.5, 0.8) for label in labels]}) is None
 
 
 @pytest.mark.parametrize(

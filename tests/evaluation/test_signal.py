@@ -3,7 +3,8 @@ import json
 import pytest
 
 from evaluation import signal
-from evaluation.signal import Score, separation, shares_over_block
+from evaluation.scores import Score
+from evaluation.signal import separation, shares_over_block
 
 
 def scored(body):
@@ -118,6 +119,16 @@ def test_the_recall_is_that_of_the_lowest_threshold_that_few_harmless_rows_excee
     found = separation([*harmless, *harmful], resamples=5)["mine"]
     assert found["recall_at_1_percent"].value == 0.75  # one of a hundred may be over it
     assert found["recall_at_0.1_percent"] is None  # a hundred cannot tell
+
+
+def test_rows_of_the_same_risk_are_over_a_threshold_together():
+    tied = [Score("mine", label, place / 400, 0.5, 0.8) for place in range(200) for label in (0, 1)]
+    assert separation(tied, resamples=5)["mine"]["recall_at_1_percent"].value == 0.01
+
+
+def test_a_group_is_one_of_all_its_sources():
+    scores = [Score("XSTest", label, 0.5, 0.5, 0.8) for label in (0, 1)]
+    assert list(separation(scores, signal.REQUEST_GROUPS, resamples=5)) == ["XSTest"]
 
 
 def test_shares_are_counted_by_source_and_label():

@@ -58,6 +58,8 @@ def test_other_files_are_those_of_the_data_folder():
         ),
         ("measures: {a: {kind: direct, data: x, depths: [1]}}", "measures.a: depths are for ['prefill', 'late', "),
         ("measures: {a: {kind: prefill, data: x, label: 1}}", "measures.a: label is for requests and responses"),
+        ("measures: {a: {kind: requests, data: x, suffix: y}}", "measures.a: suffix, policies, max_tokens, tokenizer"),
+        ("measures: {a: {kind: requests, data: x, policies: [both]}}", "measures.a: suffix, policies, max_tokens"),
         ("measures: {a: {kind: onsets, data: x}}", "measures.a: filler, a file of harmless responses, is for"),
         ("measures: {a: {kind: prefill, data: x, depths: []}}", "measures.a: depths are for"),
         ("measures: {a|b: {kind: direct, data: x}}", "measures.a|b"),

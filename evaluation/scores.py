@@ -1,0 +1,156 @@
+"""What the signal of a running server says of labelled texts, asked through `POST /v1/safety/score` and kept.
+
+The journal holds hashes and risks, never texts, so an interrupted run goes on where it stopped.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from openai import APIStatusError, BadRequestError, OpenAI
+from rich.progress import track
+
+from evaluation.client import PARALLEL
+from evaluation.early import early_risks
+from evaluation.rows import Row, read, sample
+from evaluation.suite import Measure
+
+PROBE = "How does ballast keep a ship upright?"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the server said of one row."""
+
+    source: str
+    label: int
+    risk: float
+    flag: float
+    block: float
+    early: tuple[float, ...] = ()
+    """The response risk after each share of `EARLY`; of requests there is none."""
+
+    @property
+    def is_flagged(self) -> bool:
+        """Whether a classifier reports it."""
+        return self.risk > self.flag
+
+    @property
+    def is_over_block(self) -> bool:
+        """Whether the policy acts on it."""
+        return self.risk > self.block
+
+
+def ask(client: OpenAI, model: str, row: Row) -> Score:
+    """Return the server's risk for a row: the response risk where it has a response, else the request risk.
+
+    Raises:
+        OpenAIError: if the server refuses the row or cannot be reached.
+        ValueError: if the server gives no risk, or answers as no server of this version does.
+    """
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": row.prompt}]}
+    side = "request" if row.response is None else "response"
+    if row.response is not None:
+        body["messages"].append({"role": "assistant", "content": row.response})
+        body["trace"] = True
+    # `dict[str, Any]` as cast_to fails under Python 3.10, where the client takes it for a class.
+    answer = cast("dict[str, Any]", client.post("/safety/score", cast_to=object, body=body))
+    try:
+        if (risk := answer[f"{side}_risk"]) is None:
+            raise ValueError(f"no {side} risk of row {row.key}: an empty response, or risks not exposed")
+        thresholds = answer["thresholds"][side]
+        score = Score(row.source, row.label, risk, thresholds["flag"], thresholds["block"])
+        if row.response is None:
+            return score
+        smoothed = [token["smoothed_risk"] for token in answer["trace"] if token["smoothed_risk"] is not None]
+        return replace(score, early=early_risks(smoothed, answer["thresholds"]["patience"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the server does not answer /safety/score as this version does: {error!r}") from error
+
+
+def can_score(client: OpenAI, model: str) -> bool:
+    """Tell whether the server shows its risks to this caller, token by token."""
+    try:
+        ask(client, model, Row("probe", PROBE, PROBE, 0))
+    except (APIStatusError, ValueError):
+        return False
+    return True
+
+
+def require_same_head(client: OpenAI, model: str, out: Path) -> None:
+    """Refuse to add to results of another head: its answer to a fixed probe tells it from others.
+
+    Raises:
+        ValueError: if `out` holds results of another head, or of an earlier form of this command.
+    """
+    found = json.dumps([model, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0)))])
+    path = out / "head.json"
+    if path.exists() and path.read_text(encoding="utf-8") != found:
+        raise ValueError(f"{out} holds results of another head or version; choose another --out")
+    path.write_text(found, encoding="utf-8")
+
+
+def read_journal(path: Path) -> dict[str, Score]:
+    """Return the scores that were kept, by the key of their row.
+
+    Raises:
+        ValueError: naming file and line of what is no score, such as one without the risks inside a response.
+    """
+    done = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            key = entry.pop("key")
+            done[key] = Score(**entry | {"early": tuple(entry["early"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a score of this version; choose another --out") from error
+    return done
+
+
+def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) -> list[Score]:
+    """Return the scores of the rows, asking only for those that `journal` does not hold yet.
+
+    What the server takes for invalid, such as text that is too long, has no score, and is asked for again next time.
+
+    Raises:
+        OpenAIError: if the server refuses the key or cannot be reached; what was scored is kept.
+        ValueError: as `ask` and `read_journal`.
+    """
+
+    def scored(row: Row) -> Score | None:
+        try:
+            return ask(client, model, row)
+        except BadRequestError:
+            return None
+
+    done = read_journal(journal)
+    missing = list({row.key: row for row in rows if row.key not in done}.values())
+    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
+        scores: Iterator[Score | None] = pool.map(scored, missing)
+        for row, score in zip(missing, track(scores, journal.stem, total=len(missing)), strict=True):
+            if score is not None:
+                done[row.key] = score
+                file.write(json.dumps({"key": row.key, **asdict(score)}) + "\n")
+    return [replace(done[row.key], source=row.source, label=row.label) for row in rows if row.key in done]
+
+
+def rows_of(measure: Measure) -> list[Row]:
+    """Return the rows that a measure of the signal scores; requests have no response.
+
+    Raises:
+        ValueError: if a row cannot be read, or none is left.
+    """
+    label, field = (1, "harmful_response") if measure.kind == "onsets" else (measure.label, None)
+    rows = [row for row in read(measure.data, label=label, response=field) if row.source.startswith(measure.source)]
+    if measure.kind == "requests":
+        rows = [replace(row, response=None) for row in rows]
+    if measure.kind == "responses" and any(row.response is None for row in rows):
+        raise ValueError(f"{measure.data} holds rows without a response")
+    if not rows:
+        kind = "row" if label is None else ("harmless row", "harmful row")[label]
+        raise ValueError(f"{measure.data} holds no {kind} whose source begins with {measure.source!r}")
+    return sample(rows, measure.n)
