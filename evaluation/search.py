@@ -4,11 +4,12 @@
 
 Each round tries a few changes of the best wording so far: a scene around it, an aside before or after it, letters of a
 word swapped. What guides the search is what the server shows this caller: the exact risk, whether it is flagged, or
-only whether it is refused. The best wording is then sent with both sides blocking, and success is as in
-`evaluation.attack`, of the request as it was.
+only whether it is refused. What was found is kept, so an interrupted search goes on. The best wording is then sent with
+both sides blocking, and success is as in `evaluation.attack`, of the request as it was.
 """
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -28,6 +29,7 @@ from evaluation.client import PARALLEL, Server, add_arguments, connect
 from evaluation.judges import by_phrases
 from evaluation.outcomes import outcomes
 from evaluation.rows import Row, select
+from evaluation.samples import key_of
 from model.chat import Message
 
 Rate = Callable[[str], float]
@@ -111,11 +113,36 @@ def _changed(text: str, drawn: Random) -> str:
     return text[:place] + text[place + 1] + text[place] + text[place + 2 :]
 
 
-def search(server: Server, rows: Sequence[Row], *, rounds: int, width: int) -> list[Searched]:
-    """Return the best wording of every request."""
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        found = pool.map(lambda row: climb(lambda t: shown(server, t), row.prompt, rounds=rounds, width=width), rows)
-        return list(track(found, "searches", total=len(rows)))
+def search(server: Server, rows: Sequence[Row], journal: Path, *, rounds: int, width: int) -> list[Searched]:
+    """Return the best wording of every request, searching only for those that `journal` does not hold.
+
+    Raises:
+        OpenAIError: if the server cannot be reached; what was found is kept.
+        ValueError: naming file and line of what is no search of this version.
+    """
+    done = _read_journal(journal)
+    keys = {row.prompt: key_of(row.prompt, rounds, width) for row in rows}
+    missing = [prompt for prompt, key in keys.items() if key not in done]
+    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
+        found = pool.map(lambda one: climb(lambda t: shown(server, t), one, rounds=rounds, width=width), missing)
+        for prompt, searched in zip(missing, track(found, "searches", total=len(missing)), strict=True):
+            done[keys[prompt]] = searched
+            file.write(json.dumps({"key": keys[prompt], **searched._asdict()}) + "\n")
+    return [done[keys[row.prompt]] for row in rows]
+
+
+def _read_journal(path: Path) -> dict[str, Searched]:
+    """Return the searches that were kept. Their texts may harm: keep the file out of repositories."""
+    done = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            key = entry.pop("key")
+            done[key] = Searched(**entry)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a search of this version; choose another --out") from error
+    return done
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = select(args.data, args.n, label=1, source=args.source)
         server = connect(args.server, args.api_key)
-        found = search(server, rows, rounds=args.rounds, width=args.width)
         args.out.mkdir(parents=True, exist_ok=True)
+        found = search(server, rows, args.out / "searched.jsonl", rounds=args.rounds, width=args.width)
         attempts = [Attempt("search", one.prompt, turns=(Message("user", one.text),)) for one in found]
         path = args.out / "search.jsonl"
         samples = attack(server, under(attempts, ["both"], args.max_tokens), path, args.out.name)

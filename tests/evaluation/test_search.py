@@ -95,6 +95,15 @@ def test_the_best_wording_is_sent_and_judged_by_the_request(stub, data: Path, tm
     assert len(sent["messages"][0]["content"]) == max(len(one["messages"][0]["content"]) for one in server.asked)
     (kept,) = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
     assert (kept["prompt"], kept["text"]) == ("how is it done", "Sure")
+    num_asked = len(server.asked)
+    assert main(command) == 0
+    assert capfd.readouterr().out.splitlines()[-2:] == out.splitlines()[-2:]
+    assert len(server.asked) == num_asked  # a search that was made is not made again, nor is its attack
+    assert main([*command, "--rounds", "1"]) == 0
+    assert len(server.asked) > num_asked
+    (tmp_path / "out" / "searched.jsonl").write_text('{"key": "k"}\n')
+    assert main(command) == 1
+    assert "searched.jsonl, line 1: not a search of this version" in capfd.readouterr().err
 
 
 def test_no_rows_are_a_clear_error(stub, data: Path, tmp_path: Path, capfd):
