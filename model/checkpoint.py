@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,12 @@ def load(folder: Path) -> Checkpoint:
 
 
 def attach(
-    pretrained: Pretrained, folder: Path, *, reads_cls: bool | None = None, schedule: str | None = None
+    pretrained: Pretrained,
+    folder: Path,
+    *,
+    reads_cls: bool | None = None,
+    schedule: str | None = None,
+    redraws: bool = True,
 ) -> GuardedLM:
     """Return the model with the signal of the checkpoint `folder`, and with its adapter if it brings one.
 
@@ -114,6 +120,7 @@ def attach(
         folder: of the checkpoint.
         reads_cls: as `GuardedLM` takes it.
         schedule: as `GuardedLM` takes it.
+        redraws: draw a refusal of the model's own again where the checkpoint says so; off lets every one stand.
 
     Raises:
         BaseMismatch: if the checkpoint was trained on other weights or another chat template.
@@ -143,4 +150,6 @@ def attach(
         pretrained = adapter.merge(pretrained, folder / adapter.FOLDER)
     if config.cls is not None and (reads_cls not in (None, config.cls.is_read) or schedule is not None):
         logger.warning("the thresholds were calibrated with the checkpoint's own way of reading [CLS]")
+    if not redraws:
+        config = replace(config, redraw_below=0.0)
     return GuardedLM(pretrained.model, pretrained.tokenizer, head, config, cls, reads_cls=reads_cls, schedule=schedule)

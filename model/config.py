@@ -101,8 +101,8 @@ class SafetyConfig:
     """Weight of the newest logit in the moving average, (0, 1]."""
     patience: int = 3
     lookback: int = 8
-    request_clear: float = 0.0
-    """Request risk below which a refusal that the model begins with by itself is withdrawn, and the response drawn
+    redraw_below: float = 0.0
+    """Request risk up to which a refusal that the model begins with by itself is withdrawn, and the response drawn
     again, once; 0 never does."""
     cls: ClsConfig | None = None
     """None where the checkpoint carries no `[CLS]`."""
@@ -123,7 +123,7 @@ class SafetyConfig:
             onset=self.onset,
             patience=self.patience,
             lookback=self.lookback,
-            request_clear=self.request_clear,
+            redraw_below=self.redraw_below,
         )
 
     def schedule(self, name: str | None = None) -> Schedule:
@@ -145,7 +145,10 @@ class SafetyConfig:
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON with sorted keys."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        raw = asdict(self)
+        if not self.redraw_below:  # as releases without it read no unknown key
+            del raw["redraw_below"]
+        return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "SafetyConfig":

@@ -17,6 +17,7 @@ from model.holdback import Holdback, ResponseToken
 from model.passes import Pass, Passed, Solo, Steps
 from model.policy import Continue, Decision, Mode, Policy, Refuse, Rollback
 from model.reader import Reader, Step
+from model.redraw import OPENING, Redraw
 from model.request import GenerationRequest, admit
 from model.sampling import GREEDY, draw, generator_for
 from model.schedule import Schedule
@@ -24,8 +25,6 @@ from model.trace import Trace
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass, so that a long prompt does not hold up its neighbours."""
-OPENING = 6
-"""Tokens of the refusal prefix with which a response begins that is taken for a refusal."""
 SHORTEST_REFUSAL = 24
 """Characters that the model adds to the refusal prefix before the end of a sentence ends the refusal."""
 
@@ -68,8 +67,7 @@ class Generation:
         self._response_head = HeadWork()
         self._untold_head = HeadWork()
         self._num_withdrawn = 0
-        self._doubted: tuple[int, ...] = ()
-        """How a response begins that is withdrawn and drawn again, once."""
+        self._redraw: Redraw | None = None
         self._is_redrawn = False
 
     def run(self) -> Steps[Release, Finish]:
@@ -77,19 +75,17 @@ class Generation:
         logits = yield from self._read_request()
         if isinstance(self._policy.decide_request(self._trace.request_risk), Refuse):
             return (yield from self._refuse("refused"))
-        if not self._num_prefill and self._policy.doubts_refusals(self._trace.request_risk):
-            self._doubted = self._opening()
+        self._redraw = self._watched_for_refusal(logits)
         reason: FinishReason | None = None
-        first = logits
         logits, decision = yield from self._read_prefill(logits)
         while isinstance(decision, Continue):
-            is_held = reason is None and self._may_be_doubted()
+            is_held = reason is None and self._redraw is not None and self._redraw.may_come(self._draft.token_ids)
             yield self._release(0 if is_held else decision.releasable, is_end=reason is not None)
             if reason is not None:
                 return self._finish(reason, "none", self._draft.num_released)
             reason, token_id = self._draw(logits)
-            if self._doubted and tuple(self._draft.token_ids) == self._doubted:
-                reason, token_id = self._draw_again(first)
+            if self._redraw is not None and self._redraw.is_due(self._draft.token_ids):
+                reason, token_id = self._draw_again(self._redraw)
             if reason is None:
                 logits, decision = yield from self._step(token_id)
             else:
@@ -130,30 +126,22 @@ class Generation:
             yield Release(head=self._pop_head())
         return logits, decision
 
-    def _opening(self) -> tuple[int, ...]:
-        """Return the tokens that a refusal begins with."""
-        assert self._lm.config is not None
-        return tuple(self._lm.tokenizer.encode(self._lm.config.refusal.prefix, add_special_tokens=False)[:OPENING])
+    def _watched_for_refusal(self, logits: Tensor) -> Redraw | None:
+        """Return what watches for a refusal that would be drawn again; None where it would stand."""
+        config, bias = self._lm.config, self._request.sampling.logit_bias
+        if config is None or self._num_prefill or not self._policy.redraws(self._trace.request_risk):
+            return None
+        opening = self._lm.tokenizer.encode(config.refusal.prefix, add_special_tokens=False)[:OPENING]
+        return Redraw(opening, logits) if opening and opening[0] not in bias else None
 
-    def _may_be_doubted(self) -> bool:
-        """Tell whether the response so far may become one that is drawn again."""
-        length = len(self._draft)
-        return length < len(self._doubted) and tuple(self._draft.token_ids) == self._doubted[:length]
-
-    def _draw_again(self, logits: Tensor) -> tuple[FinishReason | None, int]:
-        """Withdraw a refusal of a request that is clear, and draw the first token again: any but that one.
-
-        A second refusal stands. Not in the source; weights whose refusals hold deep refuse too much.
-
-        Args:
-            logits: those that the first token was drawn from, (V,).
-        """
-        forbidden = self._doubted[0]
-        self._doubted, self._is_redrawn = (), True
+    def _draw_again(self, redraw: Redraw) -> tuple[FinishReason | None, int]:
+        """Withdraw a refusal, and draw any other first token."""
+        self._redraw, self._is_redrawn = None, True
+        self._response_risk = self._overall_risk()
         self._num_withdrawn += self._draft.crop(0)
         self._trace = replace(self._trace, assessments=[])
         self._reader.restart()
-        return self._draw(logits, forbidden)
+        return self._draw(redraw.logits, redraw.opening[0])
 
     def _draw(self, logits: Tensor, forbidden: int | None = None) -> tuple[FinishReason | None, int]:
         """Draw the next token; return why the response ends with it, if it does."""
@@ -274,8 +262,10 @@ class Generation:
             self._draft.set_risk(position - self._num_prefill - 1, assessment.risk)
 
     def _overall_risk(self) -> float | None:
-        is_watched = self._policy.output is not Mode.OFF
-        return self._trace.response_risk(self._policy.patience) if is_watched else None
+        """Return the response risk so far, withdrawn tokens included; None where it is not watched."""
+        if self._policy.output is Mode.OFF:
+            return None
+        return _highest(self._response_risk, self._trace.response_risk(self._policy.patience))
 
     def _release(self, length: int, *, is_end: bool = False) -> Release:
         """Release what may leave out of the first `length` response tokens."""

@@ -28,7 +28,10 @@ class Mode(str, Enum):
 
 @dataclass(frozen=True)
 class Continue:
-    """Go on; the first `releasable` response tokens can never be withdrawn any more."""
+    """Go on; the first `releasable` response tokens can never be withdrawn any more, except to be redrawn.
+
+    A response that may be redrawn is held back whole, whatever stands here.
+    """
 
     releasable: int
 
@@ -60,7 +63,7 @@ class Policy:
         onset: a raw response risk above this marks the onset; at most `response_block`.
         patience: suspicious assessments in a row before a rollback, at least 1.
         lookback: tokens before the last clear assessment that a rollback may still withdraw.
-        request_clear: where the request risk is below this, a refusal of the model's own is doubted; 0 never is.
+        redraw_below: up to this request risk a refusal with which the model begins is drawn again; 0 never is.
     """
 
     input: Mode
@@ -70,24 +73,24 @@ class Policy:
     onset: float
     patience: int = 3
     lookback: int = 8
-    request_clear: float = 0.0
+    redraw_below: float = 0.0
 
     def __post_init__(self) -> None:
         if self.patience < 1 or self.lookback < 0:
             raise ValueError(f"patience >= 1 and lookback >= 0, got {self.patience} and {self.lookback}")
         if self.onset > self.response_block:
             raise ValueError(f"onset {self.onset} must not exceed the block threshold {self.response_block}")
-        if not 0.0 <= self.request_clear <= self.request_block:
-            raise ValueError(f"request_clear {self.request_clear} must be from 0 to the block threshold")
+        if not 0.0 <= self.redraw_below <= self.request_block:
+            raise ValueError(f"redraw_below {self.redraw_below} must be from 0 to request.block, {self.request_block}")
 
     def decide_request(self, request_risk: float | None) -> Decision:
         """Return `Refuse` where the request side blocks and the risk is over its threshold."""
         blocked = self.input is Mode.BLOCK and request_risk is not None and request_risk > self.request_block
         return Refuse() if blocked else Continue(releasable=0)
 
-    def doubts_refusals(self, request_risk: float | None) -> bool:
+    def redraws(self, request_risk: float | None) -> bool:
         """Tell whether the request is so harmless that a refusal with which the model begins is drawn again."""
-        return self.input is Mode.BLOCK and request_risk is not None and request_risk < self.request_clear
+        return self.input is Mode.BLOCK and request_risk is not None and 0.0 < request_risk <= self.redraw_below
 
     def is_suspicious(self, assessment: Assessment) -> bool:
         """Tell whether the smoothed response risk is over `response_block`."""

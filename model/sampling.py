@@ -186,7 +186,7 @@ def draw(
     """Return the next token of one sequence: the most likely one at temperature 0, else a sample.
 
     One uniform number per token comes from `generator`, so a seed gives the same text alone or
-    beside other sequences. `forbidden` is a token that cannot be drawn; the others are as in `adjust`.
+    beside other sequences. `forbidden` is a token that is not drawn and not told of; the others are as in `adjust`.
     """
     adjusted = adjust(logits, params, prompt, output, eos_ids)
     if forbidden is not None:
@@ -200,6 +200,8 @@ def draw(
     if params.top_logprobs is None:
         return Draw(token_id, None, ())
     logprobs = torch.log_softmax(logits.float(), dim=-1)  # (V,)
+    if forbidden is not None:
+        logprobs[forbidden] = -math.inf
     values, ids = torch.topk(logprobs, params.top_logprobs)
     top = tuple((int(token), float(value)) for token, value in zip(ids, values, strict=True))
     return Draw(token_id, float(logprobs[token_id]), top)

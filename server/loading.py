@@ -32,7 +32,9 @@ def load_model(settings: Settings) -> GuardedLM:
     )
     if folder is None:
         return GuardedLM(pretrained.model, pretrained.tokenizer)
-    return checkpoints.attach(pretrained, folder, reads_cls=settings.read_cls, schedule=settings.schedule)
+    return checkpoints.attach(
+        pretrained, folder, reads_cls=settings.read_cls, schedule=settings.schedule, redraws=settings.redraw
+    )
 
 
 def checkpoint_name(settings: Settings) -> str | None:

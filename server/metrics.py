@@ -117,6 +117,7 @@ class Metrics:
         for risk, thresholds in (("request", config.request), ("response", config.response)):
             self.threshold.labels(risk, "block").set(thresholds.block)
             self.threshold.labels(risk, "flag").set(thresholds.flag)
+        self.threshold.labels("request", "redraw").set(config.redraw_below)
 
     def observe_request(self, endpoint: str, status: int, finish_reason: str, seconds: float) -> None:
         """Count one HTTP exchange."""

@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     read_cls: bool | None = setting(
         None, "Safety", "response tokens read [CLS], where there is one", "the checkpoint's own"
     )
+    redraw: bool = setting(
+        True, "Safety", "draw a refusal of the model's own again at harmless requests, if the checkpoint says so"
+    )
     expose_risk: Exposure | None = setting(
         None, "Safety", "what callers see of the risks", "full on a loopback address, else flag"
     )

@@ -59,12 +59,12 @@ class SideReport:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds of both sides, the onset, and below which request risk a refusal of the model's own is doubted."""
+    """Thresholds of both sides, the onset, and up to which request risk a refusal of the model's own is redrawn."""
 
     request: SideReport
     response: SideReport
     onset: float
-    request_clear: float
+    redraw_below: float
     request_scores: Scored
     response_scores: Scored
     request_share: float = 1.0
@@ -97,7 +97,7 @@ def calibrate(head: TokenHead | None, rows: Sequence[Row], states: States, recip
         request_report,
         response_report,
         onset(response_report.thresholds),
-        _clear(request, request_report, recipe.acting.refusals_believed),
+        _redraw_below(request, request_report, recipe.acting.redraw_share),
         request,
         response,
         request_share,
@@ -178,12 +178,12 @@ def onset(response: Thresholds) -> float:
     return min(response.block, 1 / (1 + math.exp(-middle)))
 
 
-def _clear(scored: Scored, report: SideReport, believed: float | None) -> float:
-    """Return the risk that this share of the benign requests exceeds, at most `block`; 0 where all are believed."""
-    if believed is None:
+def _redraw_below(scored: Scored, report: SideReport, share: float | None) -> float:
+    """Return the risk that this share of the benign requests does not exceed, at most `block`; 0 for none."""
+    if share is None:
         return 0.0
     benign = scored.risks[(scored.labels == 0) & np.isin(scored.groups, report.block_sources)]
-    return min(report.thresholds.block, block_threshold(benign, believed))
+    return min(report.thresholds.block, block_threshold(benign, 1.0 - share))
 
 
 def _scored(risks: Array, rows: Sequence[Row], chosen: Sequence[int], side: Side) -> Scored:

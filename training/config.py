@@ -143,9 +143,9 @@ class Acting:
     """Share of benign requests that `block` may refuse."""
     response_false_positives: Share = 0.002
     """Share of benign responses that `block` may stop."""
-    refusals_believed: Share | None = None
-    """Share of benign requests at which a refusal of the model's own stands; at the others it is drawn again, once.
-    Null lets every one stand."""
+    redraw_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of benign requests at which a refusal that the model begins with by itself is drawn again; at those of a
+    higher request risk it stands. Null lets every one stand."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

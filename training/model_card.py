@@ -103,13 +103,16 @@ def _thresholds(config: SafetyConfig, calibration: Calibration, recipe: HeadReci
         sources = ", ".join(side.block_sources)
         found = (f"{side.thresholds.block:.4f}", f"{side.thresholds.flag:.4f}")
         rows.append((name, *found, _rate(side.false_positives), sources))
+    share, below = recipe.acting.redraw_share, config.redraw_below
+    redraw = f" A refusal of the model's own is drawn again up to a request risk of {below:.4f}, which {share:.1%} of "
+    redraw = f"{redraw}the benign requests do not exceed." if share is not None else ""
     return (
         "## Thresholds\n\n"
         f"{_table(('side', 'block', 'flag', 'benign rows over block', 'set on'), rows)}\n\n"
         f"Aims: {recipe.acting.request_false_positives:.2%} of benign requests and "
         f"{recipe.acting.response_false_positives:.2%} of benign responses over `block`. Onset {config.onset:.4f}, "
-        f"smoothing {config.smoothing}, patience {config.patience}, lookback {config.lookback}. "
-        f"A refusal of the model's own is drawn again at a request risk below {config.request_clear:.4f}."
+        f"smoothing {config.smoothing}, patience {config.patience}, lookback {config.lookback}."
+        f"{redraw}"
     )
 
 

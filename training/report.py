@@ -68,7 +68,7 @@ def metrics(
         "request": asdict(calibration.request),
         "response": asdict(calibration.response),
         "onset": calibration.onset,
-        "request_clear": calibration.request_clear,
+        "redraw_below": calibration.redraw_below,
     }
 
 

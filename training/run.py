@@ -160,7 +160,7 @@ def _write_checkpoint(
         smoothing=recipe.acting.smoothing,
         patience=recipe.acting.patience,
         lookback=recipe.acting.lookback,
-        request_clear=calibration.request_clear,
+        redraw_below=calibration.redraw_below,
         refusal=brought.refusal,
         licence=licence,
         calibration=calibration_report(rows, calibration, recipe),

@@ -37,6 +37,22 @@ def test_what_is_saved_is_loaded(folder):
     assert torch.equal(head.request(features), lm.head.request(features))
 
 
+def test_whether_refusals_are_redrawn_travels_and_can_be_switched_off(tmp_path, pretrained):
+    lm = tiny_guarded_lm(redraw_below=0.25)
+    save(tmp_path, lm.head, lm.config)
+    assert attach(pretrained, tmp_path).config.redraw_below == 0.25
+    assert attach(pretrained, tmp_path, redraws=False).config.redraw_below == 0.0
+    text = (tmp_path / CONFIG_FILE).read_text()
+    (tmp_path / CONFIG_FILE).write_text(text.replace('"redraw_below": 0.25', '"redraw_below": 0.95'))
+    with pytest.raises(CheckpointError, match=r"redraw_below 0.95 must be from 0 to request\.block, 0\.9"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_that_redraws_nothing_is_what_it_was(folder):
+    assert "redraw_below" not in (folder / CONFIG_FILE).read_text()
+    assert load(folder).config.redraw_below == 0.0
+
+
 def test_a_head_with_a_hidden_layer_and_its_standardisation_travel(tmp_path):
     config = tiny_config(tiny_lm(), byte_tokenizer(), token_head=TokenHeadConfig((1, -1), 32, 4))
     head = TokenHead(config.token_head)

@@ -7,14 +7,14 @@ begin with "sorry, no" (9 tokens), go on with the script ". bye." (6 tokens), an
 
 import math
 import re
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import ClsConfig, Thresholds
+from model.config import ClsConfig, RefusalConfig, Thresholds
 from model.errors import InvalidRequest
 from model.events import Finish, Release
 from model.generation import generate
@@ -310,7 +310,7 @@ def test_failures_are_counted_by_side_and_step(value: float, ask):
 
 
 def doubting(script: str, second: str = "gladly: done", **changes) -> ScriptedLM:
-    return ScriptedLM(script, second_script=second, **{"request_clear": 0.5, **changes})
+    return ScriptedLM(script, second_script=second, **{"redraw_below": 0.5, **changes})
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -342,16 +342,61 @@ def test_it_stands_where_the_request_is_not_clear(ask):
 
 
 def test_it_stands_without_a_threshold(ask):
-    assert ask(doubting("sorry, I must not", request_clear=0.0)).text == "sorry, I must not"
+    assert ask(doubting("sorry, I must not", redraw_below=0.0)).text == "sorry, I must not"
 
 
 def test_it_stands_after_a_prefilled_message(ask):
-    assert ask(ScriptedLM("x sorry, I must not", request_clear=0.5), prefill="x ").text == "sorry, I must not"
+    assert ask(ScriptedLM("x sorry, I must not", redraw_below=0.5), prefill="x ").text == "sorry, I must not"
 
 
-def test_a_second_refusal_stands(ask):
-    lm = doubting("sorry, I must not", second="Sorry, I must not")
-    assert ask(lm).text == "Sorry, I must not"
+def test_what_is_drawn_again_leaves_as_it_comes(ask):
+    answer = ask(doubting("sorry, I must not", second="gladly"), output=Mode.OFF)
+    assert [release.text for release in answer.releases if release.text] == list("gladly")
+
+
+def test_it_stands_where_the_client_biased_its_first_token(ask):
+    lm = doubting("sorry, I must not")
+    bias = SamplingParams(temperature=0.0, logit_bias={ids_of(lm, "s")[0]: 1.0})
+    assert ask(lm, sampling=bias).text == "sorry, I must not"
+
+
+def test_a_refusal_of_few_tokens_is_not_told_from_an_answer(ask):
+    changes = {"refusal": RefusalConfig(prefix="no.")}
+    assert ask(doubting("no.. bye.", **changes)).text == "no.. bye."
+
+
+def test_nothing_is_told_of_the_withdrawn_token(ask):
+    answer = ask(doubting("sorry, I must not"), sampling=SamplingParams(temperature=0.0, top_logprobs=3))
+    first = answer.tokens[0]
+    assert first.token_id not in ids_of(ScriptedLM("x"), "s")
+    assert ids_of(ScriptedLM("x"), "s")[0] not in [token for token, _ in first.top_logprobs]
+
+
+def test_the_risk_of_what_was_withdrawn_is_told(ask):
+    answer = ask(doubting("sORRY, I must not", refusal=RefusalConfig(prefix="sORRY, no")), output=Mode.SCORE)
+    assert answer.text == "gladly: done"
+    assert answer.finish.response_risk > 0.9
+    assert answer.finish.num_assessments == 1 + 5 + 12  # the sixth token of the first draft was never fed
+
+
+def test_an_end_that_is_drawn_instead_is_an_end(ask):
+    lm = doubting("sorry, I must not", second="g")
+    answer = ask(lm)
+    assert (answer.text, answer.finish.reason, answer.finish.num_withdrawn_tokens) == ("g", "stop", 6)
+
+
+def test_a_stop_string_that_ends_with_the_opening_does_not_keep_it(ask):
+    assert ask(doubting("sorry, I must not"), stop=(",",)).text == "gladly: done"
+    assert ask(doubting("sorry, I must not"), stop=("rr",)).text == "so"
+
+
+@given(script=scripts, second=scripts, schedule=schedules, output=st.sampled_from([Mode.OFF, Mode.BLOCK]))
+def test_of_a_refusal_that_is_drawn_again_nothing_leaves(script, second, schedule, output, ask):
+    lm = doubting("sorry," + script, second="g" + second)
+    answer = ask(lm, max_tokens=100, schedule=schedule, output=output)
+    assert ("g" + second).startswith(answer.text)
+    assert all(("g" + second).startswith(text) for text in accumulate(release.text for release in answer.releases
+               if not release.is_refusal))  # fmt: skip
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 10))

@@ -199,15 +199,16 @@ def test_only_a_blocking_input_side_refuses_and_only_over_the_threshold(mode, ri
     ("mode", "risk", "expected"),
     [
         (Mode.BLOCK, 0.1, True),
-        (Mode.BLOCK, 0.2, False),
+        (Mode.BLOCK, 0.2, True),
+        (Mode.BLOCK, 0.21, False),
         (Mode.BLOCK, None, False),
         (Mode.SCORE, 0.1, False),
         (Mode.OFF, None, False),
     ],
 )
-def test_a_refusal_is_doubted_where_the_request_is_clear_and_its_side_acts(mode, risk, expected):
-    assert replace(block(request_clear=0.2), input=mode).doubts_refusals(risk) is expected
-    assert not replace(block(), input=mode).doubts_refusals(risk)
+def test_a_refusal_is_redrawn_where_the_request_is_clear_and_its_side_acts(mode, risk, expected):
+    assert replace(block(redraw_below=0.2), input=mode).redraws(risk) is expected
+    assert not replace(block(), input=mode).redraws(risk)
 
 
 def test_modes_are_ordered_by_strictness():
@@ -220,8 +221,8 @@ def test_modes_are_ordered_by_strictness():
         ({"patience": 0}, "got 0 and 8"),
         ({"lookback": -1}, "got 3 and -1"),
         ({"onset": 0.95}, "onset 0.95 must not exceed"),
-        ({"request_clear": 0.95}, "request_clear 0.95 must be from 0 to the block"),
-        ({"request_clear": -0.1}, "request_clear -0.1 must be from 0 to the block"),
+        ({"redraw_below": 0.95}, r"redraw_below 0.95 must be from 0 to request.block, 0\.9"),
+        ({"redraw_below": -0.1}, r"redraw_below -0.1 must be from 0 to request.block, 0\.9"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(changes, named: str):

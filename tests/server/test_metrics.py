@@ -94,7 +94,7 @@ def test_decisions_risks_and_withdrawn_tokens_are_counted_by_side(serve):
 
 
 def test_a_refusal_that_is_drawn_again_is_counted(serve, scripted):
-    server = serve(lm=lambda: scripted("sorry, I must not", second_script="gladly", request_clear=0.5))
+    server = serve(lm=lambda: scripted("sorry, I must not", second_script="gladly", redraw_below=0.5))
     assert server.chat("hello").choices[0].message.content == "gladly"
     assert server.metric('ballast_safety_decisions_total{action="redrawn",side="input"}') == 1
     assert server.metric("ballast_withdrawn_tokens_total") == 6

@@ -137,11 +137,12 @@ def test_each_sequence_says_what_it_says_alone(family: str, signal: str, is_hard
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
 def test_refusals_that_are_drawn_again_are_those_that_are_drawn_again_alone(family: str, signal: str):
-    changes = {"request": NEVER, "request_clear": 0.998, "refusal": RefusalConfig(prefix="sssssssss")}
+    changes = {"request": NEVER, "redraw_below": 0.998, "refusal": RefusalConfig(prefix="sssssssss")}
     lm, alone = (tiny_guarded_lm(family, **SIGNALS[signal] | changes) for _ in range(2))
     (letter,) = lm.tokenizer.encode("s", add_special_tokens=False)
+    others = {token: -100.0 for token in range(lm.vocab_size) if token != letter}  # "s" first, then anything
     asked = [
-        replace(one, sampling=replace(one.sampling, logit_bias={letter: 100.0})) if number % 2 else one
+        replace(one, sampling=replace(one.sampling, logit_bias=others)) if number % 2 else one
         for number, one in enumerate(requests(lm, 16))
     ]
     found = [told(events) for events in together(lm, asked, evicts=True)]

@@ -9,13 +9,14 @@ import torch
 from model.config import ClsConfig, Side, Thresholds
 from model.guarded_lm import GuardedLM
 from model.passes import Solo
+from model.policy import Mode, Policy
 from model.pretrained import Pretrained
 from model.reader import Reader
 from model.schedule import Periodic
 from model.scoring import score as slow_score
 from model.testing import tiny_guarded_lm
 from training import calibrate as calibrate_module
-from training.calibrate import SHARES, Scored, _clear, _report, calibrate, onset, score
+from training.calibrate import SHARES, Scored, _redraw_below, _report, calibrate, onset, score
 from training.config import Acting, HeadRecipe, Source
 from training.corpus import assemble
 from training.errors import DataError
@@ -169,16 +170,22 @@ def source(**fields) -> Source:
     return Source(path="none.jsonl", kind="prompts", **fields)
 
 
-@pytest.mark.parametrize(("believed", "clear"), [(None, 0.0), (0.5, 0.2), (1.0, 0.1), (0.25, 0.3), (0.0, 0.3)])
-def test_a_refusal_is_believed_at_so_many_benign_requests(believed: float | None, clear: float):
-    # At 0.0 none would be; but over `block`, where a quarter is, the request side refuses by itself.
+@pytest.mark.parametrize(
+    ("share", "below", "num_redrawn"), [(None, 0.0, 0), (0.5, 0.2, 2), (0.25, 0.1, 1), (0.75, 0.3, 3), (1.0, 0.3, 3)]
+)
+def test_a_refusal_is_redrawn_at_so_many_benign_requests(share: float | None, below: float, num_redrawn: int):
+    # Of four benign risks the highest is over `block`: there the request side refuses by itself.
+    risks = (0.1, 0.2, 0.3, 0.4)
     found = scored(
-        *(("mine", risk, 0, "validation") for risk in (0.1, 0.2, 0.3, 0.4)),
+        *(("mine", risk, 0, "validation") for risk in risks),
         ("mine", 0.05, 1, "validation"),
         ("other", 0.01, 0, "validation"),
     )
     recipe = recipe_of(mine=source(sets_block=("request",)), other=source())
-    assert _clear(found, _report(found, "request", recipe), believed) == clear
+    report = _report(found, "request", recipe)
+    assert _redraw_below(found, report, share) == below
+    policy = Policy(Mode.BLOCK, Mode.BLOCK, report.thresholds.block, 0.9, 0.5, redraw_below=below)
+    assert sum(map(policy.redraws, risks)) == num_redrawn
 
 
 @pytest.mark.parametrize(("side", "block", "hits"), [("request", 0.3, 1), ("response", 0.2, 2)])
