@@ -1,4 +1,4 @@
-"""The attention of single rows in C, compiled where there is a compiler; without one, PyTorch does the same, slower."""
+"""What is written in C, compiled where there is a compiler; without one, PyTorch does the same, slower."""
 
 import ctypes
 import hashlib
@@ -19,7 +19,6 @@ from model.pretrained import cache_folder
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("attend.c")
 FLAGS = (
     *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
     *("-fopenmp", "-shared", "-fPIC"),
@@ -28,13 +27,16 @@ FLAGS = (
 makes the whole process round small numbers to zero."""
 NAMES = {torch.bfloat16: "attend_bfloat16", torch.float32: "attend_float32"}
 
+PAIRS = "avx512_bf16"
+"""What a processor says that multiplies pairs of bfloat16."""
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
 """Takes queries, keys, values, output, rows, slots, offsets (all contiguous, indices int64) and the scaling."""
 
 
 def attend_of(dtype: torch.dtype) -> Attend | None:
     """Return the compiled attention for a precision; None where there is none."""
-    library = _library()
+    library = _library("attend")
     if library is None or dtype not in NAMES:
         return None
     function = library[NAMES[dtype]]
@@ -59,26 +61,49 @@ def attend_of(dtype: torch.dtype) -> Attend | None:
     return attend
 
 
+Multiply = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+"""Takes rows (N, in), a weight as `server.engine.packed` lays it out, a bias (out), and the product (N, out): all
+contiguous and in bfloat16."""
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
-    """Return the compiled library, compiling it the first time on this machine."""
-    compiler = os.environ.get("CC", "cc")
-    text = SOURCE.read_bytes() + repr((FLAGS, compiler, platform.processor(), _processor())).encode()
-    path = cache_folder() / "native" / f"attend-{hashlib.sha256(text).hexdigest()[:16]}.so"
+def multiply_of() -> Multiply | None:
+    """Return the compiled product in bfloat16; None where the processor or the compiler does not know it."""
+    library = _library("multiply") if PAIRS in _processor().split() else None
+    if library is None:
+        return None
+    function = library["multiply"]
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    function.restype = None
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor) -> None:
+        start = None if bias is None else bias.data_ptr()
+        function(x.data_ptr(), weight.data_ptr(), start, product.data_ptr(), *x.shape, product.shape[1])
+
+    return multiply
+
+
+@cache
+def _library(name: str) -> ctypes.CDLL | None:
+    """Return a compiled library, compiling it the first time on this machine."""
+    source, compiler = Path(__file__).with_name(f"{name}.c"), os.environ.get("CC", "cc")
+    text = source.read_bytes() + repr((FLAGS, compiler, platform.processor(), _processor())).encode()
+    path = cache_folder() / "native" / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = Path(folder) / path.name
-                command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+                command = [*shlex.split(compiler), *FLAGS, str(source), "-o", str(made), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 made.replace(path)  # two processes may do so at the same time
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("attention runs in PyTorch alone, as it could not be compiled: %s", type(error).__name__)
+        logger.info("%s.c could not be compiled, PyTorch does the same: %s", name, type(error).__name__)
         return None
 
 
+@cache
 def _processor() -> str:
     """Return what the processor can do, so that a cache on a shared disk serves no other kind."""
     try:

@@ -1,15 +1,63 @@
 """Packed weights: the same numbers."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from model.testing import FAMILIES, tiny_lm
-from server.engine.packed import PackedLinear, Product, pack
+from server.engine import native, packed
+from server.engine.native import PAIRS, multiply_of
+from server.engine.packed import BLOCK, PackedLinear, Product, in_blocks, pack
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
+HAS_PAIRS = PAIRS in native._processor().split()
+
+
+@pytest.fixture(params=["multiply.c", "oneDNN"])
+def who(request, monkeypatch):
+    """Both kinds of product, where there are both."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr(packed, "multiply_of", lambda: None)
+    elif multiply_of() is None:
+        pytest.skip("no compiler, or no pairs of bfloat16")
+    return request.param
+
+
+def test_a_processor_that_multiplies_pairs_does():
+    assert (multiply_of() is not None) is (HAS_PAIRS and shutil.which(os.environ.get("CC", "cc")) is not None)
+
+
+@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+@pytest.mark.parametrize("num_rows", [*range(1, 14), 24, 25, 100])
+@pytest.mark.parametrize(("num_in", "num_out"), [(2, 32), (576, 960), (30, 64)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_row_has_its_product_and_the_same_beside_others(num_rows, num_in, num_out, has_bias):
+    generator = torch.Generator().manual_seed(num_rows)
+    x, weight = (torch.randn(n, num_in, generator=generator).bfloat16() for n in (num_rows, num_out))
+    bias = torch.randn(num_out, generator=generator).bfloat16() if has_bias else None
+    expected = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    found = torch.ops.ballast.multiply(x, in_blocks(weight), bias)
+    size = linear(x.double().abs(), weight.double().abs()).max()
+    assert (found.double() - expected).abs().max() <= 2**-8 * expected.abs().max() + 1e-6 * size
+    alone = torch.cat([torch.ops.ballast.multiply(row[None], in_blocks(weight), bias) for row in x])
+    assert torch.equal(found, alone)
+
+
+@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+def test_a_weight_in_blocks_is_that_weight():
+    weight = torch.arange(2 * BLOCK * 6).reshape(2 * BLOCK, 6)
+    blocks = in_blocks(weight)
+    assert blocks.shape == (2, 3, BLOCK, 2)
+    assert blocks[1, 2, 5].tolist() == weight[BLOCK + 5, 4:6].tolist()
+
+
+@pytest.mark.usefixtures("who")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_gives_the_same_logits(family: str):
     model = tiny_lm(family).to(torch.bfloat16)
@@ -35,9 +83,11 @@ def test_a_model_in_float32_is_left_as_it_is():
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
+@pytest.mark.usefixtures("who")
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products here")
-def test_layers_of_one_product_give_their_own_parts_whoever_asks_first_and_of_whatever_they_read():
-    layers = [nn.Linear(16, size, bias=True, dtype=torch.bfloat16) for size in (32, 16, 48)]
+def test_layers_of_one_product_give_their_own_parts_whoever_asks_first_and_of_whatever_they_read(has_bias):
+    layers = [nn.Linear(16, size, bias=has_bias, dtype=torch.bfloat16) for size in (32, 16, 41)]
     one, other = torch.randn(2, 3, 16).bfloat16()
     with torch.inference_mode():
         product = Product(layers)
