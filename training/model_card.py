@@ -103,9 +103,10 @@ def _thresholds(config: SafetyConfig, calibration: Calibration, recipe: HeadReci
         sources = ", ".join(side.block_sources)
         found = (f"{side.thresholds.block:.4f}", f"{side.thresholds.flag:.4f}")
         rows.append((name, *found, _rate(side.false_positives), sources))
-    share, below = recipe.acting.redraw_share, config.redraw_below
-    redraw = f" A refusal of the model's own is drawn again up to a request risk of {below:.4f}, which {share:.1%} of "
-    redraw = f"{redraw}the benign requests do not exceed." if share is not None else ""
+    redraw, share = "", recipe.acting.redraw_share
+    if share is not None:
+        below = f"a request risk of {config.redraw_below:.4f}, which {share:.1%} of the benign requests do not exceed"
+        redraw = f" A refusal of the model's own is drawn again up to {below}."
     return (
         "## Thresholds\n\n"
         f"{_table(('side', 'block', 'flag', 'benign rows over block', 'set on'), rows)}\n\n"
