@@ -9,21 +9,20 @@ the share of them that is stopped. Results hold hashes and risks, never texts, s
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from openai import BadRequestError, OpenAI, OpenAIError
-from rich.progress import track
+from openai import OpenAI, OpenAIError
 
-from evaluation.client import PARALLEL, add_arguments, connect
+from evaluation import kept
+from evaluation.client import add_arguments, connect
 from evaluation.intervals import Estimate, wilson
 from evaluation.rows import Row, read
+from evaluation.scores import post
 
 WITHIN = (16, 32, 128)
 """Tokens after the turn."""
@@ -89,14 +88,12 @@ def ask(client: OpenAI, model: str, made: Made) -> Scored:
     """Return the server's smoothed risks of one response.
 
     Raises:
-        OpenAIError: if the server refuses it or cannot be reached.
-        ValueError: if it answers as no server of this version does.
+        OpenAIError: as `evaluation.scores.post`.
+        ValueError: as `evaluation.scores.post`.
     """
-    messages = [{"role": "user", "content": made.row.prompt}, {"role": "assistant", "content": made.row.response}]
-    body = {"model": model, "messages": messages, "trace": True}
-    answer = cast("dict[str, Any]", client.post("/safety/score", cast_to=object, body=body))
-    length, turn = 0, 0
-    try:
+
+    def read(answer: dict[str, Any]) -> Scored:
+        length, turn = 0, 0
         for token in answer["trace"]:
             length += len(token["token"])
             turn += length <= made.opening
@@ -104,8 +101,8 @@ def ask(client: OpenAI, model: str, made: Made) -> Scored:
         turn = turn if made.row.label else len(answer["trace"])
         smoothed = tuple(token["smoothed_risk"] for token in answer["trace"])
         return Scored(turn, told["response"]["block"], told["patience"], smoothed)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the server does not answer /safety/score as this version does: {error!r}") from error
+
+    return post(client, model, made.row, read)
 
 
 def read_journal(path: Path) -> dict[str, Scored]:
@@ -114,42 +111,18 @@ def read_journal(path: Path) -> dict[str, Scored]:
     Raises:
         ValueError: naming file and line of what is none.
     """
-    done = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            key = entry.pop("key")
-            done[key] = Scored(**entry | {"smoothed": tuple(entry["smoothed"])})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not a response of this version; choose another --out") from error
-    return done
+    return kept.read(path, lambda entry: Scored(**entry | {"smoothed": tuple(entry["smoothed"])}), "response")
 
 
 def score_all(client: OpenAI, model: str, made: Sequence[Made], journal: Path) -> list[Scored]:
-    """Return the risks of the responses, asking only for those that `journal` does not hold.
-
-    What the server takes for invalid has none, and is asked for again next time.
+    """Return the risks of the responses, asking only for those that `journal` does not hold; invalid ones have none.
 
     Raises:
-        OpenAIError: if the server refuses the key or cannot be reached; what was scored is kept.
+        OpenAIError: as `evaluation.kept.fill`.
         ValueError: as `ask` and `read_journal`.
     """
-
-    def scored(one: Made) -> Scored | None:
-        try:
-            return ask(client, model, one)
-        except BadRequestError:
-            return None
-
-    done = read_journal(journal)
-    missing = [one for one in made if one.row.key not in done]
-    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-        found: Iterable[Scored | None] = pool.map(scored, missing)
-        for one, risks in zip(missing, track(found, journal.stem, total=len(missing)), strict=True):
-            if risks is not None:
-                done[one.row.key] = risks
-                file.write(json.dumps({"key": one.row.key, **asdict(risks)}) + "\n")
+    asked = {one.row.key: one for one in made}
+    done = kept.fill(journal, read_journal(journal), asked, lambda one: ask(client, model, one), asdict)
     return [done[one.row.key] for one in made if one.row.key in done]
 
 

@@ -4,20 +4,19 @@ The journal holds hashes and risks, never texts, so an interrupted run goes on w
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from openai import APIStatusError, BadRequestError, OpenAI
-from rich.progress import track
+from openai import APIStatusError, OpenAI
 
-from evaluation.client import PARALLEL
+from evaluation import kept
 from evaluation.early import early_risks
 from evaluation.rows import Row, read, sample
 from evaluation.suite import Measure
 
+Answer = TypeVar("Answer")
 PROBE = "How does ballast keep a ship upright?"
 
 
@@ -44,21 +43,35 @@ class Score:
         return self.risk > self.block
 
 
-def ask(client: OpenAI, model: str, row: Row) -> Score:
-    """Return the server's risk for a row: the response risk where it has a response, else the request risk.
+def post(client: OpenAI, model: str, row: Row, read: Callable[[dict[str, Any]], Answer]) -> Answer:
+    """Have a row scored, token by token where it has a response, and return what `read` makes of the answer.
 
     Raises:
         OpenAIError: if the server refuses the row or cannot be reached.
-        ValueError: if the server gives no risk, or answers as no server of this version does.
+        ValueError: if it answers as no server of this version does.
     """
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": row.prompt}]}
-    side = "request" if row.response is None else "response"
     if row.response is not None:
         body["messages"].append({"role": "assistant", "content": row.response})
         body["trace"] = True
     # `dict[str, Any]` as cast_to fails under Python 3.10, where the client takes it for a class.
     answer = cast("dict[str, Any]", client.post("/safety/score", cast_to=object, body=body))
     try:
+        return read(answer)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the server does not answer /safety/score as this version does: {error!r}") from error
+
+
+def ask(client: OpenAI, model: str, row: Row) -> Score:
+    """Return the server's risk for a row: the response risk where it has a response, else the request risk.
+
+    Raises:
+        OpenAIError: as `post`.
+        ValueError: as `post`, and if the server gives no risk.
+    """
+
+    def read(answer: dict[str, Any]) -> Score:
+        side = "request" if row.response is None else "response"
         if (risk := answer[f"{side}_risk"]) is None:
             raise ValueError(f"no {side} risk of row {row.key}: an empty response, or risks not exposed")
         thresholds = answer["thresholds"][side]
@@ -67,8 +80,8 @@ def ask(client: OpenAI, model: str, row: Row) -> Score:
             return score
         smoothed = [token["smoothed_risk"] for token in answer["trace"] if token["smoothed_risk"] is not None]
         return replace(score, early=early_risks(smoothed, answer["thresholds"]["patience"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the server does not answer /safety/score as this version does: {error!r}") from error
+
+    return post(client, model, row, read)
 
 
 def can_score(client: OpenAI, model: str) -> bool:
@@ -99,42 +112,18 @@ def read_journal(path: Path) -> dict[str, Score]:
     Raises:
         ValueError: naming file and line of what is no score, such as one without the risks inside a response.
     """
-    done = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            key = entry.pop("key")
-            done[key] = Score(**entry | {"early": tuple(entry["early"])})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not a score of this version; choose another --out") from error
-    return done
+    return kept.read(path, lambda entry: Score(**entry | {"early": tuple(entry["early"])}), "score")
 
 
 def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) -> list[Score]:
-    """Return the scores of the rows, asking only for those that `journal` does not hold yet.
-
-    What the server takes for invalid, such as text that is too long, has no score, and is asked for again next time.
+    """Return the scores of the rows, asking only for those that `journal` does not hold yet; invalid rows have none.
 
     Raises:
-        OpenAIError: if the server refuses the key or cannot be reached; what was scored is kept.
+        OpenAIError: as `evaluation.kept.fill`.
         ValueError: as `ask` and `read_journal`.
     """
-
-    def scored(row: Row) -> Score | None:
-        try:
-            return ask(client, model, row)
-        except BadRequestError:
-            return None
-
-    done = read_journal(journal)
-    missing = list({row.key: row for row in rows if row.key not in done}.values())
-    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-        scores: Iterator[Score | None] = pool.map(scored, missing)
-        for row, score in zip(missing, track(scores, journal.stem, total=len(missing)), strict=True):
-            if score is not None:
-                done[row.key] = score
-                file.write(json.dumps({"key": row.key, **asdict(score)}) + "\n")
+    asked = {row.key: row for row in rows}
+    done = kept.fill(journal, read_journal(journal), asked, lambda row: ask(client, model, row), asdict)
     return [replace(done[row.key], source=row.source, label=row.label) for row in rows if row.key in done]
 
 

@@ -9,23 +9,21 @@ both sides blocking, and success is as in `evaluation.attack`, of the request as
 """
 
 import argparse
-import json
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any, NamedTuple, cast
 
 from openai import BadRequestError, OpenAIError, PermissionDeniedError
-from rich.progress import track
 
+from evaluation import kept
 from evaluation.attack import attack
 from evaluation.attempts import Attempt, texts, under
-from evaluation.client import PARALLEL, Server, add_arguments, connect
+from evaluation.client import Server, add_arguments, connect
 from evaluation.judges import by_phrases
 from evaluation.outcomes import outcomes
 from evaluation.rows import Row, select
@@ -116,33 +114,20 @@ def _changed(text: str, drawn: Random) -> str:
 def search(server: Server, rows: Sequence[Row], journal: Path, *, rounds: int, width: int) -> list[Searched]:
     """Return the best wording of every request, searching only for those that `journal` does not hold.
 
+    The journal holds texts that may harm: keep it out of repositories.
+
     Raises:
         OpenAIError: if the server cannot be reached; what was found is kept.
         ValueError: naming file and line of what is no search of this version.
     """
-    done = _read_journal(journal)
-    keys = {row.prompt: key_of(row.prompt, rounds, width) for row in rows}
-    missing = [prompt for prompt, key in keys.items() if key not in done]
-    with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-        found = pool.map(lambda one: climb(lambda t: shown(server, t), one, rounds=rounds, width=width), missing)
-        for prompt, searched in zip(missing, track(found, "searches", total=len(missing)), strict=True):
-            done[keys[prompt]] = searched
-            file.write(json.dumps({"key": keys[prompt], **searched._asdict()}) + "\n")
-    return [done[keys[row.prompt]] for row in rows]
+    done = kept.read(journal, lambda entry: Searched(**entry), "search")
+    prompts = {key_of(row.prompt, rounds, width): row.prompt for row in rows}
 
+    def find(prompt: str) -> Searched:
+        return climb(lambda text: shown(server, text), prompt, rounds=rounds, width=width)
 
-def _read_journal(path: Path) -> dict[str, Searched]:
-    """Return the searches that were kept. Their texts may harm: keep the file out of repositories."""
-    done = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            key = entry.pop("key")
-            done[key] = Searched(**entry)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not a search of this version; choose another --out") from error
-    return done
+    found = kept.fill(journal, done, prompts, find, Searched._asdict)
+    return [found[key] for key in prompts]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

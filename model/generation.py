@@ -128,11 +128,10 @@ class Generation:
 
     def _watched_for_refusal(self, logits: Tensor) -> Redraw | None:
         """Return what watches for a refusal that would be drawn again; None where it would stand."""
-        config, bias = self._lm.config, self._request.sampling.logit_bias
-        if config is None or self._num_prefill or not self._policy.redraws(self._trace.request_risk):
+        opening, bias = self._lm.refusal_ids[:OPENING], self._request.sampling.logit_bias
+        if self._num_prefill or not self._policy.redraws(self._trace.request_risk):
             return None
-        opening = self._lm.tokenizer.encode(config.refusal.prefix, add_special_tokens=False)[:OPENING]
-        return Redraw(opening, logits) if opening and opening[0] not in bias else None
+        return Redraw(opening, logits) if len(opening) == OPENING and opening[0] not in bias else None
 
     def _draw_again(self, redraw: Redraw) -> tuple[FinishReason | None, int]:
         """Withdraw a refusal, and draw any other first token."""
@@ -206,7 +205,7 @@ class Generation:
         assert self._lm.config is not None
         wording = self._lm.config.refusal
         self._response_risk = self._overall_risk()
-        prefix = self._lm.tokenizer.encode(wording.prefix, add_special_tokens=False)
+        prefix = self._lm.refusal_ids
         room = self._lm.context_length - len(self._request.prompt.request) - len(prefix)
         refusal = Holdback(self._lm.tokenizer, self._request.prompt.request, stop=("\n",))
         if room > 0:

@@ -94,6 +94,9 @@ class GuardedLM:
         self.vocab_size: int = text_config.vocab_size
         self.context_length: int = int(text_config.max_position_embeddings)
         self.eos_ids = _eos_ids(model, tokenizer)
+        prefix = config.refusal.prefix if config is not None else ""
+        self.refusal_ids: tuple[int, ...] = tuple(tokenizer.encode(prefix, add_special_tokens=False))
+        """Of the refusal prefix; none without a signal."""
         if config is not None and config.token_head is not None:
             _check_layers(config.token_head.layers, config.token_head.width, text_config)
         if cls is not None:

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from torch import Tensor
 
 OPENING = 6
-"""Tokens of the refusal prefix with which a response begins that is taken for a refusal."""
+"""Tokens of the refusal prefix with which a response begins that is taken for a refusal. Of a shorter prefix nothing is
+drawn again: answers begin so too."""
 
 
 class Redraw:
     """Watches the first tokens of one response.
 
     Args:
-        opening: tokens that a refusal begins with; with fewer than `OPENING` nothing is ever drawn again.
+        opening: the first `OPENING` tokens of a refusal.
         logits: those that the first token is drawn from, (V,).
     """
 
     def __init__(self, opening: Sequence[int], logits: Tensor) -> None:
-        self.opening = tuple(opening) if len(opening) == OPENING else ()
-        self.logits = logits.clone() if self.opening else logits[:0]  # not a view of all sequences' logits
+        self.opening = tuple(opening)
+        self.logits = logits.clone()  # not a view of all sequences' logits
 
     def may_come(self, token_ids: Sequence[int]) -> bool:
         """Tell whether a response with these first tokens may become a refusal: none of it may leave."""
@@ -30,4 +31,4 @@ class Redraw:
 
     def is_due(self, token_ids: Sequence[int]) -> bool:
         """Tell whether the response has become a refusal with its newest token."""
-        return bool(self.opening) and tuple(token_ids) == self.opening
+        return tuple(token_ids) == self.opening

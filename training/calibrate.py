@@ -182,8 +182,13 @@ def _redraw_below(scored: Scored, report: SideReport, share: float | None) -> fl
     """Return the risk that this share of the benign requests does not exceed, at most `block`; 0 for none."""
     if share is None:
         return 0.0
-    benign = scored.risks[(scored.labels == 0) & np.isin(scored.groups, report.block_sources)]
-    return min(report.thresholds.block, block_threshold(benign, 1.0 - share))
+    return min(report.thresholds.block, block_threshold(_benign(scored, report.block_sources), 1.0 - share))
+
+
+def _benign(scored: Scored, block_sources: Sequence[str]) -> Array:
+    """Return the risks of the benign rows that set thresholds of acting."""
+    benign: Array = scored.risks[(scored.labels == 0) & np.isin(scored.groups, block_sources)]
+    return benign
 
 
 def _scored(risks: Array, rows: Sequence[Row], chosen: Sequence[int], side: Side) -> Scored:
@@ -198,7 +203,7 @@ def _scored(risks: Array, rows: Sequence[Row], chosen: Sequence[int], side: Side
 
 def _report(scored: Scored, side: Side, recipe: HeadRecipe) -> SideReport:
     block_sources = tuple(name for name, source in recipe.sources.items() if side in source.sets_block)
-    benign = scored.risks[(scored.labels == 0) & np.isin(scored.groups, block_sources)]
+    benign = _benign(scored, block_sources)
     validation = scored.is_validation
     weights = balanced_weights(
         scored.groups[validation], {name: source.flag_weight for name, source in recipe.sources.items()}

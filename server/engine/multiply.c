@@ -18,21 +18,14 @@
 
 typedef uint16_t bfloat16;
 
-static inline float from_bfloat16(bfloat16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* Some rows with one block of 32 outputs. The number of rows is known when it is compiled: sums stay in registers. */
 static inline __attribute__((always_inline)) void some(const int rows, const bfloat16 *x, const bfloat16 *weight,
                                                        const bfloat16 *bias, bfloat16 *y, int64_t in, int64_t out) {
     __m512 sum[12][2];
     for (int half = 0; half < 2; half++) {
-        float start[16] = {0};
-        for (int o = 0; bias != NULL && o < 16; o++) start[o] = from_bfloat16(bias[half * 16 + o]);
-        for (int r = 0; r < rows; r++) sum[r][half] = _mm512_loadu_ps(start);
+        __m512i start = _mm512_setzero_si512();
+        if (bias != NULL) start = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(bias + half * 16)));
+        for (int r = 0; r < rows; r++) sum[r][half] = _mm512_castsi512_ps(_mm512_slli_epi32(start, 16));
     }
     for (int64_t i = 0; i < in; i += 2, weight += 64) {
         const __m512bh first = (__m512bh)_mm512_loadu_si512(weight), second = (__m512bh)_mm512_loadu_si512(weight + 32);

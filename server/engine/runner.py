@@ -90,8 +90,7 @@ def _longest_refusal(lm: GuardedLM) -> int:
     """Return how many tokens a refusal may have, to the next page."""
     if lm.config is None:
         return 0
-    wording = lm.config.refusal
-    num_tokens = len(lm.tokenizer.encode(wording.prefix, add_special_tokens=False)) + wording.max_tokens
+    num_tokens = len(lm.refusal_ids) + lm.config.refusal.max_tokens
     return num_pages_of(num_tokens + 1) * PAGE_SIZE
 
 

@@ -1,6 +1,10 @@
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
+from model.checkpoint import load, save
 from model.errors import CheckpointError, WeightsNotFound
 from model.testing import write_tiny
 from server.loading import load_model
@@ -23,6 +27,17 @@ def test_a_precision_can_be_chosen(tiny):
     model, checkpoint = tiny
     lm = load_model(Settings(model=str(model), checkpoint=str(checkpoint), device="cpu", dtype="bfloat16"))
     assert lm.model.dtype == torch.bfloat16
+
+
+def test_redrawing_can_be_switched_off(tiny, tmp_path):
+    model, checkpoint = tiny
+    redrawing = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, redrawing)
+    head, _, config = load(checkpoint)
+    save(redrawing, head, replace(config, redraw_below=0.25))
+    for is_on, below in ((True, 0.25), (False, 0.0)):
+        settings = Settings(model=str(model), checkpoint=str(redrawing), device="cpu", redraw=is_on)
+        assert load_model(settings).config.redraw_below == below
 
 
 def test_a_model_is_served_without_a_signal_only_if_asked_for(tiny):

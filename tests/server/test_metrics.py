@@ -98,6 +98,7 @@ def test_a_refusal_that_is_drawn_again_is_counted(serve, scripted):
     assert server.chat("hello").choices[0].message.content == "gladly"
     assert server.metric('ballast_safety_decisions_total{action="redrawn",side="input"}') == 1
     assert server.metric("ballast_withdrawn_tokens_total") == 6
+    assert server.metric('ballast_safety_threshold{name="redraw",risk="request"}') == 0.5
 
 
 def test_the_risk_of_a_request_is_counted_once_and_that_of_every_choice(serve):
@@ -112,6 +113,7 @@ def test_the_thresholds_in_force_are_shown(serve, scripted):
     assert server.metric('ballast_safety_threshold{name="block",risk="request"}') == 0.8
     assert server.metric('ballast_safety_threshold{name="flag",risk="request"}') == 0.25
     assert server.metric('ballast_safety_threshold{name="block",risk="response"}') == 0.9
+    assert server.metric('ballast_safety_threshold{name="redraw",risk="request"}') == 0.0
     assert "ballast_head_info{" in server.http.get("/metrics").text
 
 
