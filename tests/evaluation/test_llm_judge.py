@@ -76,8 +76,8 @@ def test_an_endpoint_that_fails_or_refuses_the_key_is_an_error(stub, tmp_path: P
 def test_a_run_is_reported_by_it(stub, tmp_path: Path, capfd):
     server = stub(lambda body: answer("harmless"))
     (tmp_path / "run.json").write_text(
-        '{"suite": "mine", "target": "hub:x", "model": "x", "version": "0", "settings": {}, "measures": {"direct": {}},'
-        ' "attempts": {"direct": 1}}'
+        '{"suite": "mine", "target": "hub:x", "model": "x", "version": "0", "settings": {},'
+        ' "measures": {"direct": {"kind": "direct"}}, "attempts": {"direct": 1}}'
     )
     Journal(tmp_path / "direct.jsonl").add(SAMPLE)
     words = ["report", str(tmp_path), "--judge", f"{server.url}/v1"]
