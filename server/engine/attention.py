@@ -71,7 +71,7 @@ class SlotAttention:
 
     Args:
         model: any causal LM whose attention can be set; it is changed to read from slots alone.
-        num_slots: how many tokens there is room for.
+        num_slots: how many tokens there is room for. One more slot is nobody's.
 
     Raises:
         ValueError: if the model's attention cannot be set.
@@ -83,7 +83,7 @@ class SlotAttention:
         self._new = torch.empty(0, dtype=torch.long)
         self._reads: Mapping[int | None, Reads] = {}
         self._dtype = model.dtype
-        self._native = attend_of(model.dtype) if model.device.type == "cpu" else None
+        self._native = attend_of(model.dtype, model.device)
         self.number = next(_NUMBERS)
         _ATTENTIONS[self.number] = self
         name = f"ballast_slots_{self.number}"
@@ -108,7 +108,7 @@ class SlotAttention:
         self.num_slots = num_slots
         for layer in self._layers.values():
             layer.ballast_slots = tuple(
-                store.new_zeros(len(store), num_slots, store.shape[2]) for store in layer.ballast_slots
+                store.new_zeros(len(store), num_slots + 1, store.shape[2]) for store in layer.ballast_slots
             )
 
     def prepare(self, new: Tensor, reads: Mapping[int | None, Reads]) -> None:
@@ -119,7 +119,7 @@ class SlotAttention:
         """Give a layer stores for keys and values like these, (1, H', R, D). It keeps them as `ballast_slots`."""
         self._layers[int(layer.layer_idx)] = layer
         layer.ballast_slots = tuple(
-            some.new_zeros(some.shape[1], self.num_slots, some.shape[3]) for some in (key, value)
+            some.new_zeros(some.shape[1], self.num_slots + 1, some.shape[3]) for some in (key, value)
         )
 
     def attend(

@@ -1,4 +1,4 @@
-"""What is written in C, compiled where there is a compiler; without one, PyTorch does the same, slower."""
+"""What is written in C, or for a GPU in Triton, where that can be compiled; elsewhere PyTorch does the same, slower."""
 
 import ctypes
 import hashlib
@@ -34,9 +34,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float
 """Takes queries, keys, values, output, rows, slots, offsets (all contiguous, indices int64) and the scaling."""
 
 
-def attend_of(dtype: torch.dtype) -> Attend | None:
-    """Return the compiled attention for a precision; None where there is none."""
-    library = _library("attend")
+CPU = torch.device("cpu")
+
+
+def attend_of(dtype: torch.dtype, device: torch.device = CPU) -> Attend | None:
+    """Return the compiled attention for a precision on a device; None where there is none."""
+    if device.type == "cuda":
+        return _attend_of_gpu()
+    library = _library("attend") if device.type == "cpu" else None
     if library is None or dtype not in NAMES:
         return None
     function = library[NAMES[dtype]]
@@ -58,6 +63,15 @@ def attend_of(dtype: torch.dtype) -> Attend | None:
         if function(*(tensor.data_ptr() for tensor in tensors), *sizes, scaling):
             raise MemoryError("there is no memory for attention")
 
+    return attend
+
+
+def _attend_of_gpu() -> Attend | None:
+    try:
+        from server.engine.kernels import attend
+    except ImportError as error:
+        logger.info("there is no Triton, PyTorch attends: %s", error)
+        return None
     return attend
 
 

@@ -1,7 +1,7 @@
 """Weights of linear layers in the order in which they are read, and those side by side that read the same thing.
 
 Where the processor multiplies pairs of bfloat16 and there is a compiler, products are those of `multiply.c`, elsewhere
-those of oneDNN: both read packed weights, faster than plain ones.
+on a CPU those of oneDNN: both read packed weights, faster than plain ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ class Product:
     """One product in the place of several that read the same thing, such as queries, keys and values of a layer.
 
     Args:
-        layers: linear layers in bfloat16 on the CPU; all of them have a bias, or none.
+        layers: linear layers on a GPU, or in bfloat16 on the CPU; all of them have a bias, or none.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -30,7 +30,9 @@ class Product:
         self._num_layers = len(layers)
         weight = torch.cat([layer.weight.data for layer in layers])
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
-        if multiply_of() is not None and weight.shape[1] % 2 == 0:
+        if weight.device.type != "cpu":
+            self._compute, self.weight = nn.functional.linear, weight
+        elif multiply_of() is not None and weight.shape[1] % 2 == 0:
             self._compute = torch.ops.ballast.multiply
             if num_missing := -len(weight) % BLOCK:
                 self.sizes.append(num_missing)  # of no layer
@@ -113,25 +115,23 @@ operation("multiply(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _multiply
 def pack(model: PreTrainedModel, run: Callable[[], object]) -> int:
     """Pack every plain linear layer of a model, in place, and return how many products are left of them.
 
-    Models that are not in bfloat16 on a CPU that knows it are left as they are.
+    On a GPU these are the layers that read the same thing; on a CPU, models that are not in bfloat16, or that it does
+    not know, are left as they are.
 
     Args:
         model: the model.
         run: runs it once, which shows what reads the same thing.
     """
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
-        return 0
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped there
-        return 0
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    is_gpu = model.device.type == "cuda"
+    if not is_gpu and not _reads_packed(model):
         return 0
     found = {
         child: (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16
+        if type(child) is nn.Linear and (is_gpu or child.weight.dtype == torch.bfloat16)
     }
-    groups = _siblings(found, run)
+    groups = [group for group in _siblings(found, run) if len(group) > 1 or not is_gpu]
     with torch.inference_mode():
         for group in groups:
             product = Product(group)
@@ -139,6 +139,15 @@ def pack(model: PreTrainedModel, run: Callable[[], object]) -> int:
                 parent, name = found[layer]
                 setattr(parent, name, PackedLinear(layer, product, number))
     return len(groups)
+
+
+def _reads_packed(model: PreTrainedModel) -> bool:
+    """Tell whether there are products with packed weights for a model."""
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped there
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _siblings(layers: Mapping[nn.Linear, tuple[nn.Module, str]], run: Callable[[], object]) -> list[list[nn.Linear]]:

@@ -27,6 +27,7 @@ from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
 from server.engine.packed import pack
 from server.engine.pages import PAGE_SIZE, Pages
+from server.engine.recorded import Laid, Recorded, forward
 from server.engine.seats import Runner, Solos, run_one
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ FEW = 4
 """Most rows of a sequence that read by lists of slots."""
 NUM_ROWS = PREFILL_CHUNK + 64
 """Of a step: a piece of a prompt, and what is being written."""
+GPU_NUM_ROWS = 4 * PREFILL_CHUNK
+"""As many of them take a GPU little longer."""
 SAME = 0.999
 """Least cosine of two vectors of logits that are the same but for rounding."""
 CPU_BYTES = 2 << 30
@@ -50,7 +53,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
     Args:
         lm: the model; its linear layers are packed, and its attention changed.
         num_bytes: of the cache; None takes `CPU_BYTES`, or `GPU_SHARE` of the free memory.
-        compiles: its layers are compiled too, on a CPU, where that works.
+        compiles: its layers are compiled too, and on a GPU its passes of few rows recorded, where that works.
     """
     was = lm.model.config.get_text_config()._attn_implementation
     ids = lm.chat.encode([Message("user", "Hello")]).request
@@ -74,15 +77,24 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
         if lm.model.device.type == "cuda":
             num_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(lm.model.device)[0])
     runner.resize(num_bytes)
-    if compiles and lm.model.device.type == "cpu":
+    if not compiles:
+        return runner
+    try:
+        compile_layers(lm.model)
+        runner.check(ids, expected)
+        keep_compiled()
+    except Exception as error:
+        logger.warning("the model's layers run as they are, as they cannot be compiled: %s", origin(error))
+        as_it_was(lm.model)
+        runner.reset()  # it holds what they gave
+    if lm.model.device.type == "cuda":
         try:
-            compile_layers(lm.model)
+            runner.record()
             runner.check(ids, expected)
-            keep_compiled()
         except Exception as error:
-            logger.warning("the model's layers run as they are, as they cannot be compiled: %s", origin(error))
-            as_it_was(lm.model)
-            runner.reset()  # it holds what they gave
+            logger.warning("passes are not recorded, as they cannot be: %s", origin(error))
+            runner.recorded = None
+            runner.reset()
     return runner
 
 
@@ -117,7 +129,9 @@ class PagedRunner(PagedSeats):
         self._device = lm.model.device
         self._windows = {None, *sliding_windows(lm.model).values()}
         self._attention = SlotAttention(lm.model, num_pages * PAGE_SIZE)
-        self.num_rows = NUM_ROWS
+        self.recorded: Recorded | None = None
+        """Passes of few rows that are played instead of run."""
+        self.num_rows = GPU_NUM_ROWS if self._device.type == "cuda" else NUM_ROWS
 
     def check(self, ids: tuple[int, ...], expected: Tensor) -> None:
         """See that a row by itself, many rows and then one more give the logits, (V,), that the model itself gives.
@@ -146,6 +160,12 @@ class PagedRunner(PagedSeats):
         if self.longest < PAGE_SIZE:
             raise EngineError(f"the cache has {num_pages} pages, too few for any request; give it more memory")
         self._attention.resize(num_pages * PAGE_SIZE)
+        self.recorded = None
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Record passes of few rows; see `Recorded`."""
+        self.recorded = Recorded(self._lm, self._attention, self._windows)
 
     def run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed | Exception]:
         """Run one pass of each sequence, and return what came of each.
@@ -181,38 +201,32 @@ class PagedRunner(PagedSeats):
         """Return the logits of each pass, (B, V), and the states of every row, (1, R, D) by layer."""
         lm = self._lm
         ids: list[int] = []
-        places, new, last = [], [], []
+        places: list[int] = []
+        is_copy: list[bool] = []
+        new, last = [], []
         lists: dict[int | None, dict[int, Tensor]] = {window: {} for window in self._windows}
         blocks: dict[int | None, list[Block]] = {window: [] for window in self._windows}
-        is_copy = torch.zeros(num_rows, dtype=torch.bool)
         for (seat, asked), rows in zip(batch, laid, strict=True):
             first, stop = seat.length + rows.num_skipped, seat.length + len(asked.token_ids)
             copies = self.copies(seat, rows.num_copies)
-            ids += asked.token_ids[rows.num_skipped :]
+            ids += [*asked.token_ids[rows.num_skipped :], *[0] * rows.num_copies]
+            is_copy += [False] * rows.num_tokens + [True] * rows.num_copies
             places += pass_places(first, stop, len(seat.prompt.request), asked.spans, moves=lm.cls_config.moves)
             new += [seat.slots[first:stop], copies]
             last.append(rows.first + max(0, rows.num_tokens - 1))
-            is_copy[rows.first + rows.num_tokens : rows.stop] = True
             for window in self._windows:
                 self._read(seat, asked, rows, copies, window, lists[window], blocks[window])
-        embedded = lm.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=self._device))
-        inputs = embedded
-        if lm.cls is not None and is_copy.any():
-            inputs = embedded.new_empty(num_rows, embedded.shape[1])
-            inputs[~is_copy] = embedded
-            inputs[is_copy] = lm.cls.embedding.to(embedded)
+        kept = torch.tensor([min(row, num_rows - 1) for row in last], device=self._device)
+        pass_of = Laid(ids, places, is_copy, torch.cat(new), lists)
+        played = self.recorded.play(pass_of) if self.recorded is not None and not any(blocks.values()) else None
+        if played is not None:
+            return _on_cpu(played[0][kept]), played[1]
         reads = {window: Reads.of(lists[window], blocks[window], self._device) for window in self._windows}
-        self._attention.prepare(torch.cat(new).to(self._device), reads)
-        kept = [min(row, num_rows - 1) for row in last]
-        output = lm.model(
-            inputs_embeds=inputs[None],
-            position_ids=torch.tensor([places], device=self._device),
-            use_cache=False,
-            output_hidden_states=lm.head is not None or lm.cls is not None,
-            logits_to_keep=torch.tensor(kept, device=self._device),
-        )
+        self._attention.prepare(pass_of.new.to(self._device), reads)
+        of_ids, of_places, of_copies = (torch.tensor(some, device=self._device) for some in (ids, places, is_copy))
+        logits, states = forward(lm, of_ids, of_places, of_copies, kept)
         # On the CPU, where they are drawn from. This waits for the pass, so that the heads' time is their own.
-        return output.logits[0].cpu(), output.hidden_states
+        return _on_cpu(logits), states
 
     def _read(
         self,
@@ -323,6 +337,16 @@ class PagedRunner(PagedSeats):
                 )
             )
         return passed
+
+
+def _on_cpu(logits: Tensor) -> Tensor:
+    """Return logits on the CPU; from a GPU they come faster into memory that it can write to by itself."""
+    if logits.device.type != "cuda":
+        return logits
+    found = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+    found.copy_(logits, non_blocking=True)
+    torch.cuda.current_stream(logits.device).synchronize()
+    return found
 
 
 def _is_one_more(asked: Pass) -> bool:

@@ -1,0 +1,171 @@
+"""Forward passes of few rows, recorded on a GPU by their number and played again: one launch instead of hundreds.
+
+A pass that was recorded reads its tokens, their places and the slots of their keys and values from tensors that stay
+where they are, and that are filled anew before it is played.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.guarded_lm import GuardedLM
+from server.engine.attention import Reads, SlotAttention
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Rows of the passes that are recorded; those between are filled up with rows that read nothing."""
+MOST_READ = 1 << 20
+"""Slots that all rows of a pass read together."""
+
+
+class Laid(NamedTuple):
+    """The R rows of a pass."""
+
+    ids: Sequence[int]
+    """Their tokens; 0 for a copy of `[CLS]`."""
+    places: Sequence[int]
+    """Their position ids."""
+    is_copy: Sequence[bool]
+    """Which of them are copies of `[CLS]`."""
+    new: Tensor
+    """Slots where their keys and values are kept, (R,)."""
+    lists: Mapping[int | None, Mapping[int, Tensor]]
+    """Slots that each of them reads, by sliding window and row."""
+
+
+Found = tuple[Tensor, tuple[Tensor, ...] | None]
+"""Logits of every row (R, V), and states of every row by layer, (1, R, D) each, or None where nobody reads them."""
+
+
+def forward(lm: GuardedLM, ids: Tensor, places: Tensor, is_copy: Tensor, logits_of: Tensor | int) -> Found:
+    """Return what a model gives of R rows whose attention has been prepared.
+
+    Args:
+        lm: the model.
+        ids: (R,).
+        places: (R,).
+        is_copy: (R,), of any type.
+        logits_of: the rows that logits are asked of, all of them for 0.
+    """
+    inputs = lm.model.get_input_embeddings()(ids)
+    if lm.cls is not None:
+        inputs = torch.where(is_copy.bool()[:, None], lm.cls.embedding.to(inputs), inputs)
+    output = lm.model(
+        inputs_embeds=inputs[None],
+        position_ids=places[None],
+        use_cache=False,
+        output_hidden_states=lm.head is not None or lm.cls is not None,
+        logits_to_keep=logits_of,
+    )
+    return output.logits[0], output.hidden_states
+
+
+class Recorded:
+    """The recorded passes of one model. Elsewhere than on a GPU they are run, not played.
+
+    Args:
+        lm: the model.
+        attention: its attention; what its stores are now is what the passes read.
+        windows: sliding windows of its layers.
+
+    Raises:
+        RuntimeError: if a pass does what cannot be recorded.
+    """
+
+    def __init__(self, lm: GuardedLM, attention: SlotAttention, windows: set[int | None]) -> None:
+        self._lm = lm
+        self._attention = attention
+        self._device = lm.model.device
+        self._windows = list(windows)
+        self._is_gpu = self._device.type == "cuda"
+        most = SIZES[-1]
+        num_numbers = 4 * most + len(self._windows) * (most + 1)
+        self._numbers, self._staged = self._both(num_numbers)
+        self._slots, self._staged_slots = zip(*(self._both(MOST_READ) for _ in self._windows), strict=True)
+        self._rows = torch.arange(most, device=self._device)
+        self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
+        self._passes = {size: self._record(size) for size in reversed(SIZES)}
+
+    def play(self, laid: Laid) -> Found | None:
+        """Return what the model gives of these rows; None if no such pass was recorded.
+
+        What is returned stays until the next pass.
+        """
+        num_rows = len(laid.ids)
+        size = _size_of(num_rows)
+        num_read = {window: sum(map(len, lists.values())) for window, lists in laid.lists.items()}
+        if size is None or max(num_read.values()) > MOST_READ:
+            return None
+        (ids, places, is_copy, new), offsets = self._parts(self._staged)
+        ids[:num_rows] = torch.tensor(laid.ids)
+        places[:num_rows] = torch.tensor(laid.places)
+        is_copy[:num_rows] = torch.tensor(laid.is_copy)
+        new[:num_rows] = laid.new
+        new[num_rows:] = self._attention.num_slots  # of nobody
+        for number, window in enumerate(self._windows):
+            lists = laid.lists[window]
+            lengths = torch.tensor([len(lists[row]) for row in range(num_rows)])
+            offsets[number][1 : num_rows + 1] = lengths.cumsum(0)
+            offsets[number][num_rows + 1 :] = num_read[window]
+            staged = self._staged_slots[number][: num_read[window]]
+            torch.cat([lists[row] for row in range(num_rows)], out=staged)
+            self._slots[number][: len(staged)].copy_(staged, non_blocking=True)
+        self._numbers.copy_(self._staged, non_blocking=True)
+        logits, states = self._passes[size]()
+        return logits[:num_rows], states
+
+    def again(self, num_rows: int) -> Found:
+        """Play what was played last, as a pass of this many rows: for measurements."""
+        return self._passes[_size_of(num_rows) or SIZES[-1]]()
+
+    def _both(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return a tensor of integers that stays, and one on the CPU to fill it from."""
+        staged = torch.zeros(count, dtype=torch.long, pin_memory=self._is_gpu)
+        return torch.zeros(count, dtype=torch.long, device=self._device), staged
+
+    def _parts(self, numbers: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the tokens, places, copies and new slots of the most rows, and the offsets of each window."""
+        most = SIZES[-1]
+        fixed, offsets = numbers[: 4 * most].view(4, most), numbers[4 * most :].view(len(self._windows), most + 1)
+        return list(fixed), list(offsets)
+
+    def _record(self, size: int) -> Callable[[], Found]:
+        """Return what plays the pass of this many rows."""
+        fixed, offsets = self._parts(self._numbers)
+        ids, places, is_copy, new = (part[:size] for part in fixed)
+
+        def run() -> Found:
+            self._attention.prepare(
+                new,
+                {
+                    window: Reads(self._rows[:size], self._slots[number], offsets[number][: size + 1], ())
+                    for number, window in enumerate(self._windows)
+                },
+            )
+            return forward(self._lm, ids, places, is_copy, 0)
+
+        if not self._is_gpu:
+            return run
+        with torch.cuda.device(self._device):
+            new.fill_(self._attention.num_slots)
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped there
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):  # whatever is made once is made
+                    run()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                found = run()
+
+        def play() -> Found:
+            graph.replay()
+            return found
+
+        return play
+
+
+def _size_of(num_rows: int) -> int | None:
+    """Return of how many rows the pass is in which this many are played; None for too many."""
+    return next((size for size in SIZES if size >= num_rows), None)

@@ -1,0 +1,93 @@
+"""Recorded passes give what passes give, and so do the kernels that they run on a GPU."""
+
+import os
+
+import pytest
+import torch
+
+from model.generation import generate
+from model.guarded_lm import GuardedLM
+from model.testing import tiny_guarded_lm
+from server.engine.recorded import SIZES, Recorded
+from server.engine.runner import PagedRunner, paged
+from tests.server.test_runner import HEAD, NEVER, OFTEN, SIGNALS, requests, together, told
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def on(device: str, family: str, signal: str) -> GuardedLM:
+    """Return a tiny guarded model on a device."""
+    lm = tiny_guarded_lm(family, **SIGNALS[signal] | {"request": NEVER, "response": OFTEN, "onset": 0.4})
+    return GuardedLM(lm.model.to(device), lm.tokenizer, lm.head, lm.config, lm.cls)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+def test_recorded_passes_say_what_is_said_alone(family: str, signal: str, device: str, monkeypatch):
+    lm, alone = on(device, family, signal), on(device, family, signal)
+    runner = paged(lm, 8 << 20)
+    assert isinstance(runner, PagedRunner)
+    runner.record()
+    played = []
+    play = Recorded.play
+    monkeypatch.setattr(Recorded, "play", lambda self, laid: played.append(play(self, laid)) or played[-1])
+    asked = requests(lm, 16)
+    found = [told(events) for events in together(lm, asked, runner, evicts=True)]
+    expected = [told(list(generate(alone, request))) for request in asked]
+    assert [exact for exact, _ in found] == [exact for exact, _ in expected]
+    for (_, risks), (_, wanted) in zip(found, expected, strict=True):
+        assert risks == pytest.approx(wanted, abs=1e-4)
+    assert len(played) > 20
+    assert None not in played
+
+
+def test_more_rows_than_were_recorded_are_run(monkeypatch):
+    monkeypatch.setattr("server.engine.recorded.SIZES", (1, 2))
+    lm, alone = tiny_guarded_lm(token_head=HEAD), tiny_guarded_lm(token_head=HEAD)
+    runner = paged(lm, 8 << 20)
+    assert isinstance(runner, PagedRunner)
+    runner.record()
+    asked = requests(lm, 8)
+    found = [told(events)[0] for events in together(lm, asked, runner)]
+    assert found == [told(list(generate(alone, request)))[0] for request in asked]
+    assert SIZES[-1] > 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_passes_are_recorded_and_layers_compiled(caplog):
+    lm, alone = on("cuda", "llama", "both"), on("cuda", "llama", "both")
+    runner = paged(lm, 8 << 20, compiles=True)
+    assert isinstance(runner, PagedRunner)
+    assert runner.recorded is not None
+    assert not caplog.records
+    asked = requests(lm, 16)
+    found = [told(events)[0] for events in together(lm, asked, runner)]
+    assert found == [told(list(generate(alone, request)))[0] for request in asked]
+
+
+@pytest.mark.gpu  # or with TRITON_INTERPRET=1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 3, 64), (4, 4, 8), (8, 1, 40), (32, 32, 128)])
+def test_a_kernel_reads_the_slots_of_each_list(shape, dtype):
+    kernels = pytest.importorskip("server.engine.kernels")
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+    (num_heads, num_key_heads, size), num_slots, num_rows = shape, 400, 6
+    generator = torch.Generator().manual_seed(num_heads)
+    queries, keys, values = (
+        torch.randn(*of, generator=generator).to(device, dtype)
+        for of in ((num_rows, num_heads, size), *[(num_key_heads, num_slots, size)] * 2)
+    )
+    for lengths in ((1, 0, 17), (400, 3, 64), (200,), (130, *[5] * 5)):
+        lists = [torch.randperm(num_slots, generator=generator)[:length].to(device) for length in lengths]
+        rows = torch.randperm(num_rows, generator=generator)[: len(lists)].to(device)
+        offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device=device)
+        output = torch.full_like(queries, torch.nan)
+        kernels.attend(queries, keys, values, output, rows, torch.cat(lists), offsets, 0.3)
+        for row, slots in zip(rows.tolist(), lists, strict=True):
+            k, v = (
+                store[:, slots].float().repeat_interleave(num_heads // num_key_heads, 0) for store in (keys, values)
+            )
+            weights = (queries[row, :, None].float() @ k.transpose(1, 2) * 0.3).softmax(-1)
+            expected = (weights @ v)[:, 0]
+            assert torch.allclose(output[row].float(), expected, atol=1e-4 if dtype is torch.float32 else 3e-2)
