@@ -1,12 +1,15 @@
 /* Attention of single rows over keys and values in slots, on the CPU: what `server/engine/attention.py` does by
  * gathering and padding, without moving a key. A row is one query position; it reads the slots of its list.
  *
- *   query  (rows, heads, size)       of all rows; those of `row` are read
+ *   query  (rows, heads, size)       of all rows; those of `row` are read, whatever the strides of rows and heads
  *   keys   (key heads, slots, size)  values likewise, of size `value_size`
  *   output (rows, heads, value_size) those of `row` are written
- *   slot   what row number i reads: slot[offset[i]] to slot[offset[i + 1]], at least one
+ *   slot   what row number i reads: slot[offset[i]] to slot[offset[i + 1]]; a row that reads nothing gets zeros
+ *
+ * All arguments are integers or pointers, as `play.c` hands them over.
  */
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -57,9 +60,10 @@ static inline float exponential(float x) {
 #define HEAD(NAME, TYPE, FROM, TO)                                                                                     \
     static inline __attribute__((always_inline)) void NAME(                                                            \
         const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *slot, int64_t length,    \
-        int64_t num_groups, const int64_t size, const int64_t value_size, float scaling, float *restrict q,            \
-        float *restrict score, float *restrict sum, float *restrict v) {                                               \
-        for (int64_t d = 0; d < num_groups * size; d++) q[d] = FROM(query[d]) * scaling;                               \
+        int64_t num_groups, const int64_t stride, const int64_t size, const int64_t value_size, float scaling,         \
+        float *restrict q, float *restrict score, float *restrict sum, float *restrict v) {                            \
+        for (int64_t g = 0; g < num_groups; g++)                                                                       \
+            for (int64_t d = 0; d < size; d++) q[g * size + d] = FROM(query[g * stride + d]) * scaling;                \
         for (int64_t t = 0; t < length; t++) {                                                                         \
             const TYPE *key = keys + slot[t] * size, *far = keys + slot[t + AHEAD < length ? t + AHEAD : t] * size;    \
             FETCH(far, size);                                                                                          \
@@ -70,8 +74,8 @@ static inline float exponential(float x) {
             }                                                                                                          \
         }                                                                                                              \
         for (int64_t g = 0; g < num_groups; g++) {                                                                     \
-            float *of = score + g * length, most = of[0], total = 0;                                                   \
-            for (int64_t t = 1; t < length; t++) most = of[t] > most ? of[t] : most;                                   \
+            float *of = score + g * length, most = -INFINITY, total = 0;                                               \
+            for (int64_t t = 0; t < length; t++) most = of[t] > most ? of[t] : most;                                   \
             for (int64_t t = 0; t < length; t++) total += of[t] = exponential(of[t] - most);                           \
             for (int64_t t = 0; t < length; t++) of[t] /= total;                                                       \
         }                                                                                                              \
@@ -90,10 +94,11 @@ static inline float exponential(float x) {
 HEAD(head_bfloat16, bfloat16, from_bfloat16, to_bfloat16)
 HEAD(head_float32, float, same, same)
 
-#define ATTEND(NAME, HEAD_OF, TYPE)                                                                                    \
+#define ATTEND(NAME, HEAD_OF, TYPE, NOTHING)                                                                           \
     int NAME(const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *row,                \
-             const int64_t *slot, const int64_t *offset, int64_t num_rows, int64_t num_heads, int64_t num_key_heads,   \
-             int64_t num_slots, int64_t size, int64_t value_size, float scaling) {                                     \
+             const int64_t *slot, const int64_t *offset, const float *scaling, int64_t num_rows, int64_t row_stride,   \
+             int64_t stride, int64_t num_heads, int64_t num_key_heads, int64_t num_slots, int64_t size,                \
+             int64_t value_size) {                                                                                     \
         const int64_t num_groups = num_heads / num_key_heads;                                                          \
         int64_t longest = 0, failed = 0;                                                                               \
         for (int64_t i = 0; i < num_rows; i++)                                                                         \
@@ -107,18 +112,23 @@ HEAD(head_float32, float, same, same)
             float *v = sum + num_groups * value_size;                                                                  \
             _Pragma("omp for collapse(2) schedule(dynamic)") for (int64_t i = 0; i < num_rows; i++) {                  \
                 for (int64_t head = 0; head < num_key_heads; head++) {                                                 \
-                    if (q == NULL) continue;                                                                           \
-                    const int64_t *read = slot + offset[i], length = offset[i + 1] - offset[i];                        \
-                    const TYPE *from = query + (row[i] * num_heads + head * num_groups) * size;                        \
-                    const TYPE *k = keys + head * num_slots * size, *of = values + head * num_slots * value_size;      \
                     TYPE *to = output + (row[i] * num_heads + head * num_groups) * value_size;                         \
+                    if (q == NULL) { /* what nobody can take for a number */                                           \
+                        for (int64_t d = 0; d < num_groups * value_size; d++) to[d] = NOTHING;                         \
+                        continue;                                                                                      \
+                    }                                                                                                  \
+                    const int64_t *read = slot + offset[i], length = offset[i + 1] - offset[i];                        \
+                    const TYPE *from = query + row[i] * row_stride + head * num_groups * stride;                       \
+                    const TYPE *k = keys + head * num_slots * size, *of = values + head * num_slots * value_size;      \
                     if (size == 64 && value_size == 64)                                                                \
-                        HEAD_OF(from, k, of, to, read, length, num_groups, 64, 64, scaling, q, score, sum, v);         \
-                    else if (size == 128 && value_size == 128)                                                         \
-                        HEAD_OF(from, k, of, to, read, length, num_groups, 128, 128, scaling, q, score, sum, v);       \
-                    else                                                                                               \
-                        HEAD_OF(from, k, of, to, read, length, num_groups, size, value_size, scaling, q, score, sum,   \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, stride, 64, 64, *scaling, q, score, sum,    \
                                 v);                                                                                    \
+                    else if (size == 128 && value_size == 128)                                                         \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, stride, 128, 128, *scaling, q, score, sum,  \
+                                v);                                                                                    \
+                    else                                                                                               \
+                        HEAD_OF(from, k, of, to, read, length, num_groups, stride, size, value_size, *scaling, q,      \
+                                score, sum, v);                                                                        \
                 }                                                                                                      \
             }                                                                                                          \
             free(q);                                                                                                   \
@@ -126,5 +136,18 @@ HEAD(head_float32, float, same, same)
         return (int)failed;                                                                                            \
     }
 
-ATTEND(attend_bfloat16, head_bfloat16, bfloat16)
-ATTEND(attend_float32, head_float32, float)
+ATTEND(attend_bfloat16, head_bfloat16, bfloat16, 0x7fc0)
+ATTEND(attend_float32, head_float32, float, NAN)
+
+/* Keep new keys and values, (rows, key heads, size) of any strides, in the slots of the stores. Sizes are in bytes. */
+void keep(const char *key, const char *value, char *keys, char *values, const int64_t *slot, int64_t num_rows,
+          int64_t num_key_heads, int64_t num_slots, int64_t size, int64_t value_size, int64_t row_stride,
+          int64_t head_stride, int64_t value_row_stride, int64_t value_head_stride) {
+    for (int64_t head = 0; head < num_key_heads; head++) {
+        for (int64_t row = 0; row < num_rows; row++) {
+            const int64_t to = head * num_slots + slot[row];
+            memcpy(keys + to * size, key + row * row_stride + head * head_stride, size);
+            memcpy(values + to * value_size, value + row * value_row_stride + head * value_head_stride, value_size);
+        }
+    }
+}

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.engine.compiled import operation
-from server.engine.native import attend_of
+from server.engine.native import attend_of, keep_of
 
 _ATTENTIONS: "WeakValueDictionary[int, SlotAttention]" = WeakValueDictionary()
 """By number: registered functions and compiled code are for ever, and must not keep a cache alive."""
@@ -84,6 +84,7 @@ class SlotAttention:
         self._reads: Mapping[int | None, Reads] = {}
         self._dtype = model.dtype
         self._native = attend_of(model.dtype, model.device)
+        self._keep = keep_of(model.device)
         self.number = next(_NUMBERS)
         _ATTENTIONS[self.number] = self
         name = f"ballast_slots_{self.number}"
@@ -145,15 +146,17 @@ class SlotAttention:
             scaling: of the scores; None takes 1 / sqrt(D).
             softcap: the most that a score may be; None for no cap.
         """
-        keys.index_copy_(1, self._new, key[0])
-        values.index_copy_(1, self._new, value[0])
+        if self._keep is not None and key.dtype == value.dtype == keys.dtype:
+            self._keep(key[0], value[0], keys, values, self._new)
+        else:
+            keys.index_copy_(1, self._new, key[0])
+            values.index_copy_(1, self._new, value[0])
         reads = self._reads[sliding_window]
         queries = query[0].transpose(0, 1)  # (R, H, D)
         output = queries.new_empty(*queries.shape[:2], values.shape[-1])
         is_plain = softcap is None and queries.dtype == keys.dtype == values.dtype == self._dtype
         if len(reads.rows) and self._native is not None and is_plain:
             scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
-            queries = queries.contiguous()
             self._native(queries, keys, values, output, reads.rows, reads.slots, reads.offsets, scale)
         elif len(reads.rows):
             slots, mask = reads.padded

@@ -67,7 +67,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     torch._dynamo.config.recompile_limit = MOST_KINDS
     torch._dynamo.config.suppress_errors = True
     torch.compiler.set_stance("default")
-    for layer in _layers(model):
+    for layer in layers_of(model):
         for module in layer.modules():
             if module is not layer:
                 _drop_capturing_hooks(module)
@@ -81,11 +81,11 @@ def keep_compiled() -> None:
 
 def as_it_was(model: PreTrainedModel) -> None:
     """Have the layers of a model run as they are."""
-    for layer in _layers(model):
+    for layer in layers_of(model):
         vars(layer).pop("forward", None)
 
 
-def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+def layers_of(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Return the decoder layers of a model; none if they are not found."""
     num_layers = model.config.get_text_config().num_hidden_layers
     return next((list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers), [])

@@ -8,12 +8,17 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
 from pathlib import Path
+from types import BuiltinFunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.codecache import PyCodeCache
 
 from model.pretrained import cache_folder
 
@@ -31,7 +36,103 @@ PAIRS = "avx512_bf16"
 """What a processor says that multiplies pairs of bfloat16."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
-"""Takes queries, keys, values, output, rows, slots, offsets (all contiguous, indices int64) and the scaling."""
+"""Takes queries, keys, values, output, rows, slots, offsets (all but queries contiguous, indices int64), and the
+scaling."""
+Keep = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Takes new keys and values (H', R, D), the stores and the slots where they are kept, (R,)."""
+
+MOST_ARGUMENTS = 32
+"""Of a call that is noted."""
+
+
+class Tape:
+    """Calls of compiled code, noted as they are made, that can be made again with the same tensors."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        """What the calls read and write."""
+        self._calls: list[list[int]] = []
+        self._laid: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def note(self, address: int, arguments: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Add a call.
+
+        Args:
+            address: of the function.
+            arguments: integers, or addresses of what `tensors` hold.
+            tensors: stay as long as the tape.
+
+        Raises:
+            ValueError: if it has too many arguments.
+        """
+        if (missing := MOST_ARGUMENTS - len(arguments)) < 0:
+            raise ValueError(f"a call has {len(arguments)} arguments, at most {MOST_ARGUMENTS} can be noted")
+        self._calls.append([address, *arguments, *[0] * missing])
+        self.kept += tensors
+        self._laid = None
+
+    def play(self) -> None:
+        """Make all calls again, without Python between them."""
+        library = _library("play")
+        assert library is not None, "who can note calls has a compiler"
+        if self._laid is None:
+            self._laid = torch.tensor(self._calls, dtype=torch.long)
+        library.play(ctypes.c_void_p(self._laid.data_ptr()), ctypes.c_int64(len(self._laid)))
+
+
+_noting: ContextVar[Tape | None] = ContextVar("noting", default=None)
+"""Where calls are noted just now."""
+
+
+@contextmanager
+def noting(tape: Tape) -> Iterator[None]:
+    """Note the calls of what is compiled here, and of the kernels of torch's compiler."""
+    token, found = _noting.set(tape), _kernels()
+    for module, name, kernel in found:
+        setattr(module, name, partial(_noted, kernel, _address_of(kernel)))
+    try:
+        yield
+    finally:
+        for module, name, kernel in found:
+            setattr(module, name, kernel)
+        _noting.reset(token)
+
+
+def _kernels() -> list[tuple[ModuleType, str, BuiltinFunctionType]]:
+    """Return the kernels of torch's compiler, by module and name there."""
+    return [
+        (module, name, value)
+        for module in PyCodeCache.modules
+        for name, value in vars(module).items()
+        if name.startswith("cpp_") and isinstance(value, BuiltinFunctionType)
+    ]
+
+
+def _address_of(kernel: BuiltinFunctionType) -> int:
+    library = ctypes.CDLL(str(kernel.__self__.__file__))  # type: ignore[attr-defined]  # it is a module
+    return ctypes.cast(library.kernel, ctypes.c_void_p).value or 0
+
+
+def _noted(kernel: Callable[..., None], address: int, *arguments: Tensor | int) -> None:
+    """Call a kernel of torch's compiler, and note the call."""
+    kernel(*arguments)
+    tape = _noting.get()
+    assert tape is not None
+    integers = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    tape.note(address, integers, [value for value in arguments if isinstance(value, Tensor)])
+
+
+def _call(function: Any, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> int:
+    """Call a function that takes addresses and integers, and note the call where calls are noted."""
+    arguments = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    arguments += numbers
+    if (tape := _noting.get()) is not None:
+        address = ctypes.cast(function, ctypes.c_void_p).value or 0
+        tape.note(address, arguments, [tensor for tensor in tensors if tensor is not None])
+    return int(function(*arguments) or 0)
 
 
 CPU = torch.device("cpu")
@@ -44,9 +145,8 @@ def attend_of(dtype: torch.dtype, device: torch.device = CPU) -> Attend | None:
     library = _library("attend") if device.type == "cpu" else None
     if library is None or dtype not in NAMES:
         return None
-    function = library[NAMES[dtype]]
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_float]
-    function.restype = ctypes.c_int
+    function = _function(library, NAMES[dtype], num_arguments=16, result=ctypes.c_int)
+    scalings: dict[float, Tensor] = {}
 
     def attend(
         query: Tensor,
@@ -58,12 +158,41 @@ def attend_of(dtype: torch.dtype, device: torch.device = CPU) -> Attend | None:
         offsets: Tensor,
         scaling: float,
     ) -> None:
-        tensors = (query, keys, values, output, rows, slots, offsets)
-        sizes = (len(rows), query.shape[1], *keys.shape, values.shape[2])
-        if function(*(tensor.data_ptr() for tensor in tensors), *sizes, scaling):
+        if scaling not in scalings:
+            scalings[scaling] = torch.tensor(scaling, dtype=torch.float32)
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        tensors = (query, keys, values, output, rows, slots, offsets, scalings[scaling])
+        sizes = (len(rows), *query.stride()[:2], query.shape[1], *keys.shape, values.shape[2])
+        if _call(function, tensors, sizes):
             raise MemoryError("there is no memory for attention")
 
     return attend
+
+
+def keep_of(device: torch.device = CPU) -> Keep | None:
+    """Return what keeps keys and values of any precision; None where it is not compiled."""
+    library = _library("attend") if device.type == "cpu" else None
+    if library is None:
+        return None
+    function = _function(library, "keep", num_arguments=14, result=None)
+
+    def keep(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        if key.stride(2) != 1 or value.stride(2) != 1:
+            key, value = key.contiguous(), value.contiguous()
+        num_bytes = key.element_size()
+        strides = (key.stride(1), key.stride(0), value.stride(1), value.stride(0))
+        of_bytes = (key.shape[2], value.shape[2], *strides)
+        sizes = (len(slots), *keys.shape[:2], *(num_bytes * size for size in of_bytes))
+        _call(function, (key, value, keys, values, slots), sizes)
+
+    return keep
+
+
+def _function(library: ctypes.CDLL, name: str, *, num_arguments: int, result: Any) -> Any:
+    function = library[name]
+    function.argtypes, function.restype = [ctypes.c_int64] * num_arguments, result
+    return function
 
 
 def _attend_of_gpu() -> Attend | None:
@@ -86,13 +215,10 @@ def multiply_of() -> Multiply | None:
     library = _library("multiply") if PAIRS in _processor().split() else None
     if library is None:
         return None
-    function = library["multiply"]
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-    function.restype = None
+    function = _function(library, "multiply", num_arguments=7, result=None)
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor) -> None:
-        start = None if bias is None else bias.data_ptr()
-        function(x.data_ptr(), weight.data_ptr(), start, product.data_ptr(), *x.shape, product.shape[1])
+        _call(function, (x, weight, bias, product), (*x.shape, product.shape[1]))
 
     return multiply
 

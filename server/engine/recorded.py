@@ -1,20 +1,23 @@
-"""Forward passes of few rows, recorded on a GPU by their number and played again: one launch instead of hundreds.
+"""Forward passes of few rows, recorded by their number and played again: one call instead of hundreds.
 
 A pass that was recorded reads its tokens, their places and the slots of their keys and values from tensors that stay
-where they are, and that are filled anew before it is played.
+where they are, and that are filled anew before it is played. On a GPU it is a CUDA graph, on a CPU the calls of the
+compiled code of the layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.guarded_lm import GuardedLM
 from server.engine.attention import Reads, SlotAttention
+from server.engine.taped import TapedLayers
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Rows of the passes that are recorded; those between are filled up with rows that read nothing."""
+GPU_SIZES = (*SIZES, 64, 96, 128)
 MOST_READ = 1 << 20
 """Slots that all rows of a pass read together."""
 
@@ -62,30 +65,36 @@ def forward(lm: GuardedLM, ids: Tensor, places: Tensor, is_copy: Tensor, logits_
 
 
 class Recorded:
-    """The recorded passes of one model. Elsewhere than on a GPU they are run, not played.
+    """The recorded passes of one model.
 
     Args:
         lm: the model.
         attention: its attention; what its stores are now is what the passes read.
         windows: sliding windows of its layers.
+        layers: on a CPU, its compiled layers; without them passes are run, not played.
 
     Raises:
         RuntimeError: if a pass does what cannot be recorded.
+        ValueError: likewise.
     """
 
-    def __init__(self, lm: GuardedLM, attention: SlotAttention, windows: set[int | None]) -> None:
+    def __init__(
+        self, lm: GuardedLM, attention: SlotAttention, windows: set[int | None], layers: Sequence[nn.Module] = ()
+    ) -> None:
         self._lm = lm
         self._attention = attention
         self._device = lm.model.device
         self._windows = list(windows)
         self._is_gpu = self._device.type == "cuda"
-        most = SIZES[-1]
+        self._taped = TapedLayers(layers) if layers else None
+        self._sizes = GPU_SIZES if self._is_gpu else SIZES
+        most = self._sizes[-1]
         num_numbers = 4 * most + len(self._windows) * (most + 1)
         self._numbers, self._staged = self._both(num_numbers)
         self._slots, self._staged_slots = zip(*(self._both(MOST_READ) for _ in self._windows), strict=True)
         self._rows = torch.arange(most, device=self._device)
         self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
-        self._passes = {size: self._record(size) for size in reversed(SIZES)}
+        self._passes = {size: self._record(size) for size in reversed(self._sizes)}
 
     def play(self, laid: Laid) -> Found | None:
         """Return what the model gives of these rows; None if no such pass was recorded.
@@ -93,7 +102,7 @@ class Recorded:
         What is returned stays until the next pass.
         """
         num_rows = len(laid.ids)
-        size = _size_of(num_rows)
+        size = self._size_of(num_rows)
         num_read = {window: sum(map(len, lists.values())) for window, lists in laid.lists.items()}
         if size is None or max(num_read.values()) > MOST_READ:
             return None
@@ -117,7 +126,7 @@ class Recorded:
 
     def again(self, num_rows: int) -> Found:
         """Play what was played last, as a pass of this many rows: for measurements."""
-        return self._passes[_size_of(num_rows) or SIZES[-1]]()
+        return self._passes[self._size_of(num_rows) or self._sizes[-1]]()
 
     def _both(self, count: int) -> tuple[Tensor, Tensor]:
         """Return a tensor of integers that stays, and one on the CPU to fill it from."""
@@ -126,7 +135,7 @@ class Recorded:
 
     def _parts(self, numbers: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the tokens, places, copies and new slots of the most rows, and the offsets of each window."""
-        most = SIZES[-1]
+        most = self._sizes[-1]
         fixed, offsets = numbers[: 4 * most].view(4, most), numbers[4 * most :].view(len(self._windows), most + 1)
         return list(fixed), list(offsets)
 
@@ -145,10 +154,14 @@ class Recorded:
             )
             return forward(self._lm, ids, places, is_copy, 0)
 
-        if not self._is_gpu:
-            return run
+        new.fill_(self._attention.num_slots)  # the slot of nobody
+        if self._is_gpu:
+            return self._captured(run)
+        return run if self._taped is None else self._noted(self._taped, run)
+
+    def _captured(self, run: Callable[[], Found]) -> Callable[[], Found]:
+        """Return what plays a pass on a GPU."""
         with torch.cuda.device(self._device):
-            new.fill_(self._attention.num_slots)
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # untyped there
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
@@ -165,7 +178,26 @@ class Recorded:
 
         return play
 
+    def _noted(self, taped: TapedLayers, run: Callable[[], Found]) -> Callable[[], Found]:
+        """Return what plays a pass on a CPU, having seen that it gives what it gives when it is run."""
+        noted = taped.note(run)
 
-def _size_of(num_rows: int) -> int | None:
-    """Return of how many rows the pass is in which this many are played; None for too many."""
-    return next((size for size in SIZES if size >= num_rows), None)
+        def play() -> Found:
+            with taped.playing(noted):
+                return run()
+
+        (ids, places, _, _), offsets = self._parts(self._numbers)
+        ids.random_(self._lm.vocab_size, generator=torch.Generator().manual_seed(0))
+        places.copy_(torch.arange(len(places)))
+        for slots, of_rows in zip(self._slots, offsets, strict=True):  # every row reads the slot of nobody
+            slots[: len(places)] = self._attention.num_slots
+            of_rows.copy_(torch.arange(len(of_rows)))
+        expected, _ = run()
+        found, _ = play()
+        if not torch.equal(expected, found):
+            raise ValueError("a pass that is played does not give what it gives when it is run")
+        return play
+
+    def _size_of(self, num_rows: int) -> int | None:
+        """Return of how many rows the pass is in which this many are played; None for too many."""
+        return next((size for size in self._sizes if size >= num_rows), None)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from copy import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from model.attention import pass_mask, pass_places
@@ -22,9 +22,10 @@ from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
 from model.safety_head import extend_each
 from server.engine.attention import Block, Reads, SlotAttention
-from server.engine.compiled import as_it_was, compile_layers, keep_compiled
+from server.engine.compiled import as_it_was, compile_layers, keep_compiled, layers_of
 from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
+from server.engine.native import multiply_of
 from server.engine.packed import pack
 from server.engine.pages import PAGE_SIZE, Pages
 from server.engine.recorded import Laid, Recorded, forward
@@ -53,7 +54,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
     Args:
         lm: the model; its linear layers are packed, and its attention changed.
         num_bytes: of the cache; None takes `CPU_BYTES`, or `GPU_SHARE` of the free memory.
-        compiles: its layers are compiled too, and on a GPU its passes of few rows recorded, where that works.
+        compiles: its layers are compiled too, and its passes of few rows recorded, where that works.
     """
     was = lm.model.config.get_text_config()._attn_implementation
     ids = lm.chat.encode([Message("user", "Hello")]).request
@@ -79,6 +80,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
     runner.resize(num_bytes)
     if not compiles:
         return runner
+    layers = layers_of(lm.model)
     try:
         compile_layers(lm.model)
         runner.check(ids, expected)
@@ -86,10 +88,12 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
     except Exception as error:
         logger.warning("the model's layers run as they are, as they cannot be compiled: %s", origin(error))
         as_it_was(lm.model)
+        layers = []
         runner.reset()  # it holds what they gave
-    if lm.model.device.type == "cuda":
+    is_gpu = lm.model.device.type == "cuda"
+    if is_gpu or (layers and lm.model.dtype == torch.bfloat16 and multiply_of() is not None):
         try:
-            runner.record()
+            runner.record(() if is_gpu else layers)
             runner.check(ids, expected)
         except Exception as error:
             logger.warning("passes are not recorded, as they cannot be: %s", origin(error))
@@ -163,9 +167,9 @@ class PagedRunner(PagedSeats):
         self.recorded = None
 
     @torch.inference_mode()
-    def record(self) -> None:
+    def record(self, layers: Sequence[nn.Module] = ()) -> None:
         """Record passes of few rows; see `Recorded`."""
-        self.recorded = Recorded(self._lm, self._attention, self._windows)
+        self.recorded = Recorded(self._lm, self._attention, self._windows, layers)
 
     def run(self, batch: Sequence[tuple[Seat, Pass]]) -> list[Passed | Exception]:
         """Run one pass of each sequence, and return what came of each.
@@ -216,15 +220,16 @@ class PagedRunner(PagedSeats):
             last.append(rows.first + max(0, rows.num_tokens - 1))
             for window in self._windows:
                 self._read(seat, asked, rows, copies, window, lists[window], blocks[window])
-        kept = torch.tensor([min(row, num_rows - 1) for row in last], device=self._device)
+        last = [min(row, num_rows - 1) for row in last]
         pass_of = Laid(ids, places, is_copy, torch.cat(new), lists)
         played = self.recorded.play(pass_of) if self.recorded is not None and not any(blocks.values()) else None
         if played is not None:
-            return _on_cpu(played[0][kept]), played[1]
+            logits, states = played
+            return _on_cpu(logits if last == list(range(num_rows)) else logits[last]), states
         reads = {window: Reads.of(lists[window], blocks[window], self._device) for window in self._windows}
         self._attention.prepare(pass_of.new.to(self._device), reads)
         of_ids, of_places, of_copies = (torch.tensor(some, device=self._device) for some in (ids, places, is_copy))
-        logits, states = forward(lm, of_ids, of_places, of_copies, kept)
+        logits, states = forward(lm, of_ids, of_places, of_copies, torch.tensor(last, device=self._device))
         # On the CPU, where they are drawn from. This waits for the pass, so that the heads' time is their own.
         return _on_cpu(logits), states
 
