@@ -28,6 +28,19 @@ class Passage:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def total(self) -> Tensor | None:
+        """The sum of its states, (S,) in float32; None before the first."""
+        return None if isinstance(self._total, float) else self._total
+
+    def grow(self, total: Tensor) -> None:
+        """Add one token.
+
+        Args:
+            total: the sum of all states, its own among them.
+        """
+        self._total, self._length = total, self._length + 1
+
     def extend(self, states: Tensor) -> Tensor:
         """Add the states of the next N tokens and return what the head reads at each of them.
 
@@ -56,10 +69,10 @@ def extend_each(passages: Sequence[Passage], states: Tensor) -> Tensor:
     """
     states = states.float()
     none = torch.zeros_like(states[0])
-    totals = states + torch.stack([none if isinstance(p._total, float) else p._total for p in passages])  # (N, S)
+    totals = states + torch.stack([none if p.total is None else p.total for p in passages])  # (N, S)
     lengths = torch.tensor([len(passage) + 1 for passage in passages], device=states.device)
     for passage, total in zip(passages, totals, strict=True):
-        passage._total, passage._length = total, len(passage) + 1
+        passage.grow(total)
     return torch.cat([states, totals / lengths[:, None]], dim=-1)
 
 

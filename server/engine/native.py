@@ -189,6 +189,53 @@ def keep_of(device: torch.device = CPU) -> Keep | None:
     return keep
 
 
+Extend = Callable[
+    [Sequence[Tensor], Sequence[int], Sequence[Tensor | None], Sequence[int]], tuple[Tensor, Sequence[Tensor]]
+]
+"""Takes states (R, D) by layer, N rows, sums before (S,) and lengths; returns what is read (N, 2 * S), and the sums."""
+Risk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Takes features (N, F), weight (H, F) and bias of the first layer and those of the last; returns the logits (N,)."""
+
+
+@cache
+def extend_of(dtype: torch.dtype, device: torch.device = CPU) -> Extend | None:
+    """Return what reads one more token of each passage; None where it is not compiled."""
+    library = _library("head") if device.type == "cpu" else None
+    if library is None or dtype not in (torch.bfloat16, torch.float32):
+        return None
+    function = _function(library, f"extend_{str(dtype).removeprefix('torch.')}", num_arguments=9, result=None)
+
+    def extend(
+        states: Sequence[Tensor], rows: Sequence[int], before: Sequence[Tensor | None], lengths: Sequence[int]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        width, size = states[0].shape[1], len(states) * states[0].shape[1]
+        starts = [0 if total is None else total.data_ptr() for total in before]
+        numbers = [*(state.data_ptr() for state in states), *rows, *starts, *lengths]
+        lists = torch.split(torch.tensor(numbers), [len(states), *[len(rows)] * 3])
+        totals, features = torch.empty(len(rows), size), torch.empty(len(rows), 2 * size)
+        _call(function, (*lists, totals, features), (len(rows), len(states), width))
+        return features, totals.unbind()
+
+    return extend
+
+
+@cache
+def risk_of() -> Risk | None:
+    """Return the compiled risk head; None where it is not compiled."""
+    library = _library("head")
+    if library is None:
+        return None
+    function = _function(library, "risk", num_arguments=10, result=None)
+
+    def risk(features: Tensor, weight: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor) -> Tensor:
+        logits, found = torch.empty(len(features)), torch.empty(len(features), len(weight))
+        sizes = (len(features), *weight.shape[::-1])
+        _call(function, (features, weight, bias, out, out_bias, found, logits), sizes)
+        return logits
+
+    return risk
+
+
 def _function(library: ctypes.CDLL, name: str, *, num_arguments: int, result: Any) -> Any:
     function = library[name]
     function.argtypes, function.restype = [ctypes.c_int64] * num_arguments, result

@@ -41,7 +41,9 @@ Found = tuple[Tensor, tuple[Tensor, ...] | None]
 """Logits of every row (R, V), and states of every row by layer, (1, R, D) each, or None where nobody reads them."""
 
 
-def forward(lm: GuardedLM, ids: Tensor, places: Tensor, is_copy: Tensor, logits_of: Tensor | int) -> Found:
+def forward(
+    lm: GuardedLM, ids: Tensor, places: Tensor, is_copy: Tensor, logits_of: Tensor | int, *, has_states: bool = True
+) -> Found:
     """Return what a model gives of R rows whose attention has been prepared.
 
     Args:
@@ -50,6 +52,7 @@ def forward(lm: GuardedLM, ids: Tensor, places: Tensor, is_copy: Tensor, logits_
         places: (R,).
         is_copy: (R,), of any type.
         logits_of: the rows that logits are asked of, all of them for 0.
+        has_states: states are returned, where there is a signal.
     """
     inputs = lm.model.get_input_embeddings()(ids)
     if lm.cls is not None:
@@ -58,7 +61,7 @@ def forward(lm: GuardedLM, ids: Tensor, places: Tensor, is_copy: Tensor, logits_
         inputs_embeds=inputs[None],
         position_ids=places[None],
         use_cache=False,
-        output_hidden_states=lm.head is not None or lm.cls is not None,
+        output_hidden_states=has_states and (lm.head is not None or lm.cls is not None),
         logits_to_keep=logits_of,
     )
     return output.logits[0], output.hidden_states
@@ -85,8 +88,9 @@ class Recorded:
         self._attention = attention
         self._device = lm.model.device
         self._windows = list(windows)
+        self._has_states = lm.head is not None or lm.cls is not None
         self._is_gpu = self._device.type == "cuda"
-        self._taped = TapedLayers(layers) if layers else None
+        self._taped = TapedLayers(lm.model, layers) if layers else None
         self._sizes = GPU_SIZES if self._is_gpu else SIZES
         most = self._sizes[-1]
         num_numbers = 4 * most + len(self._windows) * (most + 1)
@@ -144,7 +148,7 @@ class Recorded:
         fixed, offsets = self._parts(self._numbers)
         ids, places, is_copy, new = (part[:size] for part in fixed)
 
-        def run() -> Found:
+        def run(*, has_states: bool = True) -> Found:
             self._attention.prepare(
                 new,
                 {
@@ -152,7 +156,7 @@ class Recorded:
                     for number, window in enumerate(self._windows)
                 },
             )
-            return forward(self._lm, ids, places, is_copy, 0)
+            return forward(self._lm, ids, places, is_copy, 0, has_states=has_states)
 
         new.fill_(self._attention.num_slots)  # the slot of nobody
         if self._is_gpu:
@@ -178,13 +182,14 @@ class Recorded:
 
         return play
 
-    def _noted(self, taped: TapedLayers, run: Callable[[], Found]) -> Callable[[], Found]:
+    def _noted(self, taped: TapedLayers, run: Callable[..., Found]) -> Callable[[], Found]:
         """Return what plays a pass on a CPU, having seen that it gives what it gives when it is run."""
         noted = taped.note(run)
 
         def play() -> Found:
             with taped.playing(noted):
-                return run()
+                logits, _ = run(has_states=False)
+            return logits, (*noted.states[:-1], taped.last) if self._has_states else None
 
         (ids, places, _, _), offsets = self._parts(self._numbers)
         ids.random_(self._lm.vocab_size, generator=torch.Generator().manual_seed(0))
@@ -192,9 +197,11 @@ class Recorded:
         for slots, of_rows in zip(self._slots, offsets, strict=True):  # every row reads the slot of nobody
             slots[: len(places)] = self._attention.num_slots
             of_rows.copy_(torch.arange(len(of_rows)))
-        expected, _ = run()
-        found, _ = play()
-        if not torch.equal(expected, found):
+        logits, states = run()
+        expected = [logits, *(states or ())]
+        logits, states = play()
+        found = [logits, *(states or ())]
+        if len(expected) != len(found) or not all(map(torch.equal, expected, found)):
             raise ValueError("a pass that is played does not give what it gives when it is run")
         return play
 

@@ -20,7 +20,6 @@ from model.errors import origin
 from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
-from model.safety_head import extend_each
 from server.engine.attention import Block, Reads, SlotAttention
 from server.engine.compiled import as_it_was, compile_layers, keep_compiled, layers_of
 from server.engine.engine import EngineError
@@ -28,6 +27,7 @@ from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
 from server.engine.native import multiply_of
 from server.engine.packed import pack
 from server.engine.pages import PAGE_SIZE, Pages
+from server.engine.quick_head import extend_rows, quicken
 from server.engine.recorded import Laid, Recorded, forward
 from server.engine.seats import Runner, Solos, run_one
 
@@ -40,8 +40,8 @@ NUM_ROWS = PREFILL_CHUNK + 64
 """Of a step: a piece of a prompt, and what is being written."""
 GPU_NUM_ROWS = 4 * PREFILL_CHUNK
 """As many of them take a GPU little longer."""
-SAME = 0.999
-"""Least cosine of two vectors of logits that are the same but for rounding."""
+SAME = 0.99
+"""Least cosine of two vectors of logits that are the same but for rounding, which deep and wide models amplify."""
 CPU_BYTES = 2 << 30
 """Of the cache, unless told otherwise. It is touched only as far as it is used."""
 GPU_SHARE = 0.8
@@ -133,6 +133,8 @@ class PagedRunner(PagedSeats):
         self._device = lm.model.device
         self._windows = {None, *sliding_windows(lm.model).values()}
         self._attention = SlotAttention(lm.model, num_pages * PAGE_SIZE)
+        if lm.head is not None:
+            quicken(lm.head)
         self.recorded: Recorded | None = None
         """Passes of few rows that are played instead of run."""
         self.num_rows = GPU_NUM_ROWS if self._device.type == "cuda" else NUM_ROWS
@@ -309,10 +311,7 @@ class PagedRunner(PagedSeats):
         found = [(seat, rows.first) for (seat, asked), rows in zip(batch, laid, strict=True) if _is_one_more(asked)]
         if not found:
             return
-        picked = torch.tensor([row for _, row in found], device=self._device)
-        features = extend_each(
-            [seat.response for seat, _ in found], torch.cat([states[picked] for states in read], dim=-1)
-        )
+        features = extend_rows([seat.response for seat, _ in found], read, [row for _, row in found])
         for (seat, _), newest in zip(found, features, strict=True):
             seat.newest = newest[None]
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from server.engine.native import Tape, noting
 
@@ -24,15 +26,30 @@ class Pass:
         self.outputs: list[Any] = []
         """Of every layer."""
 
+    @property
+    def states(self) -> list[Tensor]:
+        """What the first layer reads, and what each layer gives, (1, R, D) each."""
+        return [self.inputs[0], *(_tensors([output])[0] for output in self.outputs)]
+
 
 class TapedLayers:
     """The layers of a model, which run as they are but in passes that were noted.
 
     Args:
+        model: the model.
         layers: compiled, in the order in which they run; their `forward` is changed.
+
+    Raises:
+        ValueError: if the model has no output layer.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
+        output = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # untyped there
+        if output is None:
+            raise ValueError("the model has no output layer")
+        self.last = torch.empty(0)
+        """The final states of the newest pass, (1, R, D): what the output layer read."""
+        output.register_forward_pre_hook(self._see_last)
         self._noted: Pass | None = None
         self._played: Pass | None = None
         self._stand_ins: dict[int, Tensor] = {}
@@ -60,6 +77,9 @@ class TapedLayers:
             yield
         finally:
             self._played = None
+
+    def _see_last(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.last = args[0]
 
     def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one layer, or play all of them when the first is asked."""

@@ -1,0 +1,58 @@
+"""The token head at few positions on a CPU: what `model.safety_head` gives, from `head.c`."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.safety_head import Passage, RiskHead, TokenHead, extend_each
+from server.engine.native import extend_of, risk_of
+
+MOST_ROWS = 64
+"""At more, products of torch are faster."""
+
+
+def quicken(head: TokenHead) -> None:
+    """Have a head give its logits at few positions by compiled code, where there is any."""
+    for one in (head.request, head.response):
+        if one.out.weight.device.type == "cpu" and one.hidden is not None and (quick := _quick(one)) is not None:
+            one.forward = quick  # type: ignore[method-assign, assignment]
+
+
+def _quick(head: RiskHead) -> Callable[[Tensor], Tensor] | None:
+    risk = risk_of()
+    if risk is None or head.hidden is None:
+        return None
+    plain = head.forward
+    # Standardisation is linear, and so part of the first layer.
+    weight = head.hidden.weight.detach().double() / head.std.double()
+    bias = head.hidden.bias.detach().double() - weight @ head.mean.double()
+    tensors = (weight.float(), bias.float(), head.out.weight.detach()[0].clone(), head.out.bias.detach().clone())
+
+    def forward(features: Tensor) -> Tensor:
+        if len(features) > MOST_ROWS:
+            return plain(features)
+        return risk(features.contiguous(), *tensors)
+
+    return forward
+
+
+def extend_rows(passages: Sequence[Passage], states: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Add one token to each of some passages, as `extend_each` does.
+
+    Args:
+        passages: N of them, all different.
+        states: of the head's layers, (R, D) each.
+        rows: which of the R rows is the new token of each passage.
+
+    Returns:
+        What the head reads, (N, 2 * S) in float32.
+    """
+    extend = extend_of(states[0].dtype, states[0].device)
+    if extend is None or not all(state.is_contiguous() for state in states):
+        picked = torch.tensor(rows, device=states[0].device)
+        return extend_each(passages, torch.cat([state[picked] for state in states], dim=-1))
+    features, totals = extend(states, rows, [passage.total for passage in passages], [len(p) + 1 for p in passages])
+    for passage, total in zip(passages, totals, strict=True):
+        passage.grow(total)
+    return features
