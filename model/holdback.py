@@ -47,6 +47,7 @@ class Holdback:
         self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(tokenizer, context)
         self._tokens: list[ResponseToken] = []
+        self._token_ids: list[int] = []
         self._ends: list[int] = []  # length of the text after each token
         self._text = ""
         self._stop_at: int | None = None
@@ -59,8 +60,8 @@ class Holdback:
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids of every token, released or not."""
-        return [token.token_id for token in self._tokens]
+        """Ids of every token, released or not. Not to be changed."""
+        return self._token_ids
 
     @property
     def text(self) -> str:
@@ -82,6 +83,7 @@ class Holdback:
         start = len(self._text)
         self._text += self._detokenizer.push(token.token_id)
         self._tokens.append(token)
+        self._token_ids.append(token.token_id)
         self._ends.append(len(self._text))
         self._is_cropped = False
         if self._stop_at is None and len(self._tokens) > self._min_tokens:
@@ -104,7 +106,7 @@ class Holdback:
         if length < self._sent_tokens:
             raise ValueError(f"token {self._sent_tokens} has been released, cannot withdraw down to {length}")
         withdrawn = len(self._tokens) - length
-        kept, self._tokens, self._ends = self._tokens[:length], [], []
+        kept, self._tokens, self._token_ids, self._ends = self._tokens[:length], [], [], []
         self._text, self._stop_at = "", None
         self._detokenizer = Detokenizer(self._tokenizer, self._context)
         for token in kept:

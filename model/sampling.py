@@ -173,6 +173,17 @@ def _num_within(probabilities: Tensor, top_p: float) -> int:
     return max(1, count)
 
 
+def _is_plain(params: SamplingParams, num_tokens: int) -> bool:
+    """Tell whether the next token is that of the highest logit, and nothing else is asked."""
+    return (
+        params.temperature == 0.0
+        and params.top_logprobs is None
+        and params.repetition_penalty == 1.0
+        and not (params.presence_penalty or params.frequency_penalty or params.logit_bias)
+        and num_tokens >= params.min_tokens
+    )
+
+
 def draw(
     logits: Tensor,
     params: SamplingParams,
@@ -188,6 +199,8 @@ def draw(
     One uniform number per token comes from `generator`, so a seed gives the same text alone or
     beside other sequences. `forbidden` is a token that is not drawn and not told of; the others are as in `adjust`.
     """
+    if _is_plain(params, len(output)) and forbidden is None:
+        return Draw(int(logits.max(dim=-1).indices), None, ())
     adjusted = adjust(logits, params, prompt, output, eos_ids)
     if forbidden is not None:
         adjusted[forbidden] = -math.inf
