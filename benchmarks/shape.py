@@ -5,8 +5,8 @@ r"""How fast the engine decodes a model of a given shape with random weights, wi
 The default shape is that of Llama 2 7B. Each kind of signal, untrained and with thresholds that nothing reaches, is
 served one after the other by the same weights: both sides block, so text waits for its assessment. The bound of one
 client is the bytes of the weights that a token reads, all but the embedding, over the bandwidth of a large copy, which
-counts bytes read and written. `pass` is the recorded forward pass alone, played again and again. The last line of the
-output is one JSON object.
+counts bytes read and written. `token_ms` counts the prompt's pass in. `pass_ms` is the recorded forward pass alone,
+played again and again. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -112,14 +112,16 @@ async def measure(engine: LocalEngine, clients: int, num_tokens: int, rounds: in
         "n": rounds,
         "tokens_per_s": clients * num_tokens / taken,
         "first_ms": 1e3 * first,
-        "step_ms": 1e3 * taken / num_tokens,
+        "token_ms": 1e3 * taken / num_tokens,
+        "seconds": seconds,
     }
 
 
+@torch.inference_mode()
 def pass_ms(runner: PagedRunner, rows: int, repeats: int = 50) -> float | None:
     """Return milliseconds of a recorded pass of this many rows, played alone; None if it was not recorded."""
     recorded = runner.recorded
-    if recorded is None:
+    if recorded is None or not torch.cuda.is_available():
         return None
     times = []
     for _ in range(5):
@@ -197,7 +199,7 @@ def main() -> None:
         as_it_was(model)
         model.set_attn_implementation(was)
         for one in found[variant]["runs"]:
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in one.items() if value is not None)
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in one.items() if isinstance(value, (int, float)))
             print(f"{variant}: ready in {found[variant]['ready_s']:.0f} s; {figures}", flush=True)
         if args.out is not None:
             args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

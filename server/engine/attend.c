@@ -6,7 +6,7 @@
  *   output (rows, heads, value_size) those of `row` are written
  *   slot   what row number i reads: slot[offset[i]] to slot[offset[i + 1]]; a row that reads nothing gets zeros
  *
- * All arguments are integers or pointers, as `play.c` hands them over.
+ * `failed` becomes 1 where there is no memory. All arguments are integers or pointers, as `play.c` hands them over.
  */
 #include <math.h>
 #include <stddef.h>
@@ -94,29 +94,26 @@ static inline float exponential(float x) {
 HEAD(head_bfloat16, bfloat16, from_bfloat16, to_bfloat16)
 HEAD(head_float32, float, same, same)
 
-#define ATTEND(NAME, HEAD_OF, TYPE, NOTHING)                                                                           \
-    int NAME(const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *row,                \
-             const int64_t *slot, const int64_t *offset, const float *scaling, int64_t num_rows, int64_t row_stride,   \
-             int64_t stride, int64_t num_heads, int64_t num_key_heads, int64_t num_slots, int64_t size,                \
-             int64_t value_size) {                                                                                     \
+#define ATTEND(NAME, HEAD_OF, TYPE)                                                                                    \
+    void NAME(const TYPE *query, const TYPE *keys, const TYPE *values, TYPE *output, const int64_t *row,                \
+             const int64_t *slot, const int64_t *offset, const float *scaling, int64_t *failed, int64_t num_rows,      \
+             int64_t row_stride, int64_t stride, int64_t num_heads, int64_t num_key_heads, int64_t num_slots,          \
+             int64_t size, int64_t value_size) {                                                                       \
         const int64_t num_groups = num_heads / num_key_heads;                                                          \
-        int64_t longest = 0, failed = 0;                                                                               \
+        int64_t longest = 0;                                                                                           \
         for (int64_t i = 0; i < num_rows; i++)                                                                         \
             if (offset[i + 1] - offset[i] > longest) longest = offset[i + 1] - offset[i];                              \
         _Pragma("omp parallel if (offset[num_rows] * num_heads > 2048)") {                                             \
             float *q = malloc(sizeof(float) * (num_groups * (size + longest + value_size) + value_size));              \
             if (q == NULL) {                                                                                           \
-                _Pragma("omp atomic write") failed = 1;                                                                \
+                _Pragma("omp atomic write") *failed = 1;                                                               \
             }                                                                                                          \
             float *score = q + num_groups * size, *sum = score + num_groups * longest;                                 \
             float *v = sum + num_groups * value_size;                                                                  \
             _Pragma("omp for collapse(2) schedule(dynamic)") for (int64_t i = 0; i < num_rows; i++) {                  \
                 for (int64_t head = 0; head < num_key_heads; head++) {                                                 \
                     TYPE *to = output + (row[i] * num_heads + head * num_groups) * value_size;                         \
-                    if (q == NULL) { /* what nobody can take for a number */                                           \
-                        for (int64_t d = 0; d < num_groups * value_size; d++) to[d] = NOTHING;                         \
-                        continue;                                                                                      \
-                    }                                                                                                  \
+                    if (q == NULL) continue;                                                                           \
                     const int64_t *read = slot + offset[i], length = offset[i + 1] - offset[i];                        \
                     const TYPE *from = query + row[i] * row_stride + head * num_groups * stride;                       \
                     const TYPE *k = keys + head * num_slots * size, *of = values + head * num_slots * value_size;      \
@@ -133,11 +130,10 @@ HEAD(head_float32, float, same, same)
             }                                                                                                          \
             free(q);                                                                                                   \
         }                                                                                                              \
-        return (int)failed;                                                                                            \
     }
 
-ATTEND(attend_bfloat16, head_bfloat16, bfloat16, 0x7fc0)
-ATTEND(attend_float32, head_float32, float, NAN)
+ATTEND(attend_bfloat16, head_bfloat16, bfloat16)
+ATTEND(attend_float32, head_float32, float)
 
 /* Keep new keys and values, (rows, key heads, size) of any strides, in the slots of the stores. Sizes are in bytes. */
 void keep(const char *key, const char *value, char *keys, char *values, const int64_t *slot, int64_t num_rows,

@@ -4,10 +4,12 @@ A row, a token or a copy of `[CLS]`, reads the slots that it is told to read: sl
 shared prompts are all the same to it. Few rows are read by lists of slots, many rows of one sequence by a mask.
 """
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, count
+from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -18,10 +20,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from server.engine.compiled import operation
 from server.engine.native import attend_of, keep_of
+from server.engine.tape import dense
 
 _ATTENTIONS: "WeakValueDictionary[int, SlotAttention]" = WeakValueDictionary()
 """By number: registered functions and compiled code are for ever, and must not keep a cache alive."""
 _NUMBERS = count()
+_PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class Block(NamedTuple):
@@ -109,7 +113,7 @@ class SlotAttention:
         self.num_slots = num_slots
         for layer in self._layers.values():
             layer.ballast_slots = tuple(
-                store.new_zeros(len(store), num_slots + 1, store.shape[2]) for store in layer.ballast_slots
+                _zeros(store, (len(store), num_slots + 1, store.shape[2])) for store in layer.ballast_slots
             )
 
     def prepare(self, new: Tensor, reads: Mapping[int | None, Reads]) -> None:
@@ -120,7 +124,7 @@ class SlotAttention:
         """Give a layer stores for keys and values like these, (1, H', R, D). It keeps them as `ballast_slots`."""
         self._layers[int(layer.layer_idx)] = layer
         layer.ballast_slots = tuple(
-            some.new_zeros(some.shape[1], self.num_slots + 1, some.shape[3]) for some in (key, value)
+            _zeros(some, (some.shape[1], self.num_slots + 1, some.shape[3])) for some in (key, value)
         )
 
     def attend(
@@ -157,6 +161,7 @@ class SlotAttention:
         is_plain = softcap is None and queries.dtype == keys.dtype == values.dtype == self._dtype
         if len(reads.rows) and self._native is not None and is_plain:
             scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
+            queries = dense(queries, last=True)
             self._native(queries, keys, values, output, reads.rows, reads.slots, reads.offsets, scale)
         elif len(reads.rows):
             slots, mask = reads.padded
@@ -174,6 +179,14 @@ class SlotAttention:
             found = found.view(len(found), num_groups, len(mask), -1).permute(2, 0, 1, 3)  # (N, H', G, D)
             output[first : first + len(mask)] = found.flatten(1, 2)
         return output[None]
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros; on a CPU they take memory only as far as they are written, which those of torch do not."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    memory = mmap.mmap(-1, prod(shape) * like.element_size(), **_PRIVATE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _attention_of_layer(

@@ -4,6 +4,8 @@ The keys of a list are read in pieces, as in FlashAttention-2 (arXiv 2307.08691)
 shared out among several programs, whose results are joined, as in Flash-Decoding.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ def _attend(
     G: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, PIECE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Read one share of the list of one row, for all query heads of one key head."""
-    number, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number, head, share = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first, stop = tl.load(offsets + number), tl.load(offsets + number + 1)
     each = tl.cdiv(tl.cdiv(stop - first, SHARES), PIECE) * PIECE
     start = first + share * each
@@ -84,7 +86,7 @@ def _join(
     SHARES: tl.constexpr,
 ):  # fmt: skip
     """Join what the shares of the list of one row found, for one head."""
-    number, head = tl.program_id(0), tl.program_id(1)
+    number, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = (number * tl.num_programs(1) + head) * SHARES + tl.arange(0, SHARES)
     dv = tl.arange(0, DVP)
     most = tl.load(most_by + place)
@@ -110,7 +112,7 @@ def attend(
     """Write what some rows read; a `server.engine.native.Attend`. A row that reads nothing gets zeros.
 
     Args:
-        queries: of all rows, (R, H, D).
+        queries: of all rows, (R, H, D); the last dimension side by side.
         keys: the store, (H', slots, D).
         values: the store, (H', slots, D').
         output: of all rows, (R, H, D').
@@ -130,11 +132,13 @@ def attend(
         torch.empty(parts * width, dtype=torch.float32, device=queries.device) for width in (value_size, 1, 1)
     )
     padded = max(16, triton.next_power_of_2(value_size))
-    _attend[(len(rows), num_key_heads, shares)](
-        queries, keys, values, output, found, most, total, rows, slots, offsets, scaling,
-        queries.stride(0), queries.stride(1), keys.stride(0), values.stride(0), output.stride(0),
-        groups, size, value_size, max(16, triton.next_power_of_2(groups)), max(16, triton.next_power_of_2(size)),
-        padded, PIECE, shares,
-    )  # fmt: skip
-    if is_shared:
-        _join[(len(rows), num_heads)](found, most, total, output, rows, output.stride(0), value_size, padded, shares)
+    with torch.cuda.device(queries.device) if queries.is_cuda else nullcontext():
+        _attend[(len(rows), num_key_heads, shares)](
+            queries, keys, values, output, found, most, total, rows, slots, offsets, scaling,
+            queries.stride(0), queries.stride(1), keys.stride(0), values.stride(0), output.stride(0),
+            groups, size, value_size, max(16, triton.next_power_of_2(groups)), max(16, triton.next_power_of_2(size)),
+            padded, PIECE, shares,
+        )  # fmt: skip
+        if is_shared:
+            place = found, most, total, output, rows, output.stride(0)
+            _join[(len(rows), num_heads)](*place, value_size, padded, shares)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from server.engine.compiled import operation
 from server.engine.native import multiply_of
+from server.engine.tape import dense
 
 BLOCK = 32
 """Outputs that are summed together."""
@@ -98,7 +99,7 @@ def in_blocks(weight: Tensor) -> Tensor:
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     multiply = multiply_of()
     assert multiply is not None
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = dense(x).view(-1, x.shape[-1])
     found = _shape_of_blocks(x, weight, bias)
     multiply(rows, weight, bias, found.view(len(rows), -1))
     return found

@@ -98,7 +98,16 @@ class Recorded:
         self._slots, self._staged_slots = zip(*(self._both(MOST_READ) for _ in self._windows), strict=True)
         self._rows = torch.arange(most, device=self._device)
         self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
-        self._passes = {size: self._record(size) for size in reversed(self._sizes)}
+        try:
+            self._passes = {size: self._record(size) for size in reversed(self._sizes)}
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Have the layers run as they did before."""
+        if self._taped is not None:
+            self._taped.close()
 
     def play(self, laid: Laid) -> Found | None:
         """Return what the model gives of these rows; None if no such pass was recorded.
@@ -161,7 +170,7 @@ class Recorded:
         new.fill_(self._attention.num_slots)  # the slot of nobody
         if self._is_gpu:
             return self._captured(run)
-        return run if self._taped is None else self._noted(self._taped, run)
+        return run if self._taped is None else self._on_tape(self._taped, run, size)
 
     def _captured(self, run: Callable[[], Found]) -> Callable[[], Found]:
         """Return what plays a pass on a GPU."""
@@ -182,8 +191,12 @@ class Recorded:
 
         return play
 
-    def _noted(self, taped: TapedLayers, run: Callable[..., Found]) -> Callable[[], Found]:
-        """Return what plays a pass on a CPU, having seen that it gives what it gives when it is run."""
+    def _on_tape(self, taped: TapedLayers, run: Callable[..., Found], size: int) -> Callable[[], Found]:
+        """Return what plays a pass on a CPU, having seen that it gives what it gives when it is run.
+
+        Between the two another pass of as many rows is run, so that what a call failed to write is not there.
+        """
+        self._fill(0)
         noted = taped.note(run)
 
         def play() -> Found:
@@ -191,19 +204,29 @@ class Recorded:
                 logits, _ = run(has_states=False)
             return logits, (*noted.states[:-1], taped.last) if self._has_states else None
 
-        (ids, places, _, _), offsets = self._parts(self._numbers)
-        ids.random_(self._lm.vocab_size, generator=torch.Generator().manual_seed(0))
-        places.copy_(torch.arange(len(places)))
-        for slots, of_rows in zip(self._slots, offsets, strict=True):  # every row reads the slot of nobody
-            slots[: len(places)] = self._attention.num_slots
-            of_rows.copy_(torch.arange(len(of_rows)))
+        self._fill(size)
         logits, states = run()
         expected = [logits, *(states or ())]
+        self._fill(2 * size)
+        run()
+        play()
+        self._fill(size)
         logits, states = play()
         found = [logits, *(states or ())]
         if len(expected) != len(found) or not all(map(torch.equal, expected, found)):
             raise ValueError("a pass that is played does not give what it gives when it is run")
         return play
+
+    def _fill(self, seed: int) -> None:
+        """Have rows of random tokens at random places read the first slot, which stays as it is, and that of nobody."""
+        generator = torch.Generator().manual_seed(seed)
+        (ids, places, _, new), offsets = self._parts(self._numbers)
+        ids.random_(self._lm.vocab_size, generator=generator)
+        places.random_(self._lm.context_length, generator=generator)
+        new.fill_(self._attention.num_slots)
+        for slots, of_rows in zip(self._slots, offsets, strict=True):
+            slots[: 2 * len(ids)] = torch.tensor([0, self._attention.num_slots]).repeat(len(ids))
+            of_rows.copy_(2 * torch.arange(len(of_rows)))
 
     def _size_of(self, num_rows: int) -> int | None:
         """Return of how many rows the pass is in which this many are played; None for too many."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.engine.native import Tape, noting
+from server.engine.tape import Tape, noting
 
 
-class Pass:
+class TapedPass:
     """All layers of one pass."""
 
     def __init__(self) -> None:
@@ -49,20 +49,26 @@ class TapedLayers:
             raise ValueError("the model has no output layer")
         self.last = torch.empty(0)
         """The final states of the newest pass, (1, R, D): what the output layer read."""
-        output.register_forward_pre_hook(self._see_last)
-        self._noted: Pass | None = None
-        self._played: Pass | None = None
+        self._hook = output.register_forward_pre_hook(self._see_last)
+        self._noted: TapedPass | None = None
+        self._played: TapedPass | None = None
         self._stand_ins: dict[int, Tensor] = {}
         for number, layer in enumerate(layers):
             layer.forward = partial(self._forward, number, layer.forward)
 
-    def note(self, run: Callable[[], object]) -> Pass:
+    def close(self) -> None:
+        """Have the layers run as they did before."""
+        self._hook.remove()
+        for layer, forward in self._were:
+            layer.forward = forward
+
+    def note(self, run: Callable[[], object]) -> TapedPass:
         """Note what the layers compute while the model runs once, with tensors that take the place of theirs.
 
         Raises:
             ValueError: if it cannot be played, as far as can be told without trying.
         """
-        self._noted, self._stand_ins = Pass(), {}
+        self._noted, self._stand_ins = TapedPass(), {}
         try:
             run()
             return self._noted
@@ -70,7 +76,7 @@ class TapedLayers:
             self._noted, self._stand_ins = None, {}
 
     @contextmanager
-    def playing(self, noted: Pass) -> Iterator[None]:
+    def playing(self, noted: TapedPass) -> Iterator[None]:
         """Play a pass in the place of layers that read as many rows."""
         self._played = noted
         try:
@@ -94,7 +100,7 @@ class TapedLayers:
         return played.outputs[number]
 
     def _note(
-        self, noted: Pass, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, noted: TapedPass, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         given = _tensors([*args, *kwargs.values()])
         if number == 0:

@@ -228,3 +228,14 @@ def test_a_bias_outside_its_range_names_token_and_field(bias: float):
     with pytest.raises(InvalidRequest, match=r"logit_bias\[5\] must be between -100 and 100") as raised:
         SamplingParams(logit_bias={5: bias})
     assert raised.value.param == "logit_bias"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_equals_with_and_without_a_copy(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for number in range(200):
+        logits = torch.randint(-3, 4, (97,), generator=generator).to(dtype)
+        if number % 10 == 0:
+            logits[number % 97] = torch.nan
+        found = draw(logits, GREEDY, torch.Generator()).token_id
+        assert found == int(adjust(logits, GREEDY, (), (), frozenset()).argmax())

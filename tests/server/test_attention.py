@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from model.testing import tiny_guarded_lm
-from server.engine import native
 from server.engine.attention import Reads, SlotAttention
 from server.engine.attention import _attention_of_layer as attend
+from server.engine.library import library
 from server.engine.native import attend_of
 
 
@@ -57,9 +57,9 @@ def test_a_row_reads_the_slots_of_its_list(shape, dtype, is_native: bool):
 def test_without_a_compiler_there_is_no_compiled_attention(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("BALLAST_CACHE", str(tmp_path))
-    native._library.cache_clear()
+    library.cache_clear()
     try:
         assert attend_of(torch.float32) is None
     finally:
-        native._library.cache_clear()
+        library.cache_clear()
     assert attend_of(torch.float16) is None

@@ -9,14 +9,15 @@ from torch import nn
 from torch.nn.functional import linear
 
 from model.testing import FAMILIES, tiny_lm
-from server.engine import native, packed
+from server.engine import packed
+from server.engine.library import processor
 from server.engine.native import PAIRS, multiply_of
 from server.engine.packed import BLOCK, PackedLinear, Product, in_blocks, pack
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-HAS_PAIRS = PAIRS in native._processor().split()
+HAS_PAIRS = PAIRS in processor().split()
 
 
 @pytest.fixture(params=["multiply.c", "oneDNN"])

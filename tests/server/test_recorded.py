@@ -1,6 +1,7 @@
 """Recorded passes give what passes give, and so do the kernels that they run on a GPU."""
 
 import os
+from itertools import count
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch
 from model.generation import generate
 from model.guarded_lm import GuardedLM
 from model.testing import FAMILIES, tiny_guarded_lm
-from server.engine.native import Tape, multiply_of
+from server.engine.compiled import layers_of
+from server.engine.native import multiply_of
 from server.engine.recorded import Recorded
 from server.engine.runner import PagedRunner, paged
+from server.engine.tape import Tape
 from tests.server.test_runner import HEAD, NEVER, OFTEN, SIGNALS, requests, together, told
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -48,7 +51,7 @@ def test_recorded_passes_say_what_is_said_alone(family: str, signal: str, device
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")]
 )
-def test_layers_on_a_tape_give_what_they_give_when_they_run(family: str, caplog):
+def test_layers_on_a_tape_give_what_they_give_when_they_run(family: str, caplog, monkeypatch):
     lm = tiny_guarded_lm(family, **SIGNALS["both"] | {"request": NEVER, "response": OFTEN, "onset": 0.4})
     lm.model.to(torch.bfloat16)
     runner = paged(lm, 8 << 20, compiles=True)
@@ -59,7 +62,11 @@ def test_layers_on_a_tape_give_what_they_give_when_they_run(family: str, caplog)
     assert recorded._taped is not None
     asked = requests(lm, 16)
     runner.reset()
+    counted = []
+    play = Tape.play
+    monkeypatch.setattr(Tape, "play", lambda self: counted.append(play(self)))
     played = [told(events) for events in together(lm, asked, runner, evicts=True)]
+    assert len(counted) > 20
     runner.recorded = None
     runner.reset()  # what was shared in one run and computed in the other is rounded another way
     assert played == [told(events) for events in together(lm, asked, runner, evicts=True)]
@@ -68,7 +75,7 @@ def test_layers_on_a_tape_give_what_they_give_when_they_run(family: str, caplog)
 @pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
 def test_a_tape_that_lacks_a_call_is_not_played(monkeypatch, caplog):
-    monkeypatch.setattr("server.engine.native._kernels", list)  # those of torch's compiler go unnoted
+    monkeypatch.setattr("server.engine.tape._kernels", list)  # those of torch's compiler go unnoted
     lm = tiny_guarded_lm(token_head=HEAD)
     lm.model.to(torch.bfloat16)
     runner = paged(lm, 8 << 20, compiles=True)
@@ -76,6 +83,37 @@ def test_a_tape_that_lacks_a_call_is_not_played(monkeypatch, caplog):
     assert runner.recorded is None
     assert "passes are not recorded" in caplog.text
     assert all(events for events in together(lm, requests(lm, 4), runner))
+
+
+@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
+def test_a_tape_that_lacks_any_one_call_is_not_believed(monkeypatch):
+    monkeypatch.setattr("server.engine.recorded.SIZES", (1, 2))
+    lm = tiny_guarded_lm("qwen3", token_head=HEAD)
+    lm.model.to(torch.bfloat16)
+    runner = paged(lm, 8 << 20, compiles=True)
+    assert isinstance(runner, PagedRunner)
+    assert runner.recorded is not None
+    runner.recorded.close()
+    note, seen = Tape.note, count()
+
+    def note_all_but(missing: int):
+        def some(self, *call):
+            if next(seen) != missing:
+                note(self, *call)
+
+        return some
+
+    monkeypatch.setattr(Tape, "note", note_all_but(-1))
+    runner.record(layers_of(lm.model))
+    runner.recorded.close()
+    num_calls = next(seen)  # of both sizes, the larger first
+    assert num_calls >= 2 * 3 * 9
+    for missing in range(num_calls):
+        seen = count()
+        monkeypatch.setattr(Tape, "note", note_all_but(missing))
+        with pytest.raises(ValueError, match="does not give"):
+            runner.record(layers_of(lm.model))
 
 
 def test_a_call_with_more_arguments_than_a_tape_takes_is_an_error():
@@ -89,8 +127,13 @@ def test_more_rows_than_were_recorded_are_run(monkeypatch):
     runner = paged(lm, 8 << 20)
     assert isinstance(runner, PagedRunner)
     runner.record()
+    played = []
+    play = Recorded.play
+    monkeypatch.setattr(Recorded, "play", lambda self, laid: played.append(play(self, laid)) or played[-1])
     asked = requests(lm, 8)
     found = [told(events)[0] for events in together(lm, asked, runner)]
+    assert None in played
+    assert any(one is not None for one in played)
     assert found == [told(list(generate(alone, request)))[0] for request in asked]
 
 
