@@ -49,6 +49,7 @@ class TapedLayers:
             raise ValueError("the model has no output layer")
         self.last = torch.empty(0)
         """The final states of the newest pass, (1, R, D): what the output layer read."""
+        self._were = [(layer, layer.forward) for layer in layers]
         self._hook = output.register_forward_pre_hook(self._see_last)
         self._noted: TapedPass | None = None
         self._played: TapedPass | None = None
