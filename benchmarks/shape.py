@@ -32,7 +32,8 @@ from model.sampling import SamplingParams
 from model.testing import byte_tokenizer
 from server.engine.compiled import as_it_was
 from server.engine.local import LocalEngine
-from server.engine.runner import PagedRunner, paged
+from server.engine.paged import paged
+from server.engine.runner import PagedRunner
 
 NEVER = Thresholds(block=1.0, flag=1.0)
 PROMPT = "Tell a story of an old river, a quiet garden and a copper window. It is number "

@@ -59,8 +59,8 @@ class Holdback:
         return len(self._tokens)
 
     @property
-    def token_ids(self) -> list[int]:
-        """Ids of every token, released or not. Not to be changed."""
+    def token_ids(self) -> Sequence[int]:
+        """Ids of every token, released or not."""
         return self._token_ids
 
     @property

@@ -34,7 +34,7 @@ def serve(chosen: Settings) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from server.engine.local import LocalEngine
-    from server.engine.runner import paged  # here, so that --help need not wait for torch
+    from server.engine.paged import paged  # here, so that --help need not wait for torch
     from server.loading import load_model
     from server.process import Process, listen
 

@@ -80,7 +80,7 @@ static inline __attribute__((always_inline)) void products(const int units, cons
 
 /* Logits (rows) of features (rows, size) by a linear layer (hidden, size), GELU, and a linear layer (1, hidden);
  * `found` is room for (rows, hidden). */
-void risk(const float *feature, const float *weight, const float *bias, const float *out, const float *out_bias,
+void risk_logits(const float *feature, const float *weight, const float *bias, const float *out, const float *out_bias,
           float *found, float *logit, int64_t num_rows, int64_t size, int64_t hidden) {
 #pragma omp parallel for schedule(static)
     for (int64_t tile = 0; tile < (hidden + TILE - 1) / TILE; tile++) {

@@ -83,7 +83,7 @@ Extend = Callable[
     [Sequence[Tensor], Sequence[int], Sequence[Tensor | None], Sequence[int]], tuple[Tensor, Sequence[Tensor]]
 ]
 """Takes states (R, D) by layer, N rows, sums before (S,) and lengths; returns what is read (N, 2 * S), and the sums."""
-Risk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+RiskLogits = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Takes features (N, F), weight (H, F) and bias of the first layer and those of the last; returns the logits (N,)."""
 
 
@@ -110,20 +110,20 @@ def extend_of(dtype: torch.dtype, device: torch.device = CPU) -> Extend | None:
 
 
 @cache
-def risk_of() -> Risk | None:
+def risk_logits_of() -> RiskLogits | None:
     """Return the compiled risk head; None where it is not compiled."""
     found = library("head")
     if found is None:
         return None
-    function = _function(found, "risk", num_arguments=10)
+    function = _function(found, "risk_logits", num_arguments=10)
 
-    def risk(features: Tensor, weight: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor) -> Tensor:
+    def risk_logits(features: Tensor, weight: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor) -> Tensor:
         logits, found = torch.empty(len(features)), torch.empty(len(features), len(weight))
         sizes = (len(features), *weight.shape[::-1])
         call(function, (features, weight, bias, out, out_bias, found, logits), sizes)
         return logits
 
-    return risk
+    return risk_logits
 
 
 def _function(found: ctypes.CDLL, name: str, *, num_arguments: int) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.safety_head import Passage, RiskHead, TokenHead, extend_each
-from server.engine.native import extend_of, risk_of
+from server.engine.native import extend_of, risk_logits_of
 
 MOST_ROWS = 64
 """At more, products of torch are faster."""
@@ -22,8 +22,8 @@ def quicken(head: TokenHead) -> None:
 
 
 def _quick(head: RiskHead) -> Callable[[Tensor], Tensor] | None:
-    risk = risk_of()
-    if risk is None or head.hidden is None:
+    risk_logits = risk_logits_of()
+    if risk_logits is None or head.hidden is None:
         return None
     plain = head.forward
     # Standardisation is linear, and so part of the first layer.
@@ -34,13 +34,13 @@ def _quick(head: RiskHead) -> Callable[[Tensor], Tensor] | None:
     with torch.inference_mode():  # where means are far greater than deviations, sums of both lose digits
         noise = torch.randn(8, len(head.mean), generator=torch.Generator().manual_seed(0))
         features = head.mean + head.std * noise
-        if not torch.allclose(risk(features, *tensors), plain(features), atol=MOST_OFF, rtol=0.0):
+        if not torch.allclose(risk_logits(features, *tensors), plain(features), atol=MOST_OFF, rtol=0.0):
             return None
 
     def forward(features: Tensor) -> Tensor:
         if len(features) > MOST_ROWS:
             return plain(features)
-        return risk(features.contiguous(), *tensors)
+        return risk_logits(features.contiguous(), *tensors)
 
     return forward
 

@@ -128,12 +128,15 @@ class Recorded:
         for number, window in enumerate(self._windows):
             lists = laid.lists[window]
             lengths = torch.tensor([len(lists[row]) for row in range(num_rows)])
+            offsets[number][0] = 0
             offsets[number][1 : num_rows + 1] = lengths.cumsum(0)
             offsets[number][num_rows + 1 :] = num_read[window]
             staged = self._staged_slots[number][: num_read[window]]
             torch.cat([lists[row] for row in range(num_rows)], out=staged)
-            self._slots[number][: len(staged)].copy_(staged, non_blocking=True)
-        self._numbers.copy_(self._staged, non_blocking=True)
+            if self._is_gpu:
+                self._slots[number][: len(staged)].copy_(staged, non_blocking=True)
+        if self._is_gpu:
+            self._numbers.copy_(self._staged, non_blocking=True)
         logits, states = self._passes[size]()
         return logits[:num_rows], states
 
@@ -142,9 +145,9 @@ class Recorded:
         return self._passes[self._size_of(num_rows) or self._sizes[-1]]()
 
     def _both(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return a tensor of integers that stays, and one on the CPU to fill it from."""
+        """Return a tensor of integers that stays, and one on the CPU to fill it from: there the same."""
         staged = torch.zeros(count, dtype=torch.long, pin_memory=self._is_gpu)
-        return torch.zeros(count, dtype=torch.long, device=self._device), staged
+        return staged.to(self._device), staged
 
     def _parts(self, numbers: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the tokens, places, copies and new slots of the most rows, and the offsets of each window."""

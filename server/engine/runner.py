@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from model.attention import pass_mask, pass_places
-from model.chat import EncodedPrompt, Message
+from model.chat import EncodedPrompt
 from model.cls_signal import sliding_windows
 from model.config import Side
 from model.errors import origin
@@ -21,15 +21,12 @@ from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
 from server.engine.attention import Block, Reads, SlotAttention
-from server.engine.compiled import as_it_was, compile_layers, keep_compiled, layers_of
 from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
-from server.engine.native import multiply_of
-from server.engine.packed import pack
 from server.engine.pages import PAGE_SIZE, Pages
 from server.engine.quick_head import extend_rows, quicken
 from server.engine.recorded import Laid, Recorded, forward
-from server.engine.seats import Runner, Solos, run_one
+from server.engine.seats import run_one
 
 logger = logging.getLogger(__name__)
 
@@ -42,66 +39,6 @@ GPU_NUM_ROWS = 4 * PREFILL_CHUNK
 """As many of them take a GPU little longer."""
 SAME = 0.99
 """Least cosine of two vectors of logits that are the same but for rounding, which deep and wide models amplify."""
-CPU_BYTES = 2 << 30
-"""Of the cache, unless told otherwise. It is touched only as far as it is used."""
-GPU_SHARE = 0.8
-"""Of the free memory, which the cache takes unless told otherwise."""
-
-
-def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False) -> Runner:
-    """Return what runs sequences together, or one by one where the model's attention cannot be changed.
-
-    Args:
-        lm: the model; its linear layers are packed, and its attention changed.
-        num_bytes: of the cache; None takes `CPU_BYTES`, or `GPU_SHARE` of the free memory.
-        compiles: its layers are compiled too, and its passes of few rows recorded, where that works.
-    """
-    was = lm.model.config.get_text_config()._attn_implementation
-    ids = lm.chat.encode([Message("user", "Hello")]).request
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = lm.model(torch.tensor([ids], device=lm.model.device)).logits[0, -1]
-        return logits
-
-    expected = run()
-    pack(lm.model, run)
-    try:
-        runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
-        runner.check(ids, expected)
-    except Exception as error:
-        logger.warning("sequences run one by one, as the model's attention cannot be replaced: %s", origin(error))
-        lm.model.set_attn_implementation(was)
-        return Solos(lm)
-    if num_bytes is None:
-        num_bytes = CPU_BYTES
-        if lm.model.device.type == "cuda":
-            num_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(lm.model.device)[0])
-    runner.resize(num_bytes)
-    if not compiles:
-        return runner
-    layers = layers_of(lm.model)
-    try:
-        compile_layers(lm.model)
-        runner.check(ids, expected)
-        keep_compiled()
-    except Exception as error:
-        logger.warning("the model's layers run as they are, as they cannot be compiled: %s", origin(error))
-        as_it_was(lm.model)
-        layers = []
-        runner.reset()  # it holds what they gave
-    is_gpu = lm.model.device.type == "cuda"
-    if is_gpu or (layers and lm.model.dtype == torch.bfloat16 and multiply_of() is not None):
-        try:
-            runner.record(() if is_gpu else layers)
-            runner.check(ids, expected)
-        except Exception as error:
-            logger.warning("passes are not recorded, as they cannot be: %s", origin(error))
-            if runner.recorded is not None:
-                runner.recorded.close()
-                runner.recorded = None
-            runner.reset()
-    return runner
 
 
 def _longest_refusal(lm: GuardedLM) -> int:

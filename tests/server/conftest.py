@@ -24,7 +24,7 @@ from model.guarded_lm import Assessed, GuardedLM, StepOutput
 from model.testing import ScriptedLM
 from server.app import create_app
 from server.engine.local import LocalEngine
-from server.engine.runner import paged
+from server.engine.paged import paged
 from server.engine.seats import Runner, Solos
 from server.settings import Settings
 

@@ -20,7 +20,8 @@ from model.scoring import score
 from model.testing import ScriptedLM, tiny_guarded_lm
 from server.engine.engine import EngineError
 from server.engine.local import LocalEngine
-from server.engine.runner import PagedRunner, paged
+from server.engine.paged import paged
+from server.engine.runner import PagedRunner
 from server.engine.seats import Solos
 
 SETTINGS: dict[str, Any] = {

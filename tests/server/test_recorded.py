@@ -11,8 +11,9 @@ from model.guarded_lm import GuardedLM
 from model.testing import FAMILIES, tiny_guarded_lm
 from server.engine.compiled import layers_of
 from server.engine.native import multiply_of
+from server.engine.paged import paged
 from server.engine.recorded import Recorded
-from server.engine.runner import PagedRunner, paged
+from server.engine.runner import PagedRunner
 from server.engine.tape import Tape
 from tests.server.test_runner import HEAD, NEVER, OFTEN, SIGNALS, requests, together, told
 

@@ -21,7 +21,8 @@ from model.request import GenerationRequest
 from model.sampling import GREEDY, SamplingParams
 from model.testing import FAMILIES, tiny_guarded_lm
 from server.engine.compiled import COMPILER
-from server.engine.runner import PagedRunner, paged
+from server.engine.paged import paged
+from server.engine.runner import PagedRunner
 from server.engine.seats import run_one
 from server.loading import load_model
 from server.settings import Settings
@@ -197,7 +198,7 @@ def test_layers_that_compile_to_something_else_run_as_they_are(monkeypatch, capl
         for layer in model.model.layers:
             layer.forward = lambda states, *args, forward=layer.forward, **kwargs: -forward(states, *args, **kwargs)
 
-    monkeypatch.setattr("server.engine.runner.compile_layers", wrong)
+    monkeypatch.setattr("server.engine.paged.compile_layers", wrong)
     lm, alone = tiny_guarded_lm(), tiny_guarded_lm()
     runner = paged(lm, 8 << 20, compiles=True)
     assert isinstance(runner, PagedRunner)
