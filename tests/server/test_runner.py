@@ -186,11 +186,27 @@ def test_the_shipped_model_says_beside_others_what_it_says_alone(checkpoint: str
     runner = paged(lm, 1 << 30, compiles=True)
     assert isinstance(runner, PagedRunner)
     asked = requests(lm, 200)
-    found = [told(events) for events in together(lm, asked, runner, evicts=True)]
-    expected = [told(list(generate(alone, request))) for request in asked]
-    assert [exact for exact, _ in found] == [exact for exact, _ in expected]
-    for (_, risks), (_, wanted) in zip(found, expected, strict=True):
-        assert risks == pytest.approx(wanted, abs=1e-4)
+    found = together(lm, asked, runner, evicts=True)
+    expected = [list(generate(alone, request)) for request in asked]
+    num_flips = 0
+    for request, ours, theirs in zip(asked, found, expected, strict=True):
+        (exact, risks), (wanted, wanted_risks) = told(ours), told(theirs)
+        if exact == wanted:
+            assert risks == pytest.approx(wanted_risks, abs=1e-4)
+        else:
+            assert is_flip(request, ours, theirs)
+            num_flips += 1
+    assert num_flips <= 2
+
+
+def is_flip(request: GenerationRequest, ours: list[Release | Finish], theirs: list[Release | Finish]) -> bool:
+    """Tell whether two responses part where rounding decides which token is drawn."""
+    pairs = zip(*([token for one in events[:-1] for token in one.tokens] for events in (ours, theirs)), strict=False)
+    one, other = next(pair for pair in pairs if pair[0].token_id != pair[1].token_id)
+    values, others = ([value for _, value in token.top_logprobs] for token in (one, other))
+    if request.sampling.temperature == 0.0:
+        return values[0] - values[1] < 1e-5
+    return values == pytest.approx(others, abs=1e-4)
 
 
 def test_layers_that_compile_to_something_else_run_as_they_are(monkeypatch, caplog):
