@@ -157,8 +157,8 @@ def as_markdown(page: Page) -> str:
 
 def as_html(page: Page) -> str:
     """Return one page that needs no other file."""
-    how = "\n".join(f"<p>{escape(text)}</p>" for text in page.how)
-    notes = "\n".join(f"<li>{escape(note)}</li>" for note in page.notes)
+    how = "\n".join(f"<p>{tables.in_html(text)}</p>" for text in page.how)
+    notes = "\n".join(f"<li>{tables.in_html(note)}</li>" for note in page.notes)
     drawn = "\n".join(
         f'<figure><img alt="{escape(what)}" src="data:image/png;base64,{pictures.encoded(figure)}">'
         f"<figcaption>{escape(what)}</figcaption></figure>"

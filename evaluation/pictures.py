@@ -63,6 +63,9 @@ def by_depth(series: Series) -> Figure | None:
             values = [points[depth] for depth in depths]
             axes.errorbar(depths, [one.value for one in values], _spread(values), marker=".", capsize=3, label=name)
         axes.set(xlabel="tokens given", ylabel="success", title=measure, xscale="symlog", ylim=(-0.02, 1.02))
+        shown = sorted({depth for points in found.values() for depth in points})
+        axes.set_xticks(shown, labels=[str(depth) for depth in shown], minor=False)
+        axes.minorticks_off()
         axes.legend()
     return figure
 

@@ -1,5 +1,6 @@
 """Tables of estimates, as Markdown and as HTML."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -33,9 +34,9 @@ def as_markdown(table: Table, level: int = 2) -> str:
 
 def as_html(table: Table) -> str:
     """Return the table below a heading."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    title = escape(table.title)
+    head = "".join(f"<th>{in_html(cell)}</th>" for cell in table.head)
+    rows = "\n".join("<tr>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    title = in_html(table.title)
     return f"<h2>{title}</h2>\n<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>\n"
 
 
@@ -107,6 +108,11 @@ def of_onsets(measure: str, found: Mapping[str, Mapping[str, Estimate]]) -> Tabl
         for what, share in by.items()
     ]
     return Table(f"Made onsets: {measure}", ("threshold", "responses", "n", "share"), rows)
+
+
+def in_html(text: str) -> str:
+    """Return Markdown as HTML, of which it may have words `in backticks` alone."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def share_of(share: Estimate | None, digits: int = 1, *, with_n: bool = False) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import page, pictures, runs
+from evaluation import page, pictures, runs, tables
 from evaluation.intervals import wilson
 from evaluation.judges import by_phrases
 from evaluation.onsets import Scored
@@ -202,3 +202,7 @@ def test_a_broken_journal_is_named(tmp_path: Path, line: str, message: str):
     (folder / "toxic.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
         runs.read(folder)
+
+
+def test_words_in_backticks_are_code_and_nothing_else_is_markup():
+    assert tables.in_html("`a<b` and <i> & one ` alone") == "<code>a&lt;b</code> and &lt;i&gt; &amp; one ` alone"
