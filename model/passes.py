@@ -100,7 +100,7 @@ class Solo:
             output = lm.forward(asked.token_ids, self._cache, states_of_last=num_read, spans=asked.spans)
             logits, copies = output.logits, output.copies
             if output.states is not None and asked.num_query:
-                of_query = self._query.extend(output.states[: asked.num_query])
+                of_query = self._query.extend_to_last(output.states[: asked.num_query])
             if output.states is not None and asked.num_response:
                 self._newest = self._response.extend(output.states[asked.num_query :])
         found: list[Assessed] = []
@@ -109,7 +109,7 @@ class Solo:
             found.append(assessed)
             return assessed.logits
 
-        request = of(lm.assess("request", of_query[-1:]))[0] if asked.asks_request and of_query is not None else None
+        request = of(lm.assess("request", of_query))[0] if asked.asks_request and of_query is not None else None
         response: list[float] = []
         if asked.num_asked and self._newest is not None:
             response = of(lm.assess("response", self._newest[-asked.num_asked :]))

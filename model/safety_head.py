@@ -56,6 +56,11 @@ class Passage:
         self._total, self._length = totals[-1], self._length + len(states)
         return torch.cat([states, totals / lengths[:, None]], dim=-1)
 
+    def extend_to_last(self, states: Tensor) -> Tensor:
+        """Add the states of the next N tokens and return what the head reads at the last of them alone, (1, 2 * S)."""
+        self._total, self._length = self._total + states.float().sum(dim=0), self._length + len(states)
+        return torch.cat([states[-1].float(), self._total / self._length])[None]
+
 
 def extend_each(passages: Sequence[Passage], states: Tensor) -> Tensor:
     """Add one token to each of some passages, as `Passage.extend` does to one, and return what the head reads.

@@ -225,11 +225,11 @@ class PagedRunner(PagedSeats):
             num_read = asked.num_query + asked.num_response
             if lm.head is not None and states is not None and num_read and not _is_one_more(asked):
                 found = torch.cat([states[layer][0, end - num_read : end] for layer in lm.head.config.layers], dim=-1)
-                query = seat.query.extend(found[: asked.num_query]) if asked.num_query else None
+                query = seat.query.extend_to_last(found[: asked.num_query]) if asked.num_query else None
                 if asked.num_response:
                     seat.newest = seat.response.extend(found[asked.num_query :])
                 if asked.asks_request and query is not None:
-                    of_query.append(query[-1:])
+                    of_query.append(query)
             if asked.num_asked and seat.newest is not None:
                 of_response.append(seat.newest[-asked.num_asked :])
             is_first = rows.num_copies > 0 and asked.spans[0].covers == 0

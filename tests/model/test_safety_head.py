@@ -35,6 +35,14 @@ def test_a_passage_in_pieces_is_the_passage_at_once(sizes: list[int]):
     assert len(passage) == 12
 
 
+def test_what_is_read_at_the_last_token_alone_is_what_is_read_at_it_among_all():
+    states = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    one, other = Passage(), Passage()
+    for part in states.split([4, 1, 4]):
+        torch.testing.assert_close(one.extend_to_last(part), other.extend(part)[-1:], atol=1e-6, rtol=0)
+        assert len(one) == len(other)
+
+
 def test_many_passages_grow_by_one_token_each_as_each_does_alone():
     states = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))
     together, alone = ([Passage() for _ in range(3)] for _ in range(2))
