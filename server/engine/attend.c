@@ -14,24 +14,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bfloat16.h"
+
 #define AHEAD 16 /* slots */
-
-typedef uint16_t bfloat16;
-
-static inline float from_bfloat16(bfloat16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 static inline bfloat16 to_bfloat16(float value) { /* to the nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-
-static inline float same(float x) { return x; }
 
 /* e to the power of x <= 0, to a few units in the last place: a polynomial of degree 6 between powers of two, in a form
  * that compilers turn into vector instructions. */

@@ -7,16 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef uint16_t bfloat16;
-
-static inline float from_bfloat16(bfloat16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline float same(float x) { return x; }
+#include "bfloat16.h"
 
 /* What the head reads of one more token of each of some passages.
  *

@@ -27,7 +27,8 @@ makes the whole process round small numbers to zero."""
 def library(name: str) -> ctypes.CDLL | None:
     """Return a compiled library, compiling it the first time on this machine."""
     source, compiler = Path(__file__).with_name(f"{name}.c"), os.environ.get("CC", "cc")
-    text = source.read_bytes() + repr((FLAGS, compiler, platform.processor(), processor())).encode()
+    header = source.with_name("bfloat16.h").read_bytes()
+    text = source.read_bytes() + header + repr((FLAGS, compiler, platform.processor(), processor())).encode()
     path = cache_folder() / "native" / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     try:
         if not path.is_file():

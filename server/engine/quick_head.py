@@ -1,6 +1,7 @@
 """The token head at few positions on a CPU: what `model.safety_head` gives, from `head.c`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,14 +19,14 @@ def quicken(head: TokenHead) -> None:
     """Have a head give its logits at few positions by compiled code, where there is any."""
     for one in (head.request, head.response):
         if one.out.weight.device.type == "cpu" and one.hidden is not None and (quick := _quick(one)) is not None:
-            one.forward = quick  # type: ignore[method-assign, assignment]
+            one.forward = quick  # type: ignore[method-assign, assignment]  # of one object, not of the class
 
 
 def _quick(head: RiskHead) -> Callable[[Tensor], Tensor] | None:
     risk_logits = risk_logits_of()
     if risk_logits is None or head.hidden is None:
         return None
-    plain = head.forward
+    plain = partial(RiskHead.forward, head)  # whatever took its place before
     # Standardisation is linear, and so part of the first layer.
     weight = head.hidden.weight.detach().double() / head.std.double()
     bias = head.hidden.bias.detach().double() - weight @ head.mean.double()

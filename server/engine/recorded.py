@@ -201,11 +201,12 @@ class Recorded:
         """
         self._fill(0)
         noted = taped.note(run)
+        before_last = noted.states[:-1]
 
         def play() -> Found:
             with taped.playing(noted):
                 logits, _ = run(has_states=False)
-            return logits, (*noted.states[:-1], taped.last) if self._has_states else None
+            return logits, (*before_last, taped.last) if self._has_states else None
 
         self._fill(size)
         logits, states = run()

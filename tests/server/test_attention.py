@@ -2,16 +2,17 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.testing import tiny_guarded_lm
-from server.engine.attention import Reads, SlotAttention
+from server.engine.attention import Reads, SlotAttention, _zeros
 from server.engine.attention import _attention_of_layer as attend
 from server.engine.library import library
-from server.engine.native import attend_of
+from server.engine.native import attend_of, keep_of
 
 
 class Layer:
@@ -66,3 +67,23 @@ def test_without_a_compiler_there_is_no_compiled_attention(monkeypatch, tmp_path
 
 def test_there_is_no_compiled_attention_in_half_precision():
     assert attend_of(torch.float16) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted from there")
+def test_stores_take_memory_as_far_as_they_are_written():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    store = _zeros(torch.empty(0), (1, 1 << 26, 1))  # 256 MiB
+    assert resident() - before < 64 << 20
+    assert not store[0, ::4096].any()
+
+
+@pytest.mark.skipif(keep_of() is None, reason="there is no compiler")
+def test_as_many_rows_are_kept_as_there_are_slots():
+    keep = keep_of()
+    key, store = torch.ones(2, 3, 4), torch.zeros(2, 5, 4)
+    with pytest.raises(ValueError, match="3 rows are kept in 2 slots"):
+        keep(key, key, store, store.clone(), torch.tensor([0, 1]))
+    assert not store.any()

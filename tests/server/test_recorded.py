@@ -14,7 +14,7 @@ from server.engine.native import multiply_of
 from server.engine.paged import paged
 from server.engine.recorded import Recorded
 from server.engine.runner import PagedRunner
-from server.engine.tape import Tape
+from server.engine.tape import Tape, failed, raise_if_failed
 from tests.server.test_runner import HEAD, NEVER, OFTEN, SIGNALS, requests, together, told
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -23,7 +23,15 @@ ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 def on(device: str, family: str, signal: str) -> GuardedLM:
     """Return a tiny guarded model on a device."""
     lm = tiny_guarded_lm(family, **SIGNALS[signal] | {"request": NEVER, "response": OFTEN, "onset": 0.4})
-    return GuardedLM(lm.model.to(device), lm.tokenizer, lm.head, lm.config, lm.cls)  # type: ignore[arg-type]
+    return GuardedLM(lm.model.to(device), lm.tokenizer, lm.head, lm.config, lm.cls)  # type: ignore[arg-type]  # as in model.pretrained
+
+
+def spied(monkeypatch) -> list[object]:
+    """Return where what is played, or None for what is run, is added from now on."""
+    played: list[object] = []
+    play = Recorded.play
+    monkeypatch.setattr(Recorded, "play", lambda self, laid: played.append(play(self, laid)) or played[-1])
+    return played
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
@@ -34,9 +42,7 @@ def test_recorded_passes_say_what_is_said_alone(family: str, signal: str, device
     runner = paged(lm, 8 << 20)
     assert isinstance(runner, PagedRunner)
     runner.record()
-    played = []
-    play = Recorded.play
-    monkeypatch.setattr(Recorded, "play", lambda self, laid: played.append(play(self, laid)) or played[-1])
+    played = spied(monkeypatch)
     asked = requests(lm, 16)
     found = [told(events) for events in together(lm, asked, runner, evicts=True)]
     expected = [told(list(generate(alone, request))) for request in asked]
@@ -128,9 +134,7 @@ def test_more_rows_than_were_recorded_are_run(monkeypatch):
     runner = paged(lm, 8 << 20)
     assert isinstance(runner, PagedRunner)
     runner.record()
-    played = []
-    play = Recorded.play
-    monkeypatch.setattr(Recorded, "play", lambda self, laid: played.append(play(self, laid)) or played[-1])
+    played = spied(monkeypatch)
     asked = requests(lm, 8)
     found = [told(events)[0] for events in together(lm, asked, runner)]
     assert None in played
@@ -175,3 +179,10 @@ def test_a_kernel_reads_the_slots_of_each_list(shape, dtype):
             weights = (queries[row, :, None].float() @ k.transpose(1, 2) * 0.3).softmax(-1)
             expected = (weights @ v)[:, 0]
             assert torch.allclose(output[row].float(), expected, atol=1e-4 if dtype is torch.float32 else 3e-2)
+
+
+def test_a_call_without_memory_is_an_error_once():
+    failed.fill_(1)
+    with pytest.raises(MemoryError):
+        raise_if_failed()
+    raise_if_failed()
