@@ -72,22 +72,22 @@ class Generation:
 
     def run(self) -> Steps[Release, Finish]:
         """Yield passes and what they release, and return how the response ended."""
-        logits = yield from self._read_request()
+        step = yield from self._read_request()
         if isinstance(self._policy.decide_request(self._trace.request_risk), Refuse):
             return (yield from self._refuse("refused"))
-        self._redraw = self._watched_for_refusal(logits)
+        self._redraw = self._watched_for_refusal(step.logits)
         reason: FinishReason | None = None
-        logits, decision = yield from self._read_prefill(logits)
+        step, decision = yield from self._read_prefill(step)
         while isinstance(decision, Continue):
             is_held = reason is None and self._redraw is not None and self._redraw.may_come(self._draft.token_ids)
             yield self._release(0 if is_held else decision.releasable, is_end=reason is not None)
             if reason is not None:
                 return self._finish(reason, "none", self._draft.num_released)
-            reason, token_id = self._draw(logits)
+            reason, token_id = self._draw(step.logits, likeliest=step.likeliest)
             if self._redraw is not None and self._redraw.is_due(self._draft.token_ids):
                 reason, token_id = self._draw_again(self._redraw)
             if reason is None:
-                logits, decision = yield from self._step(token_id)
+                step, decision = yield from self._step(token_id)
             else:
                 decision = yield from self._decide_last()
         assert isinstance(decision, Rollback)
@@ -98,8 +98,8 @@ class Generation:
         """Response tokens that exist, a prefill's included."""
         return self._num_prefill + len(self._draft)
 
-    def _read_request(self) -> Steps[Release, Tensor]:
-        """Feed the request in chunks, note its risk at its end, and return the logits (V,)."""
+    def _read_request(self) -> Steps[Release, Step]:
+        """Feed the request in chunks, note its risk at its end, and return its last step."""
         *before, last = chunks(self._request.prompt.request)
         for chunk in before:
             yield from self._reader.feed(chunk)
@@ -110,10 +110,10 @@ class Generation:
         if step.request is not None:
             self._trace.read_request(step.request)
         yield Release(head=self._pop_head())
-        return step.logits
+        return step
 
-    def _read_prefill(self, logits: Tensor) -> Steps[Release, tuple[Tensor, Decision]]:
-        """Feed a prefilled assistant message and assess it, like generated text."""
+    def _read_prefill(self, step: Step) -> Steps[Release, tuple[Step, Decision]]:
+        """Feed a prefilled assistant message and assess it, like generated text; return the newest step."""
         decision: Decision = Continue(releasable=0)
         for chunk in chunks(self._request.prompt.prefill):
             step = yield from self._reader.feed(chunk, must_assess=True)
@@ -121,10 +121,9 @@ class Generation:
                 self._add(position, logit)
                 decision = self._policy.decide(self._trace, position)
                 if isinstance(decision, Rollback):
-                    return step.logits, decision
-            logits = step.logits
+                    return step, decision
             yield Release(head=self._pop_head())
-        return logits, decision
+        return step, decision
 
     def _watched_for_refusal(self, logits: Tensor) -> Redraw | None:
         """Return what watches for a refusal that would be drawn again; None where it would stand."""
@@ -140,9 +139,11 @@ class Generation:
         self._num_withdrawn += self._draft.crop(0)
         self._trace = replace(self._trace, assessments=[])
         self._reader.restart()
-        return self._draw(redraw.logits, redraw.opening[0])
+        return self._draw(redraw.logits, forbidden=redraw.opening[0])
 
-    def _draw(self, logits: Tensor, forbidden: int | None = None) -> tuple[FinishReason | None, int]:
+    def _draw(
+        self, logits: Tensor, *, likeliest: int | None = None, forbidden: int | None = None
+    ) -> tuple[FinishReason | None, int]:
         """Draw the next token; return why the response ends with it, if it does."""
         sampling = self._request.sampling
         drawn = draw(
@@ -153,6 +154,7 @@ class Generation:
             output=self._draft.token_ids,
             eos_ids=self._lm.eos_ids,
             forbidden=forbidden,
+            likeliest=likeliest,
         )
         if drawn.token_id in self._lm.eos_ids and not sampling.ignore_eos:
             return "stop", drawn.token_id
@@ -161,13 +163,13 @@ class Generation:
             return "stop", drawn.token_id
         return ("length" if len(self._draft) == self._request.max_tokens else None), drawn.token_id
 
-    def _step(self, token_id: int, *, must_assess: bool = False) -> Generator[Pass, Passed, tuple[Tensor, Decision]]:
+    def _step(self, token_id: int, *, must_assess: bool = False) -> Generator[Pass, Passed, tuple[Step, Decision]]:
         """Feed the newest token, assess it where that is due, and decide."""
         turned_at = self._policy.turned_at(self._trace)
         step = self._noted((yield from self._reader.feed([token_id], turned_at=turned_at, must_assess=must_assess)))
         for position, logit in step.response:
             self._add(position, logit)
-        return step.logits, self._policy.decide(self._trace, self._length)
+        return step, self._policy.decide(self._trace, self._length)
 
     def _decide_last(self) -> Generator[Pass, Passed, Decision]:
         """Make the assessment that comes before every end of a response, and decide on it."""
@@ -223,19 +225,18 @@ class Generation:
         self._trace = replace(self._trace, assessments=[])
         for token_id in prefix:
             refusal.push(ResponseToken(token_id))
-        logits = (yield from self._reader.begin_refusal(prefix)).logits
+        step = yield from self._reader.begin_refusal(prefix)
         text, tokens = refusal.release(len(refusal))
         yield Release(text, tokens, is_refusal=True)
         wording_length = len(refusal.text)
         sampling = replace(GREEDY, top_logprobs=self._request.sampling.top_logprobs)
         decision: Decision = Continue(releasable=len(refusal))
         for _ in range(budget):
-            drawn = draw(logits, sampling, self._generator)
+            drawn = draw(step.logits, sampling, self._generator, likeliest=step.likeliest)
             if drawn.token_id in self._lm.eos_ids:
                 break
             refusal.push(ResponseToken(drawn.token_id, drawn.logprob, drawn.top))
             step = self._noted((yield from self._reader.feed([drawn.token_id], must_assess=True)))
-            logits = step.logits
             self._trace.add(*step.response[0])
             if refusal.has_stopped or _is_complete(refusal.text, wording_length):
                 break

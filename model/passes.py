@@ -52,7 +52,9 @@ class Passed(NamedTuple):
     cls_response: Sequence[float] = ()
     """Logits of the response by `[CLS]`, one for each span that covers some of it."""
     seconds: float = 0.0
-    """That the heads took."""
+    """That the heads took, besides the pass."""
+    likeliest: int | None = None
+    """The first token of the highest logit; None where nobody has looked for it."""
 
 
 Steps = Generator[Pass | E, Passed, R]

@@ -31,6 +31,8 @@ class Step(NamedTuple):
     response: list[tuple[int, float]]
     """Each assessment of the response: how many of its tokens it covers, and its logit."""
     work: HeadWork
+    likeliest: int | None = None
+    """As in `model.passes.Passed`."""
 
 
 Reading = Generator[Pass, Passed, Step]
@@ -179,7 +181,7 @@ class Reader:
 
     def _step(self, passed: Passed, request: float | None, response: list[tuple[int, float]]) -> Step:
         found = [logit for _, logit in response] + ([request] if request is not None else [])
-        return Step(passed.logits, request, response, HeadWork.of(found, passed.seconds))
+        return Step(passed.logits, request, response, HeadWork.of(found, passed.seconds), passed.likeliest)
 
 
 def combine(token: float | None, cls: float | None, share: float, *, is_fresh: bool) -> float:

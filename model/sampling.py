@@ -193,14 +193,16 @@ def draw(
     output: Sequence[int] = (),
     eos_ids: frozenset[int] = frozenset(),
     forbidden: int | None = None,
+    likeliest: int | None = None,
 ) -> Draw:
     """Return the next token of one sequence: the most likely one at temperature 0, else a sample.
 
     One uniform number per token comes from `generator`, so a seed gives the same text alone or
-    beside other sequences. `forbidden` is a token that is not drawn and not told of; the others are as in `adjust`.
+    beside other sequences. `forbidden` is a token that is not drawn and not told of, `likeliest` the first of the
+    highest logit, where the caller knows it; the others are as in `adjust`.
     """
     if _is_plain(params, len(output)) and forbidden is None:
-        return Draw(int(logits.max(dim=-1).indices), None, ())
+        return Draw(int(logits.max(dim=-1).indices) if likeliest is None else likeliest, None, ())
     adjusted = adjust(logits, params, prompt, output, eos_ids)
     if forbidden is not None:
         adjusted[forbidden] = -math.inf

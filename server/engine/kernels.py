@@ -142,3 +142,30 @@ def attend(
         if is_shared:
             place = found, most, total, output, rows, output.stride(0)
             _join[(len(rows), num_heads)](*place, value_size, padded, shares)
+
+
+@triton.jit
+def _keep(
+    key, value, keys, values, slots, key_head, key_row, value_head, value_row, store_stride_k, store_stride_v,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    """Copy the key and the value of one row, of one key head, to its slot."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots + row)
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    one = tl.load(key + head * key_head + row * key_row + d, mask=d < D)
+    tl.store(keys + head * store_stride_k + slot * D + d, one, mask=d < D)
+    other = tl.load(value + head * value_head + row * value_row + dv, mask=dv < DV)
+    tl.store(values + head * store_stride_v + slot * DV + dv, other, mask=dv < DV)
+
+
+def keep(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Copy the keys and values of some rows, (H', R, D), to their slots; a `server.engine.native.Keep`."""
+    key, value = (some if some.stride(-1) == 1 else some.contiguous() for some in (key, value))
+    (num_heads, num_rows, size), value_size = key.shape, value.shape[-1]
+    with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
+        _keep[(num_rows, num_heads)](
+            key, value, keys, values, slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            keys.stride(0), values.stride(0), size, value_size, triton.next_power_of_2(size),
+            triton.next_power_of_2(value_size),
+        )  # fmt: skip

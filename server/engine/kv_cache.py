@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,34 @@ class Seat:
     response: Passage = field(default_factory=Passage)
     newest: Tensor | None = None
     """What the head reads at the response tokens fed last, (N, 2 * S)."""
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Which tokens of the request are the client's text."""
+        return torch.tensor(self.prompt.content or (True,) * len(self.prompt.request)).nonzero()[:, 0]
+
+    def read(
+        self, stop: int, spans: Sequence[Span], copies: Tensor, *, has_token: bool, is_read: bool, window: int | None
+    ) -> list[Tensor]:
+        """Return the slots that each row of a pass of one response token at most reads, as `pass_mask` has them.
+
+        Args:
+            stop: the token after the newest one.
+            spans: what copies of `[CLS]` assess.
+            copies: their slots.
+            has_token: the newest token is a row; without a `[CLS]` signal it may be of the request.
+            is_read: response tokens read `[CLS]`.
+            window: the sliding window; None for all.
+        """
+        found, border = [], len(self.prompt.request)
+        if has_token:
+            before = self.slots[0 if window is None else max(0, stop - window) : stop]
+            newest = copies[-1:] if spans else torch.tensor([self.newest_copy])
+            found.append(torch.cat([newest, before]) if is_read else before)
+        for number, (_, read) in enumerate(spans):
+            of_response = self.slots[border + read.start : border + read.stop]
+            found.append(torch.cat([self.slots[self.text], of_response, copies[number : number + 1]]))
+        return found
 
 
 class Rows(NamedTuple):

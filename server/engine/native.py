@@ -61,6 +61,10 @@ def attend_of(dtype: torch.dtype, device: torch.device = CPU) -> Attend | None:
 
 def keep_of(device: torch.device = CPU) -> Keep | None:
     """Return what keeps keys and values of any precision; None where it is not compiled."""
+    if device.type == "cuda" and _attend_of_gpu(torch.bfloat16, device) is not None:
+        from server.engine.kernels import keep as keep_on_gpu
+
+        return keep_on_gpu
     found = library("attend") if device.type == "cpu" else None
     if found is None:
         return None

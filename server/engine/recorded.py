@@ -12,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from model.guarded_lm import GuardedLM
+from model.safety_head import Passage
 from server.engine.attention import Reads, SlotAttention
+from server.engine.graph_heads import GraphHeads, Said
 from server.engine.taped import TapedLayers
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Rows of the passes that are recorded; those between are filled up with rows that read nothing."""
 GPU_SIZES = (*SIZES, 64, 96, 128)
+WITH_HEADS = ("cuda",)
+"""Devices on which the heads are part of a pass; on a CPU they take as long by themselves."""
+NUM_FIXED = 5
+"""Numbers of a row: what it is, where it is, whether it is a `[CLS]`, where it is kept, how long its response is."""
 MOST_READ = 1 << 20
 """Slots that all rows of a pass read together."""
 
@@ -35,6 +41,8 @@ class Laid(NamedTuple):
     """Slots where their keys and values are kept, (R,)."""
     lists: Mapping[int | None, Mapping[int, Tensor]]
     """Slots that each of them reads, by sliding window and row."""
+    passages: Mapping[int, Passage]
+    """The responses that the token head reads one more token of, by row."""
 
 
 Found = tuple[Tensor, tuple[Tensor, ...] | None]
@@ -93,11 +101,12 @@ class Recorded:
         self._taped = TapedLayers(lm.model, layers) if layers else None
         self._sizes = GPU_SIZES if self._is_gpu else SIZES
         most = self._sizes[-1]
-        num_numbers = 4 * most + len(self._windows) * (most + 1)
+        num_numbers = NUM_FIXED * most + len(self._windows) * (most + 1)
         self._numbers, self._staged = self._both(num_numbers)
         self._slots, self._staged_slots = zip(*(self._both(MOST_READ) for _ in self._windows), strict=True)
         self._rows = torch.arange(most, device=self._device)
         self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
+        self._heads = GraphHeads(lm, most) if self._device.type in WITH_HEADS else None
         try:
             self._passes = {size: self._record(size) for size in reversed(self._sizes)}
         except Exception:
@@ -109,17 +118,17 @@ class Recorded:
         if self._taped is not None:
             self._taped.close()
 
-    def play(self, laid: Laid) -> Found | None:
-        """Return what the model gives of these rows; None if no such pass was recorded.
+    def play(self, laid: Laid) -> tuple[Tensor, tuple[Tensor, ...] | None, Said | None] | None:
+        """Return what the model gives of these rows, and on a GPU what the heads say; None if it was not recorded.
 
-        What is returned stays until the next pass.
+        Logits and states stay until the next pass.
         """
         num_rows = len(laid.ids)
         size = self._size_of(num_rows)
         num_read = {window: sum(map(len, lists.values())) for window, lists in laid.lists.items()}
         if size is None or max(num_read.values()) > MOST_READ:
             return None
-        (ids, places, is_copy, new), offsets = self._parts(self._staged)
+        (ids, places, is_copy, new, lengths), offsets = self._parts(self._staged)
         ids[:num_rows] = torch.tensor(laid.ids)
         places[:num_rows] = torch.tensor(laid.places)
         is_copy[:num_rows] = torch.tensor(laid.is_copy)
@@ -127,18 +136,23 @@ class Recorded:
         new[num_rows:] = self._attention.num_slots  # of nobody
         for number, window in enumerate(self._windows):
             lists = laid.lists[window]
-            lengths = torch.tensor([len(lists[row]) for row in range(num_rows)])
+            num_slots = torch.tensor([len(lists[row]) for row in range(num_rows)])
             offsets[number][0] = 0
-            offsets[number][1 : num_rows + 1] = lengths.cumsum(0)
+            offsets[number][1 : num_rows + 1] = num_slots.cumsum(0)
             offsets[number][num_rows + 1 :] = num_read[window]
             staged = self._staged_slots[number][: num_read[window]]
             torch.cat([lists[row] for row in range(num_rows)], out=staged)
             if self._is_gpu:
                 self._slots[number][: len(staged)].copy_(staged, non_blocking=True)
-        if self._is_gpu:
-            self._numbers.copy_(self._staged, non_blocking=True)
+        if self._heads is None:
+            logits, states = self._passes[size]()
+            return logits[:num_rows], states, None
+        passages = [laid.passages.get(row) for row in range(num_rows)]
+        lengths[:num_rows] = torch.tensor([1 if passage is None else len(passage) + 1 for passage in passages])
+        self._heads.fill(passages)
+        self._numbers.copy_(self._staged, non_blocking=True)
         logits, states = self._passes[size]()
-        return logits[:num_rows], states
+        return logits[:num_rows], states, self._heads.said(size, num_rows)
 
     def again(self, num_rows: int) -> Found:
         """Play what was played last, as a pass of this many rows: for measurements."""
@@ -150,15 +164,15 @@ class Recorded:
         return staged.to(self._device), staged
 
     def _parts(self, numbers: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the tokens, places, copies and new slots of the most rows, and the offsets of each window."""
+        """Return the tokens, places, copies, new slots and lengths of the most rows, and the offsets of each window."""
         most = self._sizes[-1]
-        fixed, offsets = numbers[: 4 * most].view(4, most), numbers[4 * most :].view(len(self._windows), most + 1)
-        return list(fixed), list(offsets)
+        fixed = numbers[: NUM_FIXED * most].view(NUM_FIXED, most)
+        return list(fixed), list(numbers[NUM_FIXED * most :].view(len(self._windows), most + 1))
 
     def _record(self, size: int) -> Callable[[], Found]:
         """Return what plays the pass of this many rows."""
         fixed, offsets = self._parts(self._numbers)
-        ids, places, is_copy, new = (part[:size] for part in fixed)
+        ids, places, is_copy, new, lengths = (part[:size] for part in fixed)
 
         def run(*, has_states: bool = True) -> Found:
             self._attention.prepare(
@@ -168,7 +182,10 @@ class Recorded:
                     for number, window in enumerate(self._windows)
                 },
             )
-            return forward(self._lm, ids, places, is_copy, 0, has_states=has_states)
+            logits, states = forward(self._lm, ids, places, is_copy, 0, has_states=has_states)
+            if self._heads is not None:
+                self._heads.read(logits, states or (), lengths)
+            return logits, states
 
         new.fill_(self._attention.num_slots)  # the slot of nobody
         if self._is_gpu:
@@ -224,7 +241,7 @@ class Recorded:
     def _fill(self, seed: int) -> None:
         """Have rows of random tokens at random places read the first slot, which stays as it is, and that of nobody."""
         generator = torch.Generator().manual_seed(seed)
-        (ids, places, _, new), offsets = self._parts(self._numbers)
+        (ids, places, _, new, _), offsets = self._parts(self._numbers)
         ids.random_(self._lm.vocab_size, generator=generator)
         places.random_(self._lm.context_length, generator=generator)
         new.fill_(self._attention.num_slots)
@@ -235,3 +252,13 @@ class Recorded:
     def _size_of(self, num_rows: int) -> int | None:
         """Return of how many rows the pass is in which this many are played; None for too many."""
         return next((size for size in self._sizes if size >= num_rows), None)
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU; from a GPU it comes faster into memory that it can write to by itself."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    found.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return found

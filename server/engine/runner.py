@@ -18,14 +18,15 @@ from model.cls_signal import sliding_windows
 from model.config import Side
 from model.errors import origin
 from model.generation import PREFILL_CHUNK
-from model.guarded_lm import Assessed, GuardedLM
+from model.guarded_lm import GuardedLM
 from model.passes import Pass, Passed
+from server.engine.assessing import Ran, assess, is_one_more
 from server.engine.attention import Block, Reads, SlotAttention
 from server.engine.engine import EngineError
 from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
 from server.engine.pages import PAGE_SIZE, Pages
-from server.engine.quick_head import extend_rows, quicken
-from server.engine.recorded import Laid, Recorded, forward
+from server.engine.quick_head import quicken
+from server.engine.recorded import Laid, Recorded, forward, on_cpu
 from server.engine.seats import run_one
 
 logger = logging.getLogger(__name__)
@@ -135,16 +136,14 @@ class PagedRunner(PagedSeats):
         for seat, asked in batch:
             laid.append(self.lay(seat, asked, laid[-1].stop if laid else 0))
         num_rows = laid[-1].stop if laid else 0
-        logits, states = self._forward(batch, laid, num_rows) if num_rows else (torch.empty(0), None)
-        passed = self._assess(batch, laid, logits, states)
+        ran = self._forward(batch, laid, num_rows) if num_rows else Ran(torch.empty(0), None)
+        passed = assess(self._lm, batch, laid, ran)
         for seat, asked in batch:
             self.settle(seat, asked)
         return passed
 
-    def _forward(
-        self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[Rows], num_rows: int
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Return the logits of each pass, (B, V), and the states of every row, (1, R, D) by layer."""
+    def _forward(self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[Rows], num_rows: int) -> Ran:
+        """Run the rows of all passes."""
         lm = self._lm
         ids: list[int] = []
         places: list[int] = []
@@ -163,17 +162,20 @@ class PagedRunner(PagedSeats):
             for window in self._windows:
                 self._read(seat, asked, rows, copies, window, lists[window], blocks[window])
         last = [min(row, num_rows - 1) for row in last]
-        pass_of = Laid(ids, places, is_copy, torch.cat(new), lists)
+        passages = {
+            rows.first: seat.response for (seat, asked), rows in zip(batch, laid, strict=True) if is_one_more(asked)
+        }
+        pass_of = Laid(ids, places, is_copy, torch.cat(new), lists, passages)
         played = self.recorded.play(pass_of) if self.recorded is not None and not any(blocks.values()) else None
         if played is not None:
-            logits, states = played
-            return _on_cpu(logits if last == list(range(num_rows)) else logits[last]), states
+            logits, states, said = played
+            return Ran(on_cpu(logits if last == list(range(num_rows)) else logits[last]), states, said)
         reads = {window: Reads.of(lists[window], blocks[window], self._device) for window in self._windows}
         self._attention.prepare(pass_of.new.to(self._device), reads)
         of_ids, of_places, of_copies = (torch.tensor(some, device=self._device) for some in (ids, places, is_copy))
         logits, states = forward(lm, of_ids, of_places, of_copies, torch.tensor(last, device=self._device))
         # On the CPU, where they are drawn from. This waits for the pass, so that the heads' time is their own.
-        return _on_cpu(logits), states
+        return Ran(on_cpu(logits), states)
 
     def _read(
         self,
@@ -188,12 +190,10 @@ class PagedRunner(PagedSeats):
         """Add what the rows of a pass read."""
         lm, num_rows = self._lm, rows.num_tokens + rows.num_copies
         first, stop = seat.length + rows.num_skipped, seat.length + len(asked.token_ids)
-        is_response = first >= len(seat.prompt.request)
-        if num_rows == 1 and rows.num_tokens == 1 and (lm.cls is None or (is_response and not rows.num_copies)):
-            read = seat.slots[0 if window is None else max(0, stop - window) : stop]
-            if lm.reads_cls:
-                read = torch.cat([torch.tensor([seat.newest_copy]), read])
-            lists[rows.first] = read
+        if rows.num_tokens <= 1 and (lm.cls is None or first >= len(seat.prompt.request)):
+            has_token = rows.num_tokens == 1
+            read = seat.read(stop, asked.spans, copies, has_token=has_token, is_read=lm.reads_cls, window=window)
+            lists |= enumerate(read, rows.first)
             return
         if not num_rows:
             return
@@ -204,95 +204,3 @@ class PagedRunner(PagedSeats):
             blocks.append(Block(rows.first, slots, mask))
         else:
             lists |= {rows.first + row: slots[mask[row]] for row in range(num_rows)}
-
-    def _assess(
-        self,
-        batch: Sequence[tuple[Seat, Pass]],
-        laid: Sequence[Rows],
-        logits: Tensor,
-        states: tuple[Tensor, ...] | None,
-    ) -> list[Passed]:
-        """Return what came of each pass: the heads read the states of all sequences at once."""
-        lm, seconds = self._lm, 0.0
-        of_query: list[Tensor] = []
-        of_response: list[Tensor] = []
-        cls_request: list[int] = []
-        cls_response: list[int] = []
-        if lm.head is not None and states is not None:
-            self._read_one_more(batch, laid, [states[layer][0] for layer in lm.head.config.layers])
-        for (seat, asked), rows in zip(batch, laid, strict=True):
-            end = rows.first + rows.num_tokens
-            num_read = asked.num_query + asked.num_response
-            if lm.head is not None and states is not None and num_read and not _is_one_more(asked):
-                found = torch.cat([states[layer][0, end - num_read : end] for layer in lm.head.config.layers], dim=-1)
-                query = seat.query.extend_to_last(found[: asked.num_query]) if asked.num_query else None
-                if asked.num_response:
-                    seat.newest = seat.response.extend(found[asked.num_query :])
-                if asked.asks_request and query is not None:
-                    of_query.append(query)
-            if asked.num_asked and seat.newest is not None:
-                of_response.append(seat.newest[-asked.num_asked :])
-            is_first = rows.num_copies > 0 and asked.spans[0].covers == 0
-            if is_first and asked.asks_request:
-                cls_request.append(end)
-            cls_response += range(end + is_first, rows.stop)
-        found_by: dict[str, list[float]] = {}
-        nothing = Assessed([], 0.0)
-        for side, features in zip(SIDES, (of_query, of_response), strict=True):
-            assessed = lm.assess(side, torch.cat(features)) if features else nothing
-            found_by[side], seconds = assessed.logits, seconds + assessed.seconds
-        for side, picked in zip(SIDES, (cls_request, cls_response), strict=True):
-            assessed = lm.assess_cls(side, states[-1][0, picked]) if states is not None and picked else nothing
-            found_by[f"cls {side}"], seconds = assessed.logits, seconds + assessed.seconds
-        return self._dealt(batch, laid, logits, found_by, seconds)
-
-    def _read_one_more(self, batch: Sequence[tuple[Seat, Pass]], laid: Sequence[Rows], read: Sequence[Tensor]) -> None:
-        """Read the states (R, D), layer by layer, of all responses that have one more token."""
-        found = [(seat, rows.first) for (seat, asked), rows in zip(batch, laid, strict=True) if _is_one_more(asked)]
-        if not found:
-            return
-        features = extend_rows([seat.response for seat, _ in found], read, [row for _, row in found])
-        for (seat, _), newest in zip(found, features, strict=True):
-            seat.newest = newest[None]
-
-    def _dealt(
-        self,
-        batch: Sequence[tuple[Seat, Pass]],
-        laid: Sequence[Rows],
-        logits: Tensor,
-        found: dict[str, list[float]],
-        seconds: float,
-    ) -> list[Passed]:
-        """Return each pass's part of what the heads found, in the order in which they read."""
-        left = {name: iter(values) for name, values in found.items()}
-        passed = []
-        for number, ((seat, asked), rows) in enumerate(zip(batch, laid, strict=True)):
-            is_first = rows.num_copies > 0 and asked.spans[0].covers == 0
-            has_query = self._lm.head is not None and asked.asks_request and asked.num_query > 0
-            num_asked = len(seat.newest[-asked.num_asked :]) if asked.num_asked and seat.newest is not None else 0
-            passed.append(
-                Passed(
-                    logits[number] if rows.num_tokens else torch.empty(0),
-                    request=next(left["request"]) if has_query else None,
-                    response=[next(left["response"]) for _ in range(num_asked)],
-                    cls_request=next(left["cls request"]) if is_first and asked.asks_request else None,
-                    cls_response=[next(left["cls response"]) for _ in range(rows.num_copies - is_first)],
-                    seconds=seconds / len(batch),
-                )
-            )
-        return passed
-
-
-def _on_cpu(logits: Tensor) -> Tensor:
-    """Return logits on the CPU; from a GPU they come faster into memory that it can write to by itself."""
-    if logits.device.type != "cuda":
-        return logits.cpu()
-    found = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
-    found.copy_(logits, non_blocking=True)
-    torch.cuda.current_stream(logits.device).synchronize()
-    return found
-
-
-def _is_one_more(asked: Pass) -> bool:
-    """Tell whether the token head reads the one token of a pass, of the response."""
-    return len(asked.token_ids) == asked.num_response == 1 and asked.num_query == 0

@@ -8,8 +8,10 @@ import torch
 
 from model.generation import generate
 from model.guarded_lm import GuardedLM
+from model.safety_head import Passage
 from model.testing import FAMILIES, tiny_guarded_lm
 from server.engine.compiled import layers_of
+from server.engine.graph_heads import GraphHeads
 from server.engine.native import multiply_of
 from server.engine.paged import paged
 from server.engine.recorded import Recorded
@@ -51,6 +53,13 @@ def test_recorded_passes_say_what_is_said_alone(family: str, signal: str, device
         assert risks == pytest.approx(wanted, abs=1e-4)
     assert len(played) > 20
     assert None not in played
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_heads_may_be_part_of_a_recorded_pass(signal: str, monkeypatch):
+    monkeypatch.setattr("server.engine.recorded.WITH_HEADS", ("cpu", "cuda"))
+    monkeypatch.setattr("server.engine.assessing.extend_rows", None)  # what reads states otherwise
+    test_recorded_passes_say_what_is_said_alone("llama", signal, "cpu", monkeypatch)
 
 
 @pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
@@ -179,6 +188,55 @@ def test_a_kernel_reads_the_slots_of_each_list(shape, dtype):
             weights = (queries[row, :, None].float() @ k.transpose(1, 2) * 0.3).softmax(-1)
             expected = (weights @ v)[:, 0]
             assert torch.allclose(output[row].float(), expected, atol=1e-4 if dtype is torch.float32 else 3e-2)
+
+
+@pytest.mark.gpu  # or with TRITON_INTERPRET=1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_keeps_keys_and_values_in_their_slots(dtype):
+    kernels = pytest.importorskip("server.engine.kernels")
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(5, 3, 40, generator=generator).to(device, dtype).transpose(0, 1)  # as a layer gives them
+    value = torch.randn(5, 3, 24, generator=generator).to(device, dtype).transpose(0, 1)
+    keys, values = (torch.zeros(3, 20, size, device=device, dtype=dtype) for size in (40, 24))
+    slots = torch.tensor([7, 0, 19, 3, 4], device=device)
+    expected = [store.clone().index_copy_(1, slots, some) for store, some in ((keys, key), (values, value))]
+    kernels.keep(key, value, keys, values, slots)
+    assert all(map(torch.equal, (keys, values), expected))
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_heads_within_a_pass_say_what_they_say_by_themselves(signal: str, device: str):
+    lm = on(device, "llama", signal)
+    heads = GraphHeads(lm, 8)
+    generator = torch.Generator().manual_seed(1)
+    states = [torch.randn(1, 4, lm.model.config.hidden_size, generator=generator).to(device) for _ in range(4)]
+    logits = torch.randn(4, lm.vocab_size, generator=generator).to(device)
+    logits[2, 7] = logits[2, 30] = 9.0
+    passages: list[Passage | None] = [Passage(), None, Passage(), Passage()]
+    layers = lm.head.config.layers if lm.head is not None else ()
+    for passage, length in ((passages[0], 3), (passages[3], 1)):
+        before = [torch.randn(length, lm.model.config.hidden_size, generator=generator).to(device) for _ in layers]
+        if passage is not None and before:
+            passage.extend(torch.cat(before, dim=-1))
+    with torch.inference_mode():
+        heads.fill(passages)
+        heads.read(logits, states, torch.tensor([4, 1, 1, 2], device=device))
+        said = heads.said(4, 3)
+        heads.fill([None])  # what was said stays
+    assert [said.likeliest(row) for row in range(3)] == logits[:3].argmax(-1).tolist()
+    assert said.likeliest(2) == 7
+    for row, passage in enumerate(passages[:3]):
+        if lm.cls is not None:
+            expected = lm.assess_cls("request", states[-1][0, [row]]).logits[0]
+            assert said.cls("request", row) == pytest.approx(expected, abs=1e-4)
+        if lm.head is not None and passage is not None:
+            features = passage.extend(torch.cat([states[layer][0, row : row + 1] for layer in layers], dim=-1))
+            assert torch.allclose(said.features[row : row + 1], features, atol=1e-5)
+            assert passage.total is not None
+            assert torch.allclose(said.totals[row], passage.total, atol=1e-5)
+            assert said.response(row) == pytest.approx(lm.assess("response", features).logits[0], abs=1e-4)
 
 
 def test_a_call_without_memory_is_an_error_once():

@@ -20,6 +20,7 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.sampling import GREEDY, SamplingParams
 from model.testing import FAMILIES, tiny_guarded_lm
+from server.engine.assessing import assess
 from server.engine.compiled import COMPILER
 from server.engine.paged import paged
 from server.engine.runner import PagedRunner
@@ -277,15 +278,15 @@ def test_a_pass_says_beforehand_how_many_pages_it_takes():
 
 def test_a_fault_that_is_tried_again_leaves_nothing_behind(monkeypatch):
     lm, alone = tiny_guarded_lm(token_head=HEAD), tiny_guarded_lm(token_head=HEAD)
-    assess, faults = PagedRunner._assess, [RuntimeError("a fault")] * 3
+    faults = [RuntimeError("a fault")] * 3
 
-    def failing(self: PagedRunner, batch, *more):
-        found = assess(self, batch, *more)
+    def failing(lm: GuardedLM, batch, *more):
+        found = assess(lm, batch, *more)
         if len(batch) > 1 and faults:
             raise faults.pop()
         return found
 
-    monkeypatch.setattr(PagedRunner, "_assess", failing)
+    monkeypatch.setattr("server.engine.runner.assess", failing)
     asked = requests(lm, 4)
     found, expected = together(lm, asked, seed=1), [list(generate(alone, request)) for request in asked]
     assert not faults

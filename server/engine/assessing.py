@@ -1,0 +1,142 @@
+"""What the heads say of passes that ran together: they read the states of all sequences at once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from model.config import Side
+from model.guarded_lm import Assessed, GuardedLM
+from model.passes import Pass, Passed
+from server.engine.graph_heads import Said
+from server.engine.kv_cache import Rows, Seat
+from server.engine.quick_head import extend_rows
+
+SIDES: tuple[Side, ...] = ("request", "response")
+Some = TypeVar("Some", bound=Sequence[object] | Tensor)
+
+
+class Ran(NamedTuple):
+    """What a model gave of the R rows of B passes."""
+
+    logits: Tensor
+    """Of the newest token of each pass, (B, V), on the CPU."""
+    states: tuple[Tensor, ...] | None
+    """Of every row by layer, (1, R, D)."""
+    said: Said | None = None
+    """What the heads said in the pass itself."""
+
+
+Batch = Sequence[tuple[Seat, Pass]]
+
+
+def assess(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[Passed]:
+    """Return what came of each pass, and note in its seat what the heads read."""
+    token, cls, seconds = _token_logits(lm, batch, laid, ran), _cls_logits(lm, batch, laid, ran), 0.0
+    found: list[dict[int, list[float]]] = []
+    for logits, some_seconds in (*token, *cls):
+        found.append(logits)
+        seconds += some_seconds
+    likeliest = ran.logits.max(dim=-1).indices.tolist() if ran.said is None and len(ran.logits) else []
+    passed = []
+    for number, rows in enumerate(laid):
+        of_query, of_response, cls_request, cls_response = (some.get(number, []) for some in found)
+        last = rows.first + rows.num_tokens - 1
+        passed.append(
+            Passed(
+                ran.logits[number] if rows.num_tokens else torch.empty(0),
+                request=of_query[0] if of_query else None,
+                response=of_response,
+                cls_request=cls_request[0] if cls_request else None,
+                cls_response=cls_response,
+                seconds=seconds / len(batch),
+                likeliest=(ran.said.likeliest(last) if ran.said else likeliest[number]) if rows.num_tokens else None,
+            )
+        )
+    return passed
+
+
+Logits = tuple[dict[int, list[float]], float]
+"""By number of the pass, and the seconds that they took."""
+
+
+def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> tuple[Logits, Logits]:
+    """Return what the token head says of requests and of responses."""
+    of_query: dict[int, Tensor] = {}
+    of_response: dict[int, Tensor] = {}
+    said: dict[int, list[float]] = {}
+    if lm.head is not None and ran.states is not None:
+        _read_one_more(batch, laid, [ran.states[layer][0] for layer in lm.head.config.layers], ran.said)
+    for number, ((seat, asked), rows) in enumerate(zip(batch, laid, strict=True)):
+        end, num_read = rows.first + rows.num_tokens, asked.num_query + asked.num_response
+        if lm.head is not None and ran.states is not None and num_read and not is_one_more(asked):
+            states = torch.cat([ran.states[layer][0, end - num_read : end] for layer in lm.head.config.layers], dim=-1)
+            query = seat.query.extend_to_last(states[: asked.num_query]) if asked.num_query else None
+            if asked.num_response:
+                seat.newest = seat.response.extend(states[asked.num_query :])
+            if asked.asks_request and query is not None:
+                of_query[number] = query
+        if asked.num_asked and is_one_more(asked) and ran.said is not None:
+            said[number] = [ran.said.response(rows.first)]
+        elif asked.num_asked and seat.newest is not None:
+            of_response[number] = seat.newest[-asked.num_asked :]
+    request = _together(lambda some: lm.assess("request", torch.cat(some)), of_query)
+    response, seconds = _together(lambda some: lm.assess("response", torch.cat(some)), of_response)
+    return request, (response | said, seconds)
+
+
+def _cls_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[Logits]:
+    """Return what `[CLS]` says of requests and of responses."""
+    asked_of: dict[Side, dict[int, list[int]]] = {side: {} for side in SIDES}
+    for number, ((_, asked), rows) in enumerate(zip(batch, laid, strict=True)):
+        copies = list(range(rows.first + rows.num_tokens, rows.stop))
+        is_first = bool(copies) and asked.spans[0].covers == 0
+        if is_first and asked.asks_request:
+            asked_of["request"][number] = copies[:1]
+        if copies[is_first:]:
+            asked_of["response"][number] = copies[is_first:]
+    if (said := ran.said) is not None:
+        return [
+            ({number: [said.cls(side, row) for row in rows] for number, rows in asked_of[side].items()}, 0.0)
+            for side in SIDES
+        ]
+    found = []
+    for side in SIDES:
+
+        def of(some: Sequence[list[int]], side: Side = side) -> Assessed:
+            assert ran.states is not None
+            return lm.assess_cls(side, ran.states[-1][0, [*chain(*some)]])
+
+        found.append(_together(of, asked_of[side]))
+    return found
+
+
+def _together(assess: Callable[[list[Some]], Assessed], asked: Mapping[int, Some]) -> Logits:
+    """Return each pass's part of what a head says of all of them at once."""
+    if not asked:
+        return {}, 0.0
+    found = assess(list(asked.values()))
+    logits = iter(found.logits)
+    return {number: list(islice(logits, len(some))) for number, some in asked.items()}, found.seconds
+
+
+def _read_one_more(batch: Batch, laid: Sequence[Rows], states: Sequence[Tensor], said: Said | None) -> None:
+    """Read the states (R, D), layer by layer, of all responses that have one more token."""
+    found = [(seat, rows.first) for (seat, asked), rows in zip(batch, laid, strict=True) if is_one_more(asked)]
+    if not found:
+        return
+    if said is not None:
+        for seat, row in found:
+            seat.response.grow(said.totals[row])
+            seat.newest = said.features[row : row + 1]
+        return
+    features = extend_rows([seat.response for seat, _ in found], states, [row for _, row in found])
+    for (seat, _), newest in zip(found, features, strict=True):
+        seat.newest = newest[None]
+
+
+def is_one_more(asked: Pass) -> bool:
+    """Tell whether the token head reads the one token of a pass, of the response."""
+    return len(asked.token_ids) == asked.num_response == 1 and asked.num_query == 0
