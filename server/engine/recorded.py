@@ -17,9 +17,9 @@ from server.engine.attention import Reads, SlotAttention
 from server.engine.graph_heads import GraphHeads, Said
 from server.engine.taped import TapedLayers
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Rows of the passes that are recorded; those between are filled up with rows that read nothing."""
-GPU_SIZES = (*SIZES, 64, 96, 128)
+GPU_SIZES = (*SIZES, 96, 128)
 WITH_HEADS = ("cuda",)
 """Devices on which the heads are part of a pass; on a CPU they take as long by themselves."""
 NUM_FIXED = 5
