@@ -42,7 +42,9 @@ def losses(name: str, found: list[EncodedPrompt], *, is_int8: bool) -> list[floa
     sums = []
     for one in track(found, "int8" if is_int8 else "bfloat16"):
         logits = model(torch.tensor([one.request + one.prefill])).logits[0, len(one.request) - 1 : -1]
-        sums.append(float(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(one.prefill), reduction="sum")))
+        sums.append(
+            float(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(one.prefill), reduction="sum"))
+        )
     return sums
 
 

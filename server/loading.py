@@ -38,6 +38,8 @@ def load_model(settings: Settings) -> GuardedLM:
     pretrained = load(settings.model, dtype=dtype, device=device, trust_remote_code=settings.trust_remote_code)
     if folder is None:
         return GuardedLM(pretrained.model, pretrained.tokenizer)
+    if settings.dtype == "int8":
+        logger.warning("the thresholds were calibrated with weights that are not rounded to int8")
     return checkpoints.attach(
         pretrained, folder, reads_cls=settings.read_cls, schedule=settings.schedule, redraws=settings.redraw
     )

@@ -1,7 +1,7 @@
 """Products with weights in 8 bits: half the bytes of bfloat16 to read, and fewer instructions for each.
 
-Each output has one scale for each block of inputs, and levels from -127 to 127 around zero. What is multiplied with them
-is rounded likewise, as it comes. `multiply_int8.c` computes the product.
+Each output has one scale for each block of inputs, and levels from -127 to 127 around zero. What is multiplied with
+them is rounded likewise, as it comes. `multiply_int8.c` computes the product.
 """
 
 import torch
@@ -22,7 +22,7 @@ READ_BYTES = INPUTS + 8
 
 
 def levels_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight (out, in) in 8 bits, (out, blocks, INPUTS) with zeros beyond `in`, and its scales (out, blocks)."""
+    """Return a weight (out, in) in 8 bits, (out, blocks, INPUTS) with zeros beyond `in`, and scales (out, blocks)."""
     missing = -weight.shape[1] % INPUTS
     blocks = pad(weight.float(), (0, missing)).view(len(weight), -1, INPUTS)
     scales = blocks.abs().amax(-1) / 127

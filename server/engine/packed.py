@@ -1,8 +1,8 @@
 """Weights of linear layers in the order in which they are read, and those side by side that read the same thing.
 
 Where the processor multiplies pairs of bfloat16 and there is a compiler, products are those of `multiply.c`, elsewhere
-on a CPU those of oneDNN: both read packed weights, faster than plain ones. Weights in 8 bits (`server/engine/int8.py`) are
-faster still, for whoever asks for them.
+on a CPU those of oneDNN: both read packed weights, faster than plain ones. Weights in 8 bits (`server/engine/int8.py`)
+are faster still, for whoever asks for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

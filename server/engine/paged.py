@@ -24,9 +24,7 @@ GPU_SHARE = 0.8
 """Of the free memory, which the cache takes unless told otherwise."""
 
 
-def paged(
-    lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False, is_int8: bool = False
-) -> Runner:
+def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False, is_int8: bool = False) -> Runner:
     """Return what runs sequences together, or one by one where the model's attention cannot be changed.
 
     Args:
