@@ -74,8 +74,6 @@ static inline __attribute__((always_inline)) void some(const int rows, const str
         for (int r = 0; r < rows; r++) exact[r][0] = exact[r][1] = _mm512_set1_epi32(x[r * blocks + b].start);
         for (int i = 0; i < INPUTS / 4; i++) {
             const __m512i first = _mm512_loadu_si512(weight->level[i]), second = _mm512_loadu_si512(weight->level[i] + 16);
-            __builtin_prefetch(weight[1].level[i]);
-            __builtin_prefetch(weight[1].level[i] + 16);
             for (int r = 0; r < rows; r++) {
                 int32_t four;
                 memcpy(&four, x[r * blocks + b].level + 4 * i, sizeof four);
