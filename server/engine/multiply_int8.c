@@ -8,7 +8,7 @@
  *
  * What is read is rounded to 8 bits too, each block of a row by itself. Products within a block are exact, and their sums
  * over the blocks in float32. Each weight is read from memory once, in order, whatever the number of rows. A row is summed
- * in the same order beside any others, so it has the same product alone. Where x is not a number, neither is y.
+ * in the same order beside any others, so it has the same product alone. Where x is not finite, neither is y.
  */
 #include <immintrin.h>
 #include <omp.h>
@@ -60,7 +60,7 @@ static void round_block(const bfloat16 *x, int64_t num, struct read *to) {
     to->start = (int32_t)(-128u * (uint32_t)_mm512_reduce_add_epi32(sum));
 }
 
-/* Some rows with one block of 32 outputs. The number of rows is known when it is compiled: sums stay in registers. */
+/* Some rows with 32 outputs. The number of rows is known when it is compiled: exact sums stay in registers. */
 static inline __attribute__((always_inline)) void some(const int rows, const struct read *x, const struct weight *weight,
                                                        const bfloat16 *bias, bfloat16 *y, int64_t blocks, int64_t out) {
     __m512 sum[8][2];

@@ -70,7 +70,7 @@ def test_the_largest_levels_fit_into_sums():
 @NEEDS_FOURS
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 40, 99])
-def test_what_is_no_number_is_not_rounded_to_one_and_other_rows_keep_theirs(value, place):
+def test_what_is_not_finite_is_not_rounded_to_what_is_and_other_rows_keep_theirs(value, place):
     x, weight = some(3, 100, seed=0), in_levels(some(64, 100, seed=1))
     expected = torch.ops.ballast.multiply_int8(x, weight, None)
     x[1, place] = value
