@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 
 from model.testing import FAMILIES, tiny_guarded_lm, tiny_lm, write_tiny
 from server import loading
+from server.__main__ import serve
 from server.engine.int8 import INPUTS, OUTPUTS, WEIGHT_BYTES, in_levels, levels_of
 from server.engine.library import processor
 from server.engine.native import FOURS, PAIRS, multiply_int8_of, multiply_of
@@ -180,3 +181,23 @@ def test_passes_in_8_bits_are_recorded_and_give_what_they_give_when_they_run(cap
     runner.recorded = None
     runner.reset()
     assert played == [told(events) for events in together(lm, asked, runner)]
+
+
+@pytest.mark.parametrize(("dtype", "is_int8"), [("int8", True), ("bfloat16", False), ("auto", False)])
+def test_the_command_has_weights_rounded_if_it_is_told_so(dtype, is_int8, monkeypatch):
+    seen = []
+
+    class Process:
+        failure = None
+
+        def __init__(self, _, engine):
+            seen.append(engine._seat.keywords["is_int8"])
+
+        def serve_at(self, listener):
+            listener.close()
+
+    monkeypatch.setattr("server.process.Process", Process)
+    monkeypatch.setattr("server.log.configure", lambda _: None)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")  # so that it sets none
+    assert serve(Settings(dtype=dtype, port=0)) == 0
+    assert seen == [is_int8]
