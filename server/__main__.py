@@ -47,7 +47,7 @@ def serve(chosen: Settings) -> int:
     num_bytes = None if chosen.kv_cache_mib is None else chosen.kv_cache_mib << 20
     engine = LocalEngine(
         partial(load_model, chosen),
-        seat=partial(paged, num_bytes=num_bytes, compiles=chosen.compile),
+        seat=partial(paged, num_bytes=num_bytes, compiles=chosen.compile, is_int8=chosen.dtype == "int8"),
         max_running=chosen.max_running,
         max_waiting=chosen.max_waiting,
     )

@@ -1,12 +1,17 @@
 """From settings to a loaded model with its signal."""
 
+import logging
+
 import torch
 
 from model import checkpoint as checkpoints
 from model.errors import CheckpointError
 from model.guarded_lm import GuardedLM
 from model.pretrained import device_of, load, local
-from server.settings import NO_CHECKPOINT, Settings
+from server.engine.native import multiply_int8_of
+from server.settings import NO_CHECKPOINT, ConfigurationError, Settings
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_DTYPE = torch.bfloat16
 
@@ -16,25 +21,38 @@ def load_model(settings: Settings) -> GuardedLM:
 
     Raises:
         ModelError: if weights or checkpoint cannot be loaded, saying why.
+        ConfigurationError: if nothing multiplies weights in 8 bits here.
     """
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     local(settings.model)  # a model that is not there is said first: no checkpoint would help it
     name = checkpoint_name(settings)
     folder = checkpoints.find(name) if name is not None else None
-    dtype = DEFAULT_DTYPE
-    if settings.dtype != "auto":
+    dtype, device = DEFAULT_DTYPE, device_of(settings.device)
+    if settings.dtype == "int8":
+        _check_int8(device)
+    elif settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
     elif folder is not None:
         dtype = getattr(torch, checkpoints.load(folder).config.base.dtype)
-    pretrained = load(
-        settings.model, dtype=dtype, device=device_of(settings.device), trust_remote_code=settings.trust_remote_code
-    )
+    pretrained = load(settings.model, dtype=dtype, device=device, trust_remote_code=settings.trust_remote_code)
     if folder is None:
         return GuardedLM(pretrained.model, pretrained.tokenizer)
+    if settings.dtype == "int8":
+        logger.warning("the thresholds were calibrated with weights that are not rounded to int8")
     return checkpoints.attach(
         pretrained, folder, reads_cls=settings.read_cls, schedule=settings.schedule, redraws=settings.redraw
     )
+
+
+def _check_int8(device: str) -> None:
+    others = "bfloat16, float16, float32 or auto"
+    if torch.device(device).type != "cpu":
+        raise ConfigurationError(f"dtype: int8 is for device 'cpu', got {device!r}; elsewhere choose {others}")
+    if multiply_int8_of() is None:
+        raise ConfigurationError(
+            f"dtype: int8 needs a processor with AVX-512 VNNI and BF16, and a C compiler; without them choose {others}"
+        )
 
 
 def checkpoint_name(settings: Settings) -> str | None:

@@ -102,8 +102,11 @@ class Settings(BaseSettings):
     )
     served_model_name: str | None = setting(None, "Model", "name that clients use for the model", "as in --model")
     device: str = setting("auto", "Model", "a torch device such as cpu or cuda:0", "cuda if there is one")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "Model", "precision of the weights", "that of the calibration"
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = setting(
+        "auto",
+        "Model",
+        "precision of the weights; int8, on a CPU, is bfloat16 with the weights of linear layers in 8 bits",
+        "that of the calibration",
     )
     num_threads: Annotated[int, Field(ge=1)] | None = setting(None, "Model", "CPU threads", "torch's choice")
     compile: bool = setting(True, "Model", "compile the model's layers at the start, on a CPU")

@@ -19,6 +19,8 @@ NAMES = {torch.bfloat16: "attend_bfloat16", torch.float32: "attend_float32"}
 
 PAIRS = "avx512_bf16"
 """What a processor says that multiplies pairs of bfloat16."""
+FOURS = "avx512_vnni"
+"""What one says that multiplies and adds four numbers of 8 bits."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
 """Takes queries, keys, values, output, rows, slots, offsets (all but queries contiguous, indices int64), and the
@@ -152,6 +154,8 @@ def _attend_of_gpu(dtype: torch.dtype, device: torch.device) -> Attend | None:
 Multiply = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 """Takes rows (N, in), a weight as `server.engine.packed` lays it out, a bias (out), and the product (N, out): all
 contiguous and in bfloat16."""
+MultiplyInt8 = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
+"""Takes the same, but a weight as `server.engine.int8` lays it out, and room for the rows in 8 bits."""
 
 
 @cache
@@ -164,5 +168,19 @@ def multiply_of() -> Multiply | None:
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor) -> None:
         call(function, (x, weight, bias, product), (*x.shape, product.shape[1]))
+
+    return multiply
+
+
+@cache
+def multiply_int8_of() -> MultiplyInt8 | None:
+    """Return the compiled product with weights in 8 bits; None where processor or compiler do not know it."""
+    found = library("multiply_int8") if {PAIRS, FOURS} <= set(processor().split()) else None
+    if found is None:
+        return None
+    function = _function(found, "multiply_int8", num_arguments=8)
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor, read: Tensor) -> None:
+        call(function, (x, weight, bias, product, read), (*x.shape, product.shape[1]))
 
     return multiply

@@ -1,7 +1,8 @@
 """Weights of linear layers in the order in which they are read, and those side by side that read the same thing.
 
 Where the processor multiplies pairs of bfloat16 and there is a compiler, products are those of `multiply.c`, elsewhere
-on a CPU those of oneDNN: both read packed weights, faster than plain ones.
+on a CPU those of oneDNN: both read packed weights, faster than plain ones. Weights in 8 bits (`server/engine/int8.py`)
+are faster still, for whoever asks for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.engine.compiled import operation
+from server.engine.int8 import in_levels
 from server.engine.native import multiply_of
 from server.engine.tape import dense
 
@@ -24,20 +26,22 @@ class Product:
 
     Args:
         layers: linear layers on a GPU, or in bfloat16 on the CPU; all of them have a bias, or none.
+        is_int8: their weights are rounded to 8 bits; on a CPU that can multiply such.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], *, is_int8: bool = False) -> None:
         self.sizes = [layer.out_features for layer in layers]
         self._num_layers = len(layers)
         weight = torch.cat([layer.weight.data for layer in layers])
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
         if weight.device.type != "cpu":
             self._compute, self.weight = nn.functional.linear, weight
-        elif multiply_of() is not None and weight.shape[1] % 2 == 0:
-            self._compute = torch.ops.ballast.multiply
+        elif is_int8 or (multiply_of() is not None and weight.shape[1] % 2 == 0):
+            self._compute = torch.ops.ballast.multiply_int8 if is_int8 else torch.ops.ballast.multiply
             if num_missing := -len(weight) % BLOCK:
                 self.sizes.append(num_missing)  # of no layer
-            self.weight = in_blocks(torch.cat([weight, weight.new_zeros(num_missing, weight.shape[1])]))
+                weight = torch.cat([weight, weight.new_zeros(num_missing, weight.shape[1])])
+            self.weight = in_levels(weight) if is_int8 else in_blocks(weight)
             if self.bias is not None:
                 self.bias = torch.cat([self.bias, weight.new_zeros(num_missing)])
         else:
@@ -113,7 +117,7 @@ def _shape_of_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 operation("multiply(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _multiply, _shape_of_blocks, "CPU")
 
 
-def pack(model: PreTrainedModel, run: Callable[[], object]) -> int:
+def pack(model: PreTrainedModel, run: Callable[[], object], *, is_int8: bool = False) -> int:
     """Pack every plain linear layer of a model, in place, and return how many products are left of them.
 
     On a GPU these are the layers that read the same thing; on a CPU, models that are not in bfloat16, or that it does
@@ -122,9 +126,10 @@ def pack(model: PreTrainedModel, run: Callable[[], object]) -> int:
     Args:
         model: the model.
         run: runs it once, which shows what reads the same thing.
+        is_int8: round weights to 8 bits; for a model in bfloat16 on a CPU that can multiply such.
     """
     is_gpu = model.device.type == "cuda"
-    if not is_gpu and not _reads_packed(model):
+    if not is_gpu and not is_int8 and not _reads_packed(model):
         return 0
     found = {
         child: (parent, name)
@@ -135,7 +140,7 @@ def pack(model: PreTrainedModel, run: Callable[[], object]) -> int:
     groups = [group for group in _siblings(found, run) if len(group) > 1 or not is_gpu]
     with torch.inference_mode():
         for group in groups:
-            product = Product(group)
+            product = Product(group, is_int8=is_int8)
             for number, layer in enumerate(group):
                 parent, name = found[layer]
                 setattr(parent, name, PackedLinear(layer, product, number))

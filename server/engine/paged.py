@@ -24,13 +24,14 @@ GPU_SHARE = 0.8
 """Of the free memory, which the cache takes unless told otherwise."""
 
 
-def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False) -> Runner:
+def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False, is_int8: bool = False) -> Runner:
     """Return what runs sequences together, or one by one where the model's attention cannot be changed.
 
     Args:
         lm: the model; its linear layers are packed, and its attention changed.
         num_bytes: of the cache; None takes `CPU_BYTES`, or `GPU_SHARE` of the free memory.
         compiles: its layers are compiled too, and its passes of few rows recorded, where that works.
+        is_int8: weights of its linear layers are rounded to 8 bits, as `pack` takes it.
     """
     was = lm.model.config.get_text_config()._attn_implementation
     ids = lm.chat.encode([Message("user", "Hello")]).request
@@ -41,7 +42,7 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
         return logits
 
     expected = run()
-    pack(lm.model, run)
+    pack(lm.model, run, is_int8=is_int8)
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
         runner.check(ids, expected)
