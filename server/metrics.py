@@ -101,7 +101,10 @@ class Metrics:
         )
         self.withdrawn_tokens = Counter("ballast_withdrawn_tokens", "Tokens generated, never released", registry=at)
         self.head_s = Histogram(
-            "ballast_safety_head_seconds", "Time of the head in one step", buckets=_HEAD_S, registry=at
+            "ballast_safety_head_seconds",
+            "Time of the head in one step, where it is not part of the pass",
+            buckets=_HEAD_S,
+            registry=at,
         )
         self.threshold = Gauge("ballast_safety_threshold", "Thresholds in force", ("risk", "name"), registry=at)
         self.head_info = Gauge(
@@ -182,7 +185,7 @@ class ChoiceMeter:
         self._metrics.prompt_tokens.inc(self._exchange.prompt_tokens)
 
     def _see_release(self, release: Release) -> None:
-        if release.head.num_assessments:
+        if release.head.seconds:  # on a GPU the heads may be part of the pass
             self._metrics.head_s.observe(release.head.seconds)
         now, num_tokens = time.perf_counter(), len(release.tokens)
         self._exchange.completion_tokens += num_tokens

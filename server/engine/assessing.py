@@ -66,7 +66,7 @@ def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -
     """Return what the token head says of requests and of responses."""
     of_query: dict[int, Tensor] = {}
     of_response: dict[int, Tensor] = {}
-    said: dict[int, list[float]] = {}
+    said_of: dict[int, list[float]] = {}
     if lm.head is not None and ran.states is not None:
         _read_one_more(batch, laid, [ran.states[layer][0] for layer in lm.head.config.layers], ran.said)
     for number, ((seat, asked), rows) in enumerate(zip(batch, laid, strict=True)):
@@ -79,16 +79,16 @@ def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -
             if asked.asks_request and query is not None:
                 of_query[number] = query
         if asked.num_asked and is_one_more(asked) and ran.said is not None:
-            said[number] = [ran.said.response(rows.first)]
+            said_of[number] = [ran.said.response(rows.first)]
         elif asked.num_asked and seat.newest is not None:
             of_response[number] = seat.newest[-asked.num_asked :]
     request = _together(lambda some: lm.assess("request", torch.cat(some)), of_query)
     response, seconds = _together(lambda some: lm.assess("response", torch.cat(some)), of_response)
-    return request, (response | said, seconds)
+    return request, (response | said_of, seconds)
 
 
 def _cls_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[Logits]:
-    """Return what `[CLS]` says of requests and of responses."""
+    """Return what `[CLS]` says of requests, and of responses."""
     asked_of: dict[Side, dict[int, list[int]]] = {side: {} for side in SIDES}
     for number, ((_, asked), rows) in enumerate(zip(batch, laid, strict=True)):
         copies = list(range(rows.first + rows.num_tokens, rows.stop))
@@ -113,11 +113,11 @@ def _cls_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> 
     return found
 
 
-def _together(assess: Callable[[list[Some]], Assessed], asked: Mapping[int, Some]) -> Logits:
+def _together(say: Callable[[list[Some]], Assessed], asked: Mapping[int, Some]) -> Logits:
     """Return each pass's part of what a head says of all of them at once."""
     if not asked:
         return {}, 0.0
-    found = assess(list(asked.values()))
+    found = say(list(asked.values()))
     logits = iter(found.logits)
     return {number: list(islice(logits, len(some))) for number, some in asked.items()}, found.seconds
 

@@ -161,6 +161,8 @@ def _keep(
 
 def keep(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Copy the keys and values of some rows, (H', R, D), to their slots; a `server.engine.native.Keep`."""
+    if key.shape[1] != len(slots):
+        raise ValueError(f"{key.shape[1]} rows are kept in {len(slots)} slots")
     key, value = (some if some.stride(-1) == 1 else some.contiguous() for some in (key, value))
     (num_heads, num_rows, size), value_size = key.shape, value.shape[-1]
     with torch.cuda.device(key.device) if key.is_cuda else nullcontext():

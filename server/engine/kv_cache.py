@@ -54,7 +54,14 @@ class Seat:
         return torch.tensor(self.prompt.content or (True,) * len(self.prompt.request)).nonzero()[:, 0]
 
     def read(
-        self, stop: int, spans: Sequence[Span], copies: Tensor, *, has_token: bool, is_read: bool, window: int | None
+        self,
+        stop: int,
+        spans: Sequence[Span],
+        copies: Tensor,
+        *,
+        has_token: bool,
+        is_read: bool,
+        sliding_window: int | None,
     ) -> list[Tensor]:
         """Return the slots that each row of a pass of one response token at most reads, as `pass_mask` has them.
 
@@ -64,11 +71,11 @@ class Seat:
             copies: their slots.
             has_token: the newest token is a row; without a `[CLS]` signal it may be of the request.
             is_read: response tokens read `[CLS]`.
-            window: the sliding window; None for all.
+            sliding_window: how many tokens a token reads, itself included; None for all.
         """
         found, border = [], len(self.prompt.request)
         if has_token:
-            before = self.slots[0 if window is None else max(0, stop - window) : stop]
+            before = self.slots[0 if sliding_window is None else max(0, stop - sliding_window) : stop]
             newest = copies[-1:] if spans else torch.tensor([self.newest_copy])
             found.append(torch.cat([newest, before]) if is_read else before)
         for number, (_, read) in enumerate(spans):

@@ -63,10 +63,8 @@ def attend_of(dtype: torch.dtype, device: torch.device = CPU) -> Attend | None:
 
 def keep_of(device: torch.device = CPU) -> Keep | None:
     """Return what keeps keys and values of any precision; None where it is not compiled."""
-    if device.type == "cuda" and _attend_of_gpu(torch.bfloat16, device) is not None:
-        from server.engine.kernels import keep as keep_on_gpu
-
-        return keep_on_gpu
+    if device.type == "cuda":
+        return _keep_of_gpu(device)
     found = library("attend") if device.type == "cpu" else None
     if found is None:
         return None
@@ -149,6 +147,18 @@ def _attend_of_gpu(dtype: torch.dtype, device: torch.device) -> Attend | None:
         logger.warning("PyTorch attends, slower, as Triton does not: %s", origin(error))
         return None
     return attend
+
+
+def _keep_of_gpu(device: torch.device) -> Keep | None:
+    try:
+        from server.engine.kernels import keep
+
+        some, slots = torch.zeros(1, 1, 64, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        keep(some, some, torch.zeros_like(some), torch.zeros_like(some), slots)
+    except Exception as error:  # as above
+        logger.warning("PyTorch keeps keys and values, slower, as Triton does not: %s", origin(error))
+        return None
+    return keep
 
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]

@@ -13,13 +13,15 @@ from server.engine.compiled import as_it_was, compile_layers, keep_compiled, lay
 from server.engine.kv_cache import num_pages_of
 from server.engine.native import multiply_of
 from server.engine.packed import pack
-from server.engine.runner import PagedRunner
+from server.engine.runner import PagedRunner, cosine_of
 from server.engine.seats import Runner, Solos
 
 logger = logging.getLogger(__name__)
 
 CPU_BYTES = 2 << 30
 """Of the cache, unless told otherwise. It is touched only as far as it is used."""
+ROUNDED = 0.99
+"""Least cosine of logits with those of the same model in 8 bits; less is worth a warning."""
 GPU_SHARE = 0.8
 """Of the free memory, which the cache takes unless told otherwise."""
 
@@ -42,7 +44,9 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
         return logits
 
     expected = run()
-    pack(lm.model, run, is_int8=is_int8)
+    num_products = pack(lm.model, run, is_int8=is_int8)
+    if is_int8:
+        expected = _rounded(expected, run(), num_products)
     try:
         runner = PagedRunner(lm, num_pages_of(len(ids)) + 1)
         runner.check(ids, expected)
@@ -59,6 +63,15 @@ def paged(lm: GuardedLM, num_bytes: int | None = None, *, compiles: bool = False
         layers = _compile(runner, lm, ids, expected)
         _record(runner, lm, layers, ids, expected)
     return runner
+
+
+def _rounded(before: Tensor, after: Tensor, num_products: int) -> Tensor:
+    """Return the logits of a model whose weights have been rounded, and say where that is not what was asked for."""
+    if not num_products:
+        logger.warning("no layer of the model could be rounded to 8 bits")
+    elif (cosine := cosine_of(before, after)) < ROUNDED:
+        logger.warning("weights in 8 bits change what the model says: its logits have a cosine of %.3f", cosine)
+    return after
 
 
 def _compile(runner: PagedRunner, lm: GuardedLM, ids: tuple[int, ...], expected: Tensor) -> Sequence[nn.Module]:

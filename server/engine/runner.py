@@ -15,7 +15,6 @@ from torch.nn.functional import cosine_similarity
 from model.attention import pass_mask, pass_places
 from model.chat import EncodedPrompt
 from model.cls_signal import sliding_windows
-from model.config import Side
 from model.errors import origin
 from model.generation import PREFILL_CHUNK
 from model.guarded_lm import GuardedLM
@@ -31,7 +30,6 @@ from server.engine.seats import run_one
 
 logger = logging.getLogger(__name__)
 
-SIDES: tuple[Side, ...] = ("request", "response")
 FEW = 4
 """Most rows of a sequence that read by lists of slots."""
 NUM_ROWS = PREFILL_CHUNK + 64
@@ -48,6 +46,12 @@ def _longest_refusal(lm: GuardedLM) -> int:
         return 0
     num_tokens = len(lm.refusal_ids) + lm.config.refusal.max_tokens
     return num_pages_of(num_tokens + 1) * PAGE_SIZE
+
+
+def cosine_of(logits: Tensor, others: Tensor) -> float:
+    """Return the cosine of two vectors of logits, (V,), each without its mean."""
+    ours, theirs = (some.float().cpu() - some.float().cpu().mean() for some in (logits, others))
+    return float(cosine_similarity(ours, theirs, dim=0))
 
 
 class PagedRunner(PagedSeats):
@@ -92,8 +96,7 @@ class PagedRunner(PagedSeats):
             self.close(seat)
         if self._attention.num_layers != (num_layers := self._lm.model.config.get_text_config().num_hidden_layers):
             raise ValueError(f"{self._attention.num_layers} of {num_layers} layers read from the cache")
-        ours, theirs = (some.float().cpu() - some.float().cpu().mean() for some in (last.logits, expected))
-        if not cosine_similarity(ours, theirs, dim=0) > SAME:
+        if not cosine_of(last.logits, expected) > SAME:
             raise ValueError("the logits are not those of the model itself")
 
     def resize(self, num_bytes: int) -> None:
@@ -192,7 +195,9 @@ class PagedRunner(PagedSeats):
         first, stop = seat.length + rows.num_skipped, seat.length + len(asked.token_ids)
         if rows.num_tokens <= 1 and (lm.cls is None or first >= len(seat.prompt.request)):
             has_token = rows.num_tokens == 1
-            read = seat.read(stop, asked.spans, copies, has_token=has_token, is_read=lm.reads_cls, window=window)
+            read = seat.read(
+                stop, asked.spans, copies, has_token=has_token, is_read=lm.reads_cls, sliding_window=window
+            )
             lists |= enumerate(read, rows.first)
             return
         if not num_rows:

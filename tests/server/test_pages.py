@@ -1,12 +1,17 @@
 """Pages of the key-value cache: nobody's page is lost, and nobody gets another's by mistake."""
 
+import random
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from model.attention import Span, pass_mask
+from model.chat import EncodedPrompt
+from server.engine.kv_cache import Seat
 from server.engine.pages import PAGE_SIZE, Pages, keys_of
 
 PROMPTS = st.lists(st.sampled_from("ab"), min_size=0, max_size=4).map("".join)
@@ -106,3 +111,22 @@ def test_of_a_prompt_that_nobody_uses_the_end_makes_room_first():
     pages.give_back(taken)
     pages.take(1)
     assert len(pages.find(names)) == 3
+
+
+def test_a_row_reads_what_its_mask_says():
+    drawn = random.Random(0)
+    for _ in range(500):
+        num_request, num_response = drawn.randint(1, 9), drawn.randint(0, 12)
+        content = tuple(drawn.random() < 0.6 for _ in range(num_request))
+        has_token = num_response > 0 and drawn.random() < 0.8
+        stop = num_request + num_response
+        covered = sorted(drawn.sample(range(num_response + 1), drawn.randint(0, min(2, num_response + 1))))
+        spans = [Span(end, range(drawn.randint(0, end), end)) for end in covered]
+        rules = {"is_read": drawn.random() < 0.7, "sliding_window": drawn.choice([None, 1, 3, 8])}
+        slots = torch.randperm(40) + 1
+        seat = Seat(EncodedPrompt(tuple(range(num_request)), content=content), (), 0, slots=slots[:30], newest_copy=0)
+        copies = slots[30 : 30 + len(spans)]
+        mask = pass_mask(content, stop - has_token, stop, spans, **rules)
+        expected = torch.cat([torch.tensor([0]), seat.slots[:stop], copies])
+        found = seat.read(stop, spans, copies, has_token=has_token, **rules)
+        assert [sorted(read.tolist()) for read in found] == [sorted(expected[row].tolist()) for row in mask]

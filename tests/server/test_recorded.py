@@ -11,7 +11,7 @@ from model.guarded_lm import GuardedLM
 from model.safety_head import Passage
 from model.testing import FAMILIES, tiny_guarded_lm
 from server.engine.compiled import layers_of
-from server.engine.graph_heads import GraphHeads
+from server.engine.graph_heads import GraphHeads, Said
 from server.engine.native import multiply_of
 from server.engine.paged import paged
 from server.engine.recorded import Recorded
@@ -59,7 +59,10 @@ def test_recorded_passes_say_what_is_said_alone(family: str, signal: str, device
 def test_heads_may_be_part_of_a_recorded_pass(signal: str, monkeypatch):
     monkeypatch.setattr("server.engine.recorded.WITH_HEADS", ("cpu", "cuda"))
     monkeypatch.setattr("server.engine.assessing.extend_rows", None)  # what reads states otherwise
+    said: list[Said] = []
+    monkeypatch.setattr(GraphHeads, "said", lambda *of, say=GraphHeads.said: said.append(say(*of)) or said[-1])
     test_recorded_passes_say_what_is_said_alone("llama", signal, "cpu", monkeypatch)
+    assert len(said) > 20
 
 
 @pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
@@ -224,7 +227,8 @@ def test_heads_within_a_pass_say_what_they_say_by_themselves(signal: str, device
         heads.fill(passages)
         heads.read(logits, states, torch.tensor([4, 1, 1, 2], device=device))
         said = heads.said(4, 3)
-        heads.fill([None])  # what was said stays
+    if device == "cuda":
+        torch.cuda.synchronize()
     assert [said.likeliest(row) for row in range(3)] == logits[:3].argmax(-1).tolist()
     assert said.likeliest(2) == 7
     for row, passage in enumerate(passages[:3]):

@@ -49,7 +49,8 @@ def requests(lm: GuardedLM, count: int, seed: int = 0) -> list[GenerationRequest
         prefill = number % 4 == 1
         if prefill:
             said.append(Message("assistant", "Well, " * drawn.randint(1, 4)))
-        sampling = SamplingParams(temperature=drawn.choice([0.0, 0.8]), seed=number, top_logprobs=2)
+        num_logprobs = 2 if number % 2 else None
+        sampling = SamplingParams(temperature=drawn.choice([0.0, 0.8]), seed=number, top_logprobs=num_logprobs)
         modes = {side: drawn.choice(list(Mode)) for side in ("input", "output")}
         prompt = lm.chat.encode(said, continue_final=prefill)
         found.append(GenerationRequest(prompt, drawn.randint(1, 40), sampling, **modes))
