@@ -28,6 +28,11 @@ class Passage:
     def __len__(self) -> int:
         return self._length
 
+    def __copy__(self) -> "Passage":
+        copied = Passage()  # sums are replaced as it grows, and never written to
+        copied._total, copied._length = self._total, self._length
+        return copied
+
     @property
     def total(self) -> Tensor | None:
         """The sum of its states, (S,) in float32; None before the first."""
