@@ -30,7 +30,9 @@ def shares(series: Series) -> Figure:
     """Return a bar for each attack and series, with its interval."""
     groups = list(dict.fromkeys((one.measure, one.attack) for outcomes in series.values() for one in outcomes))
     width = 0.8 / len(series)
-    figure = Figure(figsize=(10, 1.5 + (0.3 + 0.15 * len(series)) * len(groups)), layout="constrained")
+    figure = Figure(
+        figsize=(10, 1.5 + (0.3 + 0.15 * len(series)) * len(groups) + 0.15 * len(series)), layout="constrained"
+    )
     axes = figure.subplots()
     for number, (name, outcomes) in enumerate(series.items()):
         found = {(one.measure, one.attack): one.share for one in outcomes if one.share}
@@ -43,7 +45,7 @@ def shares(series: Series) -> Figure:
         [measure if measure == attack else f"{measure}: {attack}" for measure, attack in groups],
     )
     axes.invert_yaxis()
-    axes.legend()
+    _legend(figure)
     return figure
 
 
@@ -56,7 +58,7 @@ def by_depth(series: Series) -> Figure | None:
                 lines[one.measure][name][int(depth[1])] = one.share
     if not lines:
         return None
-    figure = Figure(figsize=(max(6, 5 * len(lines)), 4), layout="constrained")
+    figure = Figure(figsize=(max(9, 5 * len(lines)), 4 + 0.15 * len(series)), layout="constrained")
     for axes, (measure, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
         for name, points in found.items():
             depths = sorted(points)
@@ -66,7 +68,7 @@ def by_depth(series: Series) -> Figure | None:
         shown = sorted({depth for points in found.values() for depth in points})
         axes.set_xticks(shown, labels=[str(depth) for depth in shown], minor=False)
         axes.minorticks_off()
-        axes.legend()
+    _legend(figure)
     return figure
 
 
@@ -119,6 +121,14 @@ def of_onsets(scored: Mapping[str, Sequence[Scored]]) -> Figure:
     axes.set(xlabel="tokens after the turn", ylabel="share caught", ylim=(0, 1))
     axes.legend(fontsize="small")
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    """Name every series once, outside of what is drawn."""
+    named = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(named.values()), list(named), loc="outside lower left", ncols=2, fontsize="small")
 
 
 def encoded(figure: Figure) -> str:
