@@ -62,6 +62,7 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capfd):
         )
     )
     out = tmp_path / "out"
+    torch.manual_seed(0)  # some random adapters say nothing, which counts as a refusal
     tuned = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     tuned.save_pretrained(str(tmp_path / "adapter"))
     words = ["--model", str(model), "--data", str(tmp_path), "--out", str(out), "--max-tokens", "3"]
