@@ -13,15 +13,13 @@ from server.engine.compiled import as_it_was, compile_layers, keep_compiled, lay
 from server.engine.kv_cache import num_pages_of
 from server.engine.native import multiply_of
 from server.engine.packed import pack
-from server.engine.runner import PagedRunner, cosine_of
+from server.engine.runner import SAME, PagedRunner, cosine_of
 from server.engine.seats import Runner, Solos
 
 logger = logging.getLogger(__name__)
 
 CPU_BYTES = 2 << 30
 """Of the cache, unless told otherwise. It is touched only as far as it is used."""
-ROUNDED = 0.99
-"""Least cosine of logits with those of the same model in 8 bits; less is worth a warning."""
 GPU_SHARE = 0.8
 """Of the free memory, which the cache takes unless told otherwise."""
 
@@ -69,7 +67,7 @@ def _rounded(before: Tensor, after: Tensor, num_products: int) -> Tensor:
     """Return the logits of a model whose weights have been rounded, and say where that is not what was asked for."""
     if not num_products:
         logger.warning("no layer of the model could be rounded to 8 bits")
-    elif (cosine := cosine_of(before, after)) < ROUNDED:
+    elif (cosine := cosine_of(before, after)) < SAME:
         logger.warning("weights in 8 bits change what the model says: its logits have a cosine of %.3f", cosine)
     return after
 

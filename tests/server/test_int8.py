@@ -12,7 +12,7 @@ from server.engine.int8 import INPUTS, OUTPUTS, WEIGHT_BYTES, in_levels, levels_
 from server.engine.library import processor
 from server.engine.native import FOURS, PAIRS, multiply_int8_of, multiply_of
 from server.engine.packed import PackedLinear, Product, pack
-from server.engine.paged import paged
+from server.engine.paged import _rounded, paged
 from server.engine.runner import PagedRunner
 from server.engine.tape import Tape
 from server.loading import load_model
@@ -201,3 +201,13 @@ def test_the_command_has_weights_rounded_if_it_is_told_so(dtype, is_int8, monkey
     monkeypatch.setenv("GOMP_SPINCOUNT", "1")  # so that it sets none
     assert serve(Settings(dtype=dtype, port=0)) == 0
     assert seen == [is_int8]
+
+
+def test_weights_that_round_badly_are_told_of(caplog):
+    before = torch.arange(8.0)
+    assert torch.equal(_rounded(before, before + 1, 3), before + 1)  # a mean is no difference
+    assert not caplog.records
+    _rounded(before, -before, 3)
+    assert "change what the model says: its logits have a cosine of -1.000" in caplog.text
+    _rounded(before, before, 0)
+    assert "no layer of the model could be rounded" in caplog.text
