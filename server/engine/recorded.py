@@ -118,6 +118,11 @@ class Recorded:
         if self._taped is not None:
             self._taped.close()
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether the heads are part of the passes: then `Laid.passages` is read."""
+        return self._heads is not None
+
     def play(self, laid: Laid) -> tuple[Tensor, tuple[Tensor, ...] | None, Said | None] | None:
         """Return what the model gives of these rows, and on a GPU what the heads say; None if it was not recorded.
 

@@ -165,9 +165,10 @@ class PagedRunner(PagedSeats):
             for window in self._windows:
                 self._read(seat, asked, rows, copies, window, lists[window], blocks[window])
         last = [min(row, num_rows - 1) for row in last]
-        passages = {
-            rows.first: seat.response for (seat, asked), rows in zip(batch, laid, strict=True) if is_one_more(asked)
-        }
+        passages = {}
+        if self.recorded is not None and self.recorded.has_heads:
+            both = zip(batch, laid, strict=True)
+            passages = {rows.first: seat.response for (seat, asked), rows in both if is_one_more(asked)}
         pass_of = Laid(ids, places, is_copy, torch.cat(new), lists, passages)
         played = self.recorded.play(pass_of) if self.recorded is not None and not any(blocks.values()) else None
         if played is not None:
