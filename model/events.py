@@ -26,11 +26,16 @@ class HeadWork:
         return cls(len(logits), sum(not math.isfinite(logit) for logit in logits), seconds)
 
     def __add__(self, other: "HeadWork") -> "HeadWork":
+        if self is NO_WORK:
+            return other
         return HeadWork(
             self.num_assessments + other.num_assessments,
             self.num_failures + other.num_failures,
             self.seconds + other.seconds,
         )
+
+
+NO_WORK = HeadWork()
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Release:
     text: str = ""
     tokens: tuple[ResponseToken, ...] = ()
     is_refusal: bool = False
-    head: HeadWork = HeadWork()
+    head: HeadWork = NO_WORK
     """What the head did in this step."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from model.events import Action, Event, Finish, FinishReason, HeadWork, Release
+from model.events import NO_WORK, Action, Event, Finish, FinishReason, HeadWork, Release
 from model.guarded_lm import GuardedLM
 from model.holdback import Holdback, ResponseToken
 from model.passes import Pass, Passed, Solo, Steps
@@ -63,9 +63,9 @@ class Generation:
         self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop, min_tokens=request.sampling.min_tokens)
         self._trace = Trace(smoothing=lm.config.smoothing if lm.config else 1.0)
         self._response_risk: float | None = None
-        self._request_head = HeadWork()
-        self._response_head = HeadWork()
-        self._untold_head = HeadWork()
+        self._request_head = NO_WORK
+        self._response_head = NO_WORK
+        self._untold_head = NO_WORK
         self._num_withdrawn = 0
         self._redraw: Redraw | None = None
         self._is_redrawn = False
@@ -273,7 +273,7 @@ class Generation:
         return Release(text, tokens, head=self._pop_head())
 
     def _pop_head(self) -> HeadWork:
-        work, self._untold_head = self._untold_head, HeadWork()
+        work, self._untold_head = self._untold_head, NO_WORK
         return work
 
     def _finish(self, reason: FinishReason, action: Action, completion_tokens: int) -> Finish:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import set_seed
+from torch import nn
+from transformers import PreTrainedModel, set_seed
 
 from model import adapter
 from model.pretrained import Pretrained
@@ -12,22 +13,41 @@ from training.errors import RecipeError
 from training.tune_config import Lora
 
 
-def settings_of(lora: Lora) -> LoraConfig:
-    """Return peft's settings: every linear layer but the output head."""
+def settings_of(lora: Lora, model: PreTrainedModel) -> LoraConfig:
+    """Return peft's settings: every linear layer but the output head, from `first_layer` on.
+
+    Raises:
+        RecipeError: if the model has no layer from there on.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    if lora.first_layer >= depth:
+        raise RecipeError(f"lora.first_layer {lora.first_layer} must be below the number of layers, {depth}")
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear",
+        target_modules=_linear_names(model) if lora.first_layer else "all-linear",
+        layers_to_transform=list(range(lora.first_layer, depth)) if lora.first_layer else None,
         task_type="CAUSAL_LM",
     )
 
 
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Return what linear layers are called; peft chooses decoder layers only among names, not for "all-linear"."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # untyped there
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
 def fresh(pretrained: Pretrained, lora: Lora, seed: int) -> PeftModel:
-    """Return the model with a new adapter, which changes nothing yet."""
+    """Return the model with a new adapter, which changes nothing yet.
+
+    Raises:
+        RecipeError: as `settings_of`.
+    """
     with torch.random.fork_rng():
         set_seed(seed)  # peft draws its first weights from the global generator
-        found = get_peft_model(pretrained.model, settings_of(lora))
+        found = get_peft_model(pretrained.model, settings_of(lora, pretrained.model))
     assert isinstance(found, PeftModel)
     return found
 
@@ -44,4 +64,6 @@ def going_on(pretrained: Pretrained, folder: Path, lora: Lora) -> PeftModel:
     there = (getattr(settings, "r", None), getattr(settings, "lora_alpha", None))
     if there != (lora.rank, lora.alpha):
         raise RecipeError(f"lora has rank and alpha {(lora.rank, lora.alpha)}, the adapter {folder} has {there}")
+    if (first := min(getattr(settings, "layers_to_transform", None) or [0])) != lora.first_layer:
+        raise RecipeError(f"lora.first_layer is {lora.first_layer}, that of the adapter {folder} is {first}")
     return found

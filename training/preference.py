@@ -50,7 +50,7 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
         args=_arguments(recipe, folder),
         train_dataset=Dataset.from_list([_preference(row, pretrained) for row in rows]),
         processing_class=pretrained.tokenizer,
-        peft_config=lora.settings_of(recipe.lora),
+        peft_config=lora.settings_of(recipe.lora, pretrained.model),
         callbacks=[*loggers(run), *callbacks],
     )
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))

@@ -213,11 +213,23 @@ class SignalModel(nn.Module):
 
 
 def fresh_signal(model: PreTrainedModel, settings: Signal, seed: int) -> ClsSignal:
-    """Return an untrained signal for a model: an embedding as long as a word's, and a small head."""
+    """Return an untrained signal for a model: an embedding as long as a word's, and a small head.
+
+    An embedding that stays as it is has to read well from the start: that of the token that ends a turn does.
+    """
     table: Any = model.get_input_embeddings()
     embeddings: Tensor = table.weight.detach()
     with torch.random.fork_rng():
         set_seed(seed)  # layers draw from the global generator
         signal = ClsSignal(embeddings.shape[1], settings.hidden)
         nn.init.normal_(signal.embedding, std=float(embeddings.float().std()))
+    if not settings.is_embedding_trained:
+        signal.embedding.data = embeddings[_end_of_turn(model)].float().clone()
     return signal.to(embeddings.device)
+
+
+def _end_of_turn(model: PreTrainedModel) -> int:
+    """Return the first end-of-sequence token of the model; 0 where it names none."""
+    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    first = found[0] if isinstance(found, list) else found
+    return first if first is not None else 0

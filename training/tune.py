@@ -166,11 +166,13 @@ def _signal(recipe: TuneRecipe, settings: Signal, model: PreTrainedModel) -> Cls
         RecipeError: if it has another head than the recipe asks for.
     """
     if recipe.adapter is None or not (Path(recipe.adapter) / cls_signal.FILE).is_file():
-        return fresh_signal(model, settings, recipe.seed)
-    found, _ = cls_signal.load(Path(recipe.adapter))
-    cls_signal.check(found, model)
-    if (width := found.hidden.out_features if found.hidden is not None else 0) != settings.hidden:
-        raise RecipeError(f"signal.hidden is {settings.hidden}, the signal beside the adapter has {width}")
+        found = fresh_signal(model, settings, recipe.seed)
+    else:
+        found, _ = cls_signal.load(Path(recipe.adapter))
+        cls_signal.check(found, model)
+        if (width := found.hidden.out_features if found.hidden is not None else 0) != settings.hidden:
+            raise RecipeError(f"signal.hidden is {settings.hidden}, the signal beside the adapter has {width}")
+    found.embedding.requires_grad_(settings.is_embedding_trained)
     return found.to(model.device)
 
 

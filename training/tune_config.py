@@ -113,6 +113,9 @@ class Lora:
     rank: AtLeastOne = 16
     alpha: AtLeastOne = 32
     """The adapter's output is scaled by alpha / rank."""
+    first_layer: Count = 0
+    """The first decoder layer with an adapter. Those below stay the plain model's, and so do the states that a token
+    head reads of them. Where no embedding is trained either, no step goes back through them."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -158,6 +161,8 @@ class Signal:
     """A re-assessed `[CLS]` takes the position of the newest token, instead of position 0."""
     learning_rate: Positive = 1e-3
     """Of embedding and head."""
+    is_embedding_trained: bool = True
+    """False keeps the embedding that training begins with, a fresh one that of the token that ends a turn."""
     softmax_tau: Positive = 1.0
     """Temperature over the assessments of one response: a benign opening of a harmful one is left alone."""
 

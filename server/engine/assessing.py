@@ -12,6 +12,7 @@ from model.guarded_lm import Assessed, GuardedLM
 from model.passes import Pass, Passed
 from server.engine.graph_heads import Said
 from server.engine.kv_cache import Rows, Seat
+from server.engine.native import likeliest
 from server.engine.quick_head import extend_rows
 
 SIDES: tuple[Side, ...] = ("request", "response")
@@ -39,7 +40,7 @@ def assess(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[
     for logits, some_seconds in (*token, *cls):
         found.append(logits)
         seconds += some_seconds
-    likeliest = ran.logits.max(dim=-1).indices.tolist() if ran.said is None and len(ran.logits) else []
+    tokens = likeliest(ran.logits) if ran.said is None else []
     passed = []
     for number, rows in enumerate(laid):
         of_query, of_response, cls_request, cls_response = (some.get(number, []) for some in found)
@@ -52,7 +53,7 @@ def assess(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[
                 cls_request=cls_request[0] if cls_request else None,
                 cls_response=cls_response,
                 seconds=seconds / len(batch),
-                likeliest=(ran.said.likeliest(last) if ran.said else likeliest[number]) if rows.num_tokens else None,
+                likeliest=(ran.said.likeliest(last) if ran.said else tokens[number]) if rows.num_tokens else None,
             )
         )
     return passed
@@ -66,10 +67,10 @@ def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -
     """Return what the token head says of requests and of responses."""
     of_query: dict[int, Tensor] = {}
     of_response: dict[int, Tensor] = {}
-    said_of: dict[int, list[float]] = {}
-    if lm.head is not None and ran.states is not None:
-        _read_one_more(batch, laid, [ran.states[layer][0] for layer in lm.head.config.layers], ran.said)
+    said_of, seconds_of_said = _say_one_more(lm, batch, laid, ran)
     for number, ((seat, asked), rows) in enumerate(zip(batch, laid, strict=True)):
+        if number in said_of:
+            continue
         end, num_read = rows.first + rows.num_tokens, asked.num_query + asked.num_response
         if lm.head is not None and ran.states is not None and num_read and not is_one_more(asked):
             states = torch.cat([ran.states[layer][0, end - num_read : end] for layer in lm.head.config.layers], dim=-1)
@@ -78,13 +79,11 @@ def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -
                 seat.newest = seat.response.extend(states[asked.num_query :])
             if asked.asks_request and query is not None:
                 of_query[number] = query
-        if asked.num_asked and is_one_more(asked) and ran.said is not None:
-            said_of[number] = [ran.said.response(rows.first)]
-        elif asked.num_asked and seat.newest is not None:
+        if asked.num_asked and seat.newest is not None:
             of_response[number] = seat.newest[-asked.num_asked :]
     request = _together(lambda some: lm.assess("request", torch.cat(some)), of_query)
     response, seconds = _together(lambda some: lm.assess("response", torch.cat(some)), of_response)
-    return request, (response | said_of, seconds)
+    return request, (response | said_of, seconds + seconds_of_said)
 
 
 def _cls_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[Logits]:
@@ -122,19 +121,31 @@ def _together(say: Callable[[list[Some]], Assessed], asked: Mapping[int, Some]) 
     return {number: list(islice(logits, len(some))) for number, some in asked.items()}, found.seconds
 
 
-def _read_one_more(batch: Batch, laid: Sequence[Rows], states: Sequence[Tensor], said: Said | None) -> None:
-    """Read the states (R, D), layer by layer, of all responses that have one more token."""
-    found = [(seat, rows.first) for (seat, asked), rows in zip(batch, laid, strict=True) if is_one_more(asked)]
+def _say_one_more(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> Logits:
+    """Read the states of all responses that have one more token; return what the head says of those it is asked of."""
+    if lm.head is None or ran.states is None:
+        return {}, 0.0
+    found = [
+        (number, seat, rows.first, asked.num_asked > 0)
+        for number, ((seat, asked), rows) in enumerate(zip(batch, laid, strict=True))
+        if is_one_more(asked)
+    ]
     if not found:
-        return
-    if said is not None:
-        for seat, row in found:
+        return {}, 0.0
+    if (said := ran.said) is not None:
+        for _, seat, row, _ in found:
             seat.response.grow(said.totals[row])
             seat.newest = said.features[row : row + 1]
-        return
-    features = extend_rows([seat.response for seat, _ in found], states, [row for _, row in found])
-    for (seat, _), newest in zip(found, features, strict=True):
-        seat.newest = newest[None]
+        return {number: [said.response(row)] for number, _, row, is_asked in found if is_asked}, 0.0
+    states = [ran.states[layer][0] for layer in lm.head.config.layers]
+    features = extend_rows([seat.response for _, seat, _, _ in found], states, [row for _, _, row, _ in found])
+    for place, (_, seat, _, _) in enumerate(found):
+        seat.newest = features[place : place + 1]
+    if not any(is_asked for *_, is_asked in found):
+        return {}, 0.0
+    assessed = lm.assess("response", features)
+    logits = zip(found, assessed.logits, strict=True)
+    return {number: [logit] for (number, _, _, is_asked), logit in logits if is_asked}, assessed.seconds
 
 
 def is_one_more(asked: Pass) -> bool:

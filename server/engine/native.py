@@ -130,6 +130,17 @@ def risk_logits_of() -> RiskLogits | None:
     return risk_logits
 
 
+def likeliest(logits: Tensor) -> list[int]:
+    """Return the first token of the highest logit of each row, (R, V) on the CPU, V >= 1."""
+    found = library("likeliest") if logits.dtype is torch.bfloat16 else None
+    tokens = torch.empty(len(logits), dtype=torch.long)
+    if found is not None and logits.is_contiguous():
+        call(_function(found, "likeliest", num_arguments=4), (logits, tokens), logits.shape)
+    elif len(logits):
+        torch.argmax(logits, dim=-1, out=tokens)
+    return list(map(int, tokens.tolist()))
+
+
 def _function(found: ctypes.CDLL, name: str, *, num_arguments: int) -> Any:
     function = found[name]
     function.argtypes, function.restype = [ctypes.c_int64] * num_arguments, None

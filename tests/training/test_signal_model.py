@@ -207,6 +207,18 @@ def test_what_is_learned_is_what_decoding_reads(saved_model: Path, data: Path, t
     assert not torch.equal(load(tmp_path / "adapter")[0].embedding, fresh.embedding)
 
 
+def test_an_embedding_that_is_not_trained_is_that_of_the_token_that_ends_a_turn(
+    saved_model: Path, data: Path, tmp_path: Path
+):
+    signal = {"is_embedding_trained": False, "learning_rate": 0.05}
+    tune(joint(saved_model, data, tmp_path, signal=signal), "")
+    found, fresh = load(tmp_path / "adapter")[0], fresh_signal(tiny_lm(), Signal(), seed=0)
+    assert torch.equal(found.embedding, tiny_lm().get_input_embeddings().weight[2])
+    assert not torch.equal(found.out.weight, fresh.out.weight)
+    tune(joint(saved_model, data, tmp_path / "next", adapter=str(tmp_path / "adapter"), signal=signal), "")
+    assert torch.equal(load(tmp_path / "next" / "adapter")[0].embedding, found.embedding)
+
+
 def test_a_signal_goes_on_from_that_of_its_adapter(saved_model: Path, data: Path, tmp_path: Path):
     still = {"request_weight": 0.0, "response_weight": 0.0, "is_read": False}
     first = tune(joint(saved_model, data, tmp_path / "first"), "")

@@ -15,8 +15,10 @@ from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from model.adapter import merge as merged
 from model.errors import CheckpointError
-from model.pretrained import load
+from model.pretrained import Pretrained, load
+from model.testing import FAMILIES, byte_tokenizer, tiny_lm
 from tests.training.conftest import SOURCES
 from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
 from training import recipe_file
@@ -26,10 +28,11 @@ from training.config import HeadRecipe
 from training.corpus import assemble
 from training.dialogues import read_part
 from training.errors import DataError, RecipeError
+from training.lora import fresh
 from training.merge import merge
 from training.objective_trainer import ObjectiveTrainer
 from training.tune import _is_short, tune
-from training.tune_config import AnchorRecipe, MergeRecipe, TuneRecipe
+from training.tune_config import AnchorRecipe, Lora, MergeRecipe, TuneRecipe
 
 DISTILLED = {**ANCHORS, "is_distilled": True}
 
@@ -122,6 +125,32 @@ def test_an_adapter_of_another_shape_is_refused(saved_model: Path, data: Path, t
     lora = {"rank": 2, "alpha": 99}
     with pytest.raises(RecipeError, match=r"rank and alpha \(2, 99\), the adapter .* has \(4, 8\)"):
         tune(recipe(saved_model, data, tmp_path / "next", adapter=str(tmp_path / "adapter"), lora=lora), "")
+
+
+def test_an_adapter_may_begin_above_the_lower_layers(saved_model: Path, data: Path, tmp_path: Path):
+    upper = {"rank": 4, "alpha": 8, "first_layer": 2}
+    tune(recipe(saved_model, data, tmp_path, lora=upper), "")
+    assert {name.split(".layers.")[1].split(".")[0] for name in weights(tmp_path)} == {"2"}
+    plain, tuned = (load(str(saved_model), dtype=torch.float32), load(str(saved_model), dtype=torch.float32))
+    tuned = merged(tuned, tmp_path / "adapter")
+    ids = torch.tensor([[1, 30, 31, 32]])
+    before, after = (one.model(ids, output_hidden_states=True).hidden_states for one in (plain, tuned))
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, True, False]
+    tune(recipe(saved_model, data, tmp_path / "next", adapter=str(tmp_path / "adapter"), lora=upper), "")
+    lora = {"rank": 4, "alpha": 8}
+    with pytest.raises(RecipeError, match=r"lora\.first_layer is 0, that of the adapter .* is 2"):
+        tune(recipe(saved_model, data, tmp_path / "other", adapter=str(tmp_path / "adapter"), lora=lora), "")
+    with pytest.raises(RecipeError, match=r"lora\.first_layer 3 must be below the number of layers, 3"):
+        tune(recipe(saved_model, data, tmp_path / "deeper", lora=upper | {"first_layer": 3}), "")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_upper_layers_have_adapters_in_every_family(model_type: str):
+    pretrained = Pretrained(model_type, tiny_lm(model_type), byte_tokenizer())
+    every = {name for name, _ in fresh(pretrained, Lora(first_layer=0), 0).named_parameters() if ".2." in name}
+    pretrained = Pretrained(model_type, tiny_lm(model_type), byte_tokenizer())
+    upper = fresh(pretrained, Lora(first_layer=2), 0)
+    assert {name for name, _ in upper.named_parameters() if "lora_" in name} == {n for n in every if "lora_" in n}
 
 
 def test_harmful_responses_are_never_learned(saved_model: Path, data: Path, tmp_path: Path):
