@@ -4,8 +4,9 @@
 
 Prompts and answers are of mixed lengths, sampled and greedy, streamed and not. The server gets a copy of its checkpoint
 whose response thresholds are so low that harmless answers are rolled back all the time, and a small cache, so that
-sequences are evicted. It must give no error, hand no client more tokens than it says it released, end with every page
-free, and not grow. The last line of the output is one JSON object; the exit code is 1 if something did not hold.
+sequences are evicted. It must give no error, hand no client more tokens than it says it released or other text than
+theirs, end with every page free, and not grow. The last line of the output is one JSON object; the exit code is 1 if
+something did not hold.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,10 @@ async def one(http: httpx2.AsyncClient, server: Server, drawn: random.Random, fo
 
 
 async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: Counter[str]) -> None:
-    """Send one request; count what came of it, and every token too many."""
+    """Send one request; count what came of it, and every answer whose text or number of tokens is not as told."""
     num_tokens, told = 0, -1
+    said: dict[int, str] = defaultdict(str)
+    of_tokens: dict[int, bytes] = defaultdict(bytes)
     reasons: list[str] = []
     async with http.stream("POST", url, json=body) as response:
         if response.status_code == 429:
@@ -101,14 +104,21 @@ async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: C
             found["error in a stream"] += 1
             return
         for choice in chunk["choices"]:
-            num_tokens += len((choice.get("logprobs") or {}).get("content") or [])
-            num_tokens += len((choice.get("logprobs") or {}).get("refusal") or [])
+            message, logprobs = choice.get("delta") or choice.get("message") or {}, choice.get("logprobs") or {}
+            for field in ("content", "refusal"):
+                tokens = logprobs.get(field) or []
+                num_tokens += len(tokens)
+                of_tokens[choice["index"]] += b"".join(bytes(token["bytes"] or []) for token in tokens)
+                said[choice["index"]] += message.get(field) or ""
             reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
         told = chunk["usage"]["completion_tokens"] if chunk.get("usage") else told
     found["answered"] += 1
     found["rolled back or refused"] += reasons.count("content_filter")
     found["without an end"] += len(reasons) != body["n"]
     found["tokens not as told"] += num_tokens != told
+    found["text not of its tokens"] += any(
+        text != of_tokens[index].decode("utf-8", "replace") for index, text in said.items()
+    )
 
 
 async def soak(server: Server, num_clients: int, minutes: float) -> tuple[Counter[str], list[float]]:
@@ -167,7 +177,11 @@ def main() -> None:
             found, memory = asyncio.run(soak(server, args.clients, args.minutes))
             left = settled(server)
     early, late = memory[len(memory) // 10], memory[-1]
-    wrong = {kind: count for kind, count in found.items() if kind.startswith(("status", "error", "without", "tokens"))}
+    wrong = {
+        kind: count
+        for kind, count in found.items()
+        if kind.startswith(("status", "error", "without", "tokens", "text"))
+    }
     wrong |= {kind: count for kind, count in found.items() if kind.endswith(("Error", "Timeout"))}
     held = not any(wrong.values()) and late < GROWTH * early
     held &= not any(left[name] for name in ("requests_running", "requests_waiting", "kv_cache_usage"))

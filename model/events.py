@@ -47,6 +47,8 @@ class Release:
     is_refusal: bool = False
     head: HeadWork = NO_WORK
     """What the head did in this step."""
+    num_held: int = 0
+    """Tokens of the response that were drawn and are held back after this."""
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,8 @@ class Generation:
     def _release(self, length: int, *, is_end: bool = False) -> Release:
         """Release what may leave out of the first `length` response tokens."""
         text, tokens = self._draft.release(max(0, length - self._num_prefill), is_end=is_end)
-        return Release(text, tokens, head=self._pop_head())
+        num_held = len(self._draft) - self._draft.num_released
+        return Release(text, tokens, head=self._pop_head(), num_held=num_held)
 
     def _pop_head(self) -> HeadWork:
         work, self._untold_head = self._untold_head, NO_WORK

@@ -1,6 +1,9 @@
 """From settings to a loaded model with its signal."""
 
 import logging
+import math
+import os
+from pathlib import Path
 
 import torch
 
@@ -14,6 +17,7 @@ from server.settings import NO_CHECKPOINT, ConfigurationError, Settings
 logger = logging.getLogger(__name__)
 
 DEFAULT_DTYPE = torch.bfloat16
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def load_model(settings: Settings) -> GuardedLM:
@@ -25,6 +29,8 @@ def load_model(settings: Settings) -> GuardedLM:
     """
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
+    elif (quota := _cpu_quota()) is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(quota, torch.get_num_threads()))  # torch counts cores, whatever a container may use
     local(settings.model)  # a model that is not there is said first: no checkpoint would help it
     name = checkpoint_name(settings)
     folder = checkpoints.find(name) if name is not None else None
@@ -43,6 +49,15 @@ def load_model(settings: Settings) -> GuardedLM:
     return checkpoints.attach(
         pretrained, folder, reads_cls=settings.read_cls, schedule=settings.schedule, redraws=settings.redraw
     )
+
+
+def _cpu_quota() -> int | None:
+    """Return how many CPUs this process may use at once, rounded up; None without a quota (cgroups, version 2)."""
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return None
 
 
 def _check_int8(device: str) -> None:

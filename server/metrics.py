@@ -30,6 +30,7 @@ METRIC_NAMES = (
     "ballast_completion_tokens_total",
     "ballast_time_to_first_token_seconds",
     "ballast_inter_token_seconds",
+    "ballast_held_tokens",
     "ballast_request_risk",
     "ballast_response_risk",
     "ballast_safety_decisions_total",
@@ -42,6 +43,7 @@ METRIC_NAMES = (
 )
 
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
+_HELD = (0, 2, 4, 6, 8, 10, 12, 16, 24, 32, 64)
 _REQUEST_S = (0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 240, 480, 960)
 _HEAD_S = (25e-6, 50e-6, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 0.0125, 0.025, 0.05)
 _RISKS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -88,6 +90,9 @@ class Metrics:
             "Between two tokens of one choice; tokens that leave together share their wait evenly",
             buckets=_TOKEN_S,
             registry=at,
+        )
+        self.held_tokens = Histogram(
+            "ballast_held_tokens", "Tokens that are held back each time that some leave", buckets=_HELD, registry=at
         )
 
     def _build_safety(self) -> None:
@@ -190,6 +195,8 @@ class ChoiceMeter:
         now, num_tokens = time.perf_counter(), len(release.tokens)
         self._exchange.completion_tokens += num_tokens
         self._metrics.completion_tokens.inc(num_tokens)
+        if num_tokens:
+            self._metrics.held_tokens.observe(release.num_held)
         if self._has_text and num_tokens:
             for _ in range(num_tokens):
                 self._metrics.inter_token_s.observe((now - self._last) / num_tokens)

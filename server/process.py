@@ -7,7 +7,7 @@ import structlog
 import uvicorn
 
 from server.app import create_app
-from server.engine.engine import EngineState
+from server.engine.engine import EngineError, EngineState
 from server.service import ModelEngine
 from server.settings import Settings
 
@@ -18,7 +18,7 @@ AFTER_DRAIN_S = 5
 
 
 class Process(uvicorn.Server):
-    """Serves until it is told to stop, or until the model turns out not to load.
+    """Serves until it is told to stop, or until the model turns out not to load, or the engine fails for good.
 
     At a stop the socket stays open while running requests finish, so that a new request and a probe
     get a clear 503 instead of a closed port.
@@ -28,7 +28,7 @@ class Process(uvicorn.Server):
         self._settings = settings
         self._engine = engine
         self.failure: Exception | None = None
-        """Why the model did not load."""
+        """Why the model did not load, or the engine does not go on."""
         self._address: tuple[str, int] = (settings.host, settings.port)
         app = create_app(settings, engine, on_started=self._started)
         config = uvicorn.Config(
@@ -47,6 +47,13 @@ class Process(uvicorn.Server):
             self.run(sockets=[listener])
         except KeyboardInterrupt:  # raised again by uvicorn once everything is closed
             return
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell whether to stop, ten times a second: with an engine that is gone, a new process is better than none."""
+        if self._engine.state is EngineState.STOPPED and self.failure is None:
+            self.failure = EngineError("the engine has failed and does not go on; the log says why")
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let the engine finish what runs, then close everything. A second interrupt does not wait."""

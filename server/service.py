@@ -45,8 +45,10 @@ class Service:
                 return
             case EngineState.STARTING:
                 raise NotReady("the model is loading")
-            case _:
+            case EngineState.DRAINING:
                 raise NotReady("the server is shutting down")
+            case EngineState.STOPPED:
+                raise NotReady("the engine has stopped")
 
     def require_signal(self) -> SafetyConfig:
         """Return the safety configuration of the model.

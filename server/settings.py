@@ -108,7 +108,9 @@ class Settings(BaseSettings):
         "precision of the weights; int8, on a CPU, is bfloat16 with the weights of linear layers in 8 bits",
         "that of the calibration",
     )
-    num_threads: Annotated[int, Field(ge=1)] | None = setting(None, "Model", "CPU threads", "torch's choice")
+    num_threads: Annotated[int, Field(ge=1)] | None = setting(
+        None, "Model", "CPU threads", "as many as torch or a container's quota says"
+    )
     compile: bool = setting(True, "Model", "compile the model's layers at the start, on a CPU")
     trust_remote_code: bool = setting(False, "Model", "run code that comes with the weights")
 

@@ -83,7 +83,7 @@ class Engine(Protocol):
         """Forget a request before its next forward pass. Unknown ids are ignored."""
         ...
 
-    async def score(self, request_id: str, prompt: EncodedPrompt) -> Trace:
+    async def score(self, request_id: str, prompt: EncodedPrompt, *, cache_salt: str = "") -> Trace:
         """Return the trace of a conversation, generating nothing. Raises as `submit`.
 
         Cancelling it aborts the request.

@@ -122,13 +122,14 @@ class LocalEngine:
             job.is_aborted = True
             job.outbox.put_nowait(EngineError("the request was aborted"))
 
-    async def score(self, request_id: str, prompt: EncodedPrompt) -> Trace:
+    async def score(self, request_id: str, prompt: EncodedPrompt, *, cache_salt: str = "") -> Trace:
         """Return the trace of a conversation, generating nothing; see `Engine.score`."""
         check_prompt(self.lm, prompt)
         if (config := self.lm.config) is None:
             raise InvalidRequest("this model carries no safety signal", param="model")
         self._check_room(prompt, 0)
-        async for item in Items(self._queue(request_id, prompt, lambda lm: scoring(lm, config, prompt))):
+        job = self._queue(request_id, prompt, lambda lm: scoring(lm, config, prompt), salt=cache_salt)
+        async for item in Items(job):
             if isinstance(item, Trace):
                 return item
         raise EngineError("the engine gave no trace")

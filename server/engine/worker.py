@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 MOST_FAULTS = 3
 """Faults of the worker with no step between them, after which it does not go on."""
+MOST_BARREN = 3
+"""Steps one after another of which every pass failed, after which the worker sees whether it can still answer."""
 
 
 class Worker:
@@ -53,6 +55,7 @@ class Worker:
         self._waiting: list[Job[Any]] = []
         self._running: list[Job[Any]] = []
         self._num_faults = 0
+        self._num_barren = 0
         self.head = HeadWork()
         """All that the heads did so far. This and what follows is read by the event loop."""
         self.num_restarts = 0
@@ -123,8 +126,10 @@ class Worker:
         while self._waiting and len(self._running) < self._max_running:
             self._begin(self._waiting.pop(0))
         if self._running:
-            self._step()
-            self._num_faults = 0
+            if self._step():
+                self._num_faults = self._num_barren = 0
+            else:
+                self._doubt()
 
     def _begin(self, job: Job[Any]) -> None:
         """Let a job run: it has a seat, and says which pass it wants first."""
@@ -137,8 +142,19 @@ class Worker:
         self._running.append(job)
         self._go_on(job, None)
 
-    def _step(self) -> None:
-        """Run one pass of some of the running jobs together."""
+    def _doubt(self) -> None:
+        """Fail where no pass succeeds any more. What fails in a request of its own leaves the warm-up alone.
+
+        Raises:
+            Exception: of the warm-up, which is a fault of the worker's own.
+        """
+        self._num_barren += 1
+        if self._num_barren >= MOST_BARREN:
+            self._num_barren = 0
+            self.warm_up()
+
+    def _step(self) -> bool:
+        """Run one pass of some of the running jobs together; tell whether any succeeded."""
         jobs = {job.request_id: job for job in self._running}
         passes = {name: self.runner.next_pass(job.seat, job.asked) for name, job in jobs.items() if job.asked}
         candidates = [
@@ -148,6 +164,7 @@ class Worker:
         chosen = plan(candidates, num_rows=self.runner.num_rows, num_available=self.runner.num_available)
         for name in chosen.evict:
             self.runner.evict(jobs[name].seat)
+            jobs[name].num_passes = 0  # it begins again, and is not behind what came after it
             self.num_evictions += 1
         results = self.runner.run([(jobs[name].seat, passes[name]) for name in chosen.run])
         for name, passed in zip(chosen.run, results, strict=True):
@@ -157,6 +174,7 @@ class Worker:
                 self._fail(job, passed)
             elif passes[name] is job.asked:  # otherwise it was of what had been evicted
                 self._go_on(job, passed)
+        return not all(isinstance(passed, Exception) for passed in results)
 
     def _go_on(self, job: Job[Any], passed: Passed | None) -> None:
         """Hand a job what came of its pass, tell its events, and note the pass that it wants next."""

@@ -8,7 +8,6 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    StringConstraints,
     Tag,
     model_validator,
 )
@@ -16,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from model.sampling import RANGES
 from server.protocol.moderation import Moderation
-from server.protocol.shared import RequestModel, Text, TextPart
+from server.protocol.shared import RequestModel, Salt, Text, TextPart
 
 
 def _content_kind(value: Any) -> str:
@@ -206,7 +205,7 @@ class ChatRequest(RequestModel):
     """Report judgements of the request and of each choice, and say what is done about them."""
     safety: SafetyOptions | None = None
     """What the `safety` object of each choice reports."""
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    cache_salt: Salt | None = None
     """Work on prompts that begin alike is shared only with requests of the same salt, or all without one."""
 
     user: str | None = None

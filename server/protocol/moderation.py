@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from server.protocol.shared import RequestModel, ResponseModel, Text, TextPart
+from server.protocol.shared import RequestModel, ResponseModel, Salt, Text, TextPart
 
 UNSAFE = "unsafe"
 """Our category: the one that the safety signal judges."""
@@ -113,6 +113,8 @@ class ModerationRequest(RequestModel):
     """A text, a list of texts, or one text in parts."""
     model: str | None = None
     """The served model or an alias for it; it may be left out."""
+    cache_salt: Salt | None = None
+    """Work on texts that begin alike is shared only with requests of the same salt, or all without one."""
 
     @property
     def texts(self) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from server.protocol.chat import ChatMessage
-from server.protocol.shared import RequestModel, ResponseModel
+from server.protocol.shared import RequestModel, ResponseModel, Salt
 
 
 class ScoreRequest(RequestModel):
@@ -17,6 +17,8 @@ class ScoreRequest(RequestModel):
     """A last message of the assistant's is the response that is scored."""
     trace: bool | None = None
     """Report the risk at every token of the response."""
+    cache_salt: Salt | None = None
+    """Work on prompts that begin alike is shared only with requests of the same salt, or all without one."""
 
 
 class Flagged(ResponseModel):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.complaint import shortened
@@ -30,6 +30,8 @@ def _encodable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 """A string that is valid Unicode; JSON escapes can spell others."""
+Salt = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
+"""Work on prompts that begin alike is shared only with requests of the same salt, or all without one."""
 
 
 class RequestModel(BaseModel):

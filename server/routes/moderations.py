@@ -34,18 +34,18 @@ async def create(
     if access.expose_risk == "none":
         raise Forbidden("this caller may not see judgements")
     name = f"modr-{uuid.uuid4().hex}"
-    risks = await unless_gone(request, _risks(service, lm, name, body.texts))
+    risks = await unless_gone(request, _risks(service, lm, name, body.texts, body.cache_salt or ""))
     results = [moderation(risk, config.request.flag, access.expose_risk) for risk in risks]
     return ModerationResponse(id=name, model=service.settings.name, results=results)
 
 
-async def _risks(service: Service, lm: GuardedLM, name: str, texts: list[str]) -> list[float]:
+async def _risks(service: Service, lm: GuardedLM, name: str, texts: list[str], cache_salt: str) -> list[float]:
     """Return the request risk of each text, one after the other so that one call takes one turn."""
     risks = []
     for index, text in enumerate(texts):
         prompt = await encode(lm, [ChatMessage(role="user", content=text)], continue_final=False)
         try:
-            trace = await service.engine.score(f"{name}-{index}", prompt)
+            trace = await service.engine.score(f"{name}-{index}", prompt, cache_salt=cache_salt)
         except InvalidRequest as error:
             field = "input" if error.param == "messages" else error.param
             raise invalid(field, str(error), code=as_api_error(error).code or "invalid_value") from error

@@ -48,7 +48,7 @@ async def score(
         raise invalid("trace", "trace is only for callers who may see exact risks", code="not_allowed")
     prompt = await encode(lm, body.messages, continue_final=body.messages[-1].role == "assistant")
     name = f"score-{uuid.uuid4().hex}"
-    trace = await unless_gone(request, service.engine.score(name, prompt))
+    trace = await unless_gone(request, service.engine.score(name, prompt, cache_salt=body.cache_salt or ""))
     if trace.num_failures:
         raise HeadFailed(trace.num_failures, param="messages")
     risks = (trace.request_risk, trace.response_risk(config.patience))

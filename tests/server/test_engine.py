@@ -116,9 +116,17 @@ def test_what_would_end_another_engine_is_refused_and_harms_nobody():
 
 def test_an_aborted_request_gives_its_pages_back():
     async def body(engine: LocalEngine) -> None:
+        runner = engine._worker.runner
+        ran: list[int] = []
+        run = runner.run
+        runner.run = lambda batch: ran.append(len(batch)) or run(batch)  # type: ignore[method-assign]  # it watches
         events = engine.submit("left", replace(ask(engine.lm, 1), max_tokens=200, output=Mode.OFF))
         await anext(events)
         await events.aclose()
+        left_after = len(ran)
+        while runner.num_available < runner.pages.num_pages:
+            await asyncio.sleep(0)
+        assert len(ran) <= left_after + 1  # the step that was running when it left
         await collect(engine, "next", ask(engine.lm, 2))
 
     with_engine(body)

@@ -17,6 +17,10 @@ import structlog
 from model.errors import WeightsNotFound
 from model.testing import write_tiny
 from server import __main__ as command
+from server.engine.engine import EngineState
+from server.engine.local import LocalEngine
+from server.process import Process
+from server.settings import Settings
 
 LONG = "good day to you. " * 12
 
@@ -214,6 +218,22 @@ def test_a_stream_that_outlives_the_drain_ends_with_an_error_event(start_process
     (request,) = (line for line in logged if line.get("endpoint") == "/v1/chat/completions")
     assert (request["status"], request["finish_reason"], request["completion_tokens"] > 0) == (200, "error", True)
     assert [line["event"] for line in logged if line["level"] == "error"] == []
+
+
+def test_an_engine_that_is_gone_ends_the_process(logging_as_before, scripted):
+    engine = LocalEngine(lambda: scripted("x"))
+    process = Process(Settings(model="tiny", drain_s=1), engine)
+
+    def fail():
+        wait_until(lambda: engine.state is EngineState.READY)
+        engine._fail()  # as the engine's thread does where it cannot go on
+
+    failing = threading.Thread(target=fail)
+    failing.start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process.serve_at(listener)
+    failing.join()
+    assert str(process.failure) == "the engine has failed and does not go on; the log says why"
 
 
 def test_a_port_in_use_is_one_clear_line(logging_as_before, capsys):

@@ -29,6 +29,24 @@ def test_a_precision_can_be_chosen(tiny):
     assert lm.model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("quota", "environment", "expected"),
+    [("150000 100000", "", 2), ("20000 100000", "", 1), ("max 100000", "", 7), ("150000 100000", "7", 7), ("", "", 7)],
+)
+def test_a_container_s_quota_of_cpus_limits_the_threads(tiny, tmp_path, monkeypatch, quota, environment, expected):
+    (tmp_path / "cpu.max").write_text(quota)
+    chosen = []
+    monkeypatch.setattr("server.loading.CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    model, checkpoint = tiny
+    load_model(Settings(model=str(model), checkpoint=str(checkpoint), device="cpu"))
+    assert (chosen or [7]) == [expected]
+
+
 def test_redrawing_can_be_switched_off(tiny, tmp_path):
     model, checkpoint = tiny
     redrawing = tmp_path / "checkpoint"

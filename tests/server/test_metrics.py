@@ -79,6 +79,15 @@ def test_the_time_to_the_first_token_includes_the_holdback(serve):
     assert server.metric("ballast_time_to_first_token_seconds_sum") > 0.09
 
 
+def test_how_many_tokens_are_held_back_is_measured(serve):
+    """Assessed at every token and never suspicious, a response holds back the lookback, 8; its end releases all."""
+    server = serve("good day to you, my friend.")
+    server.post()
+    at_most = {bound: server.metric(f'ballast_held_tokens_bucket{{le="{bound}.0"}}') for bound in (0, 6, 8)}
+    assert at_most[0] == at_most[6] == 1
+    assert at_most[8] == server.metric("ballast_held_tokens_count") > 10
+
+
 def test_decisions_risks_and_withdrawn_tokens_are_counted_by_side(serve):
     server = serve("all is well here, friends. NOW SOME HARM")
     usages = [server.chat("hello").usage, server.chat("HARM").usage]

@@ -1,9 +1,14 @@
 """Which passes run in a step."""
 
-from hypothesis import given
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.engine.pages import Pages
 from server.engine.scheduler import SHORT, Candidate, Size, plan
+
+NUM_PAGES, PER_PAGE, PIECE = 8, 4, 12
 
 
 def candidate(name: str, arrival: int, num_rows: int = 1, new: int = 0, own: int = 0, passes: int = 0) -> Candidate:
@@ -70,3 +75,88 @@ def test_a_pass_of_more_rows_than_a_step_has_its_turn():
     writing = [candidate(f"w{number}", number) for number in range(3)]
     found = plan([*writing, candidate("long", 3, 900)], num_rows=576, num_available=9)
     assert "long" in found.run
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request: it reads its prompt in pieces, writes, is rolled back once or never, and may leave early."""
+
+    name: str
+    comes: int
+    num_prompt: int
+    num_response: int
+    rolls_back_at: int
+    leaves: int
+    pages: list[int] = field(default_factory=list)
+    num_fed: int = 0
+    num_known: int = 0
+    num_written: int = 0
+    num_passes: int = 0
+
+    @property
+    def size(self) -> Size:
+        num_rows = min(PIECE, self.num_known - self.num_fed)
+        return Size(num_rows, -(-(self.num_fed + num_rows) // PER_PAGE) - len(self.pages), len(self.pages))
+
+    def go_on(self, pages: Pages) -> bool:
+        """Have one pass; tell whether it was the last."""
+        size = self.size
+        taken = pages.take(size.num_new_pages)
+        assert taken is not None
+        self.pages += taken
+        self.num_fed += size.num_rows
+        self.num_passes += 1
+        if self.num_fed == self.num_known:
+            self.num_written += 1
+            self.num_known += 1
+            if self.num_written == self.rolls_back_at:
+                kept = -(-self.num_prompt // PER_PAGE)
+                pages.give_back(self.pages[kept:])
+                del self.pages[kept:]
+                self.num_fed, self.num_known = self.num_prompt, self.num_prompt + 2
+        return self.num_written == self.num_response
+
+    def lose(self, pages: Pages) -> None:
+        pages.give_back(self.pages)
+        self.pages, self.num_fed, self.num_passes = [], 0, 0
+
+
+SEQUENCES = st.lists(
+    st.tuples(st.integers(0, 12), st.integers(1, 20), st.integers(1, 8), st.integers(2, 9), st.integers(5, 60)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SEQUENCES)
+def test_every_request_ends_and_every_page_comes_back(drawn: list[tuple[int, int, int, int, int]]):
+    pages = Pages(NUM_PAGES)
+    coming = [Sequence(f"s{number}", *one) for number, one in enumerate(sorted(drawn))]
+    running: list[tuple[int, Sequence]] = []
+    ended: set[str] = set()
+    for step in range(2000):
+        for one in [one for one in coming if one.comes <= step]:
+            coming.remove(one)
+            one.num_known = one.num_prompt
+            running.append((int(one.name[1:]), one))
+        for arrival, one in [(arrival, one) for arrival, one in running if one.leaves == step]:
+            one.lose(pages)
+            running.remove((arrival, one))
+            ended.add(one.name)
+        if not running and not coming:
+            break
+        by_name = {one.name: (arrival, one) for arrival, one in running}
+        if not by_name:
+            continue
+        candidates = [Candidate(one.name, arrival, one.size, one.num_passes) for arrival, one in running]
+        found = plan(candidates, num_rows=PIECE + len(running), num_available=pages.num_available)
+        for name in found.evict:
+            by_name[name][1].lose(pages)
+        for name in found.run:
+            if by_name[name][1].go_on(pages):
+                by_name[name][1].lose(pages)
+                running.remove(by_name[name])
+                ended.add(name)
+    assert len(ended) == len(drawn)
+    assert pages.num_available == NUM_PAGES

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 
@@ -70,3 +72,29 @@ def test_a_conversation_on_which_the_head_failed_is_a_500_and_no_score(serve_bro
     error = response.json()["error"]
     assert (error["type"], error["code"], error["param"]) == ("server_error", "head_failed", "messages")
     assert str({"request": 1, "response": 3}[side]) in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"max_tokens": 1}),
+        ("/v1/safety/score", {}),
+        ("/v1/moderations", {"messages": None, "input": "hello"}),
+    ],
+)
+def test_work_is_shared_within_a_cache_salt(serve, path, fields):
+    server = serve()
+    salts = []
+    runner = server.engine._worker.runner
+    opened = runner.open
+    runner.open = lambda prompt, **how: salts.append(how["salt"]) or opened(prompt, **how)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
+    body = {name: value for name, value in body.items() if value is not None}
+    for salt in ({}, {"cache_salt": "tenant 7"}):
+        assert server.http.post(path, json=body | salt).status_code == 200
+    assert salts == ["", "tenant 7"]
+    for salt in ("", "x" * 257):
+        assert server.http.post(path, json=body | {"cache_salt": salt}).status_code == 400
+    content = json.dumps(body | {"cache_salt": "\ud800"})
+    response = server.http.post(path, content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, "surrogate" in response.text) == (400, True)

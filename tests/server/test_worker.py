@@ -18,7 +18,8 @@ from model.request import GenerationRequest
 from model.testing import ScriptedLM
 from server.engine.engine import EngineError, EngineState, Overloaded
 from server.engine.local import LocalEngine
-from server.engine.worker import MOST_FAULTS
+from server.engine.seats import Solos
+from server.engine.worker import MOST_BARREN, MOST_FAULTS
 
 
 def request_for(lm: ScriptedLM) -> GenerationRequest:
@@ -120,6 +121,69 @@ def test_a_worker_that_fails_once_ends_what_runs_and_serves_what_waits_and_what_
 
     asyncio.run(run())
     assert "goes on without its running requests: MemoryError" in caplog.text
+
+
+class Sticky(Solos):
+    """Its passes fail as long as `is_broken`."""
+
+    is_broken = False
+
+    def run(self, batch):
+        return [RuntimeError("the device is gone") for _ in batch] if self.is_broken else super().run(batch)
+
+
+def test_an_engine_whose_passes_all_fail_starts_again_and_in_the_end_gives_up():
+    async def run() -> None:
+        engine = LocalEngine(lambda: ScriptedLM("an answer"), seat=Sticky)
+        await engine.start()
+        engine._worker.runner.is_broken = True
+        for number in range(MOST_FAULTS * MOST_BARREN):
+            with pytest.raises(EngineError):
+                await collect(engine, f"request {number}")
+        while engine.state is not EngineState.STOPPED:
+            await asyncio.sleep(0.01)
+        assert engine.stats().num_restarts == MOST_FAULTS - 1
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+
+
+def test_a_device_that_comes_back_serves_again():
+    async def run() -> None:
+        engine = LocalEngine(lambda: ScriptedLM("an answer"), seat=Sticky)
+        await engine.start()
+        engine._worker.runner.is_broken = True
+        for number in range(MOST_BARREN):
+            with pytest.raises(EngineError):
+                await collect(engine, f"request {number}")
+        while not engine.stats().num_restarts:
+            await asyncio.sleep(0.01)
+        engine._worker.runner.is_broken = False
+        assert isinstance((await collect(engine, "next"))[-1], Finish)
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+
+
+def test_requests_that_fail_by_themselves_are_no_fault_of_the_engine():
+    async def run() -> None:
+        lm = ScriptedLM("an answer")
+        engine = LocalEngine(lambda: lm)
+        await engine.start()
+        runner = engine._worker.runner
+        fine = runner.run
+        poisoned = EncodedPrompt((*request_for(lm).prompt.request, 7))
+        runner.run = lambda batch: [  # type: ignore[method-assign]  # the fault to test
+            RuntimeError("poison") if 7 in asked.token_ids else fine([(seat, asked)])[0] for seat, asked in batch
+        ]
+        for number in range(4 * MOST_BARREN):
+            with pytest.raises(EngineError, match="failed on this request"):
+                await engine.score(f"poison {number}", poisoned)
+        assert isinstance((await collect(engine, "next"))[-1], Finish)
+        assert (engine.state, engine.stats().num_restarts) == (EngineState.READY, 0)
+        await engine.stop(drain_s=0)
+
+    asyncio.run(run())
 
 
 def test_an_aborted_request_that_waits_leaves_the_queue():
