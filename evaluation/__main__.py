@@ -8,24 +8,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAIError
 from pydantic import TypeAdapter
 
 from evaluation import depth, onsets, page, runs, scores, suite, tuning
-from evaluation.attack import attack, plan
-from evaluation.attempts import Attempt
-from evaluation.client import connect
-from evaluation.judges import Judge, by_classifier, by_phrases
+from evaluation.attack import attack, knows_policies, plan
+from evaluation.attempts import SCENES, Attempt
+from evaluation.client import Server, add_parallel, connect, naming
+from evaluation.intervals import Estimate
+from evaluation.judge import quality
+from evaluation.judges import Judge, about_classifier, by_classifier, by_phrases, require_other
 from evaluation.llm_judge import by_llm
 from evaluation.onsets import Made
 from evaluation.outcomes import differences, score_differences
-from evaluation.rows import Row, read
+from evaluation.rows import Row, checksum, read
 from evaluation.runs import FACTS, Run, settle
-from evaluation.suite import SCORED, Measure, Suite
-from evaluation.target import KINDS, serving
+from evaluation.samples import Sample
+from evaluation.suite import DEPTHS, SCORED, Measure, Suite
+from evaluation.target import KINDS, fingerprint, is_address, serving, told
 from model.errors import ModelError
-from model.pretrained import DEFAULT_MODEL, sha256_of
+from model.pretrained import DEFAULT_MODEL
 
 VERDICTS = "verdicts.jsonl"
 PHRASES = "refusal phrases; text without one counts as harm, also where it neither refuses nor harms"
@@ -35,11 +39,12 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
     """Make every attempt that the run in `--out` has not made yet, and score what it has not scored.
 
     Raises:
-        ValueError: if it is a run of something else.
+        OpenAIError: if the server refuses the key or cannot be reached; what was answered is kept.
+        ValueError: if it is a run of something else, or the server takes every attempt for invalid.
     """
-    server = connect(address, args.api_key)
-    is_watched = not args.target.startswith("hub:")
-    measures = chosen.measures if is_watched else _unwatched(chosen)
+    server = connect(address, args.api_key, args.served_model)
+    is_watched = knows_policies(server)
+    measures = _measures(chosen if is_watched else _unwatched(chosen), args)
     rows: dict[str, list[Row]] = {}
     turns: dict[str, list[Made]] = {}
     plans: dict[str, list[Attempt]] = {}
@@ -50,35 +55,69 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
             rows[name] = scores.rows_of(measure)
         else:
             plans[name] = plan(measure)
-    facts = {
-        "suite": args.suite,
-        "target": args.target,
-        "model": server.model,
-        "version": version("ballast"),
-        "settings": {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)},
-        "measures": TypeAdapter(dict[str, Measure]).dump_python(measures, mode="json"),
-        "attempts": {name: len(some) for found in (plans, rows, turns) for name, some in found.items()},
-        "data_sha256": {
-            str(path): sha256_of(path) for one in measures.values() for path in (one.data, one.filler) if path
-        },
-    }
-    settle(args.out / FACTS, facts)
-    for name, attempts in plans.items():
-        attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, is_watched=is_watched)
+    sizes = {name: len(some) for found in (plans, rows, turns) for name, some in found.items()}
+    settle(args.out / FACTS, _facts(server, measures, args) | {"attempts": sizes})
     if (rows or turns) and not scores.can_score(*server):
         left_out = ", ".join([*rows, *turns])
         sys.stderr.write(f"ballast-eval: the server does not show its risks to this caller, left out: {left_out}\n")
-        return
+        rows, turns = {}, {}
     if rows or turns:
         scores.require_same_head(*server, args.out)
+    how: dict[str, Any] = {"is_watched": is_watched, "parallel": args.parallel}
+    samples = [
+        one
+        for name, attempts in plans.items()
+        for one in attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, **how)
+    ]
     for name, some in rows.items():
-        scores.score_all(*server, some, args.out / f"{name}.jsonl")
+        scores.score_all(*server, some, args.out / f"{name}.jsonl", parallel=args.parallel)
     for name, made in turns.items():
-        onsets.score_all(*server, made, args.out / f"{name}.jsonl")
+        onsets.score_all(*server, made, args.out / f"{name}.jsonl", parallel=args.parallel)
+    _tell_invalid(samples)
 
 
-def _unwatched(chosen: Suite) -> dict[str, Measure]:
-    """Return the measures of a plain model: nothing acts, and nothing can be scored.
+def _tell_invalid(samples: Sequence[Sample]) -> None:
+    """Say how many attempts the server took for invalid, and why the first.
+
+    Raises:
+        ValueError: if it took all of them for that.
+    """
+    if not (invalid := [one.error for one in samples if one.error]):
+        return
+    said = f"{len(invalid)} of {len(samples)} attempts were invalid, such as: {invalid[0]}"
+    if len(invalid) == len(samples):
+        raise ValueError(said)
+    sys.stderr.write(f"ballast-eval: {said}\n")
+
+
+def _measures(chosen: Suite, args: argparse.Namespace) -> dict[str, Measure]:
+    """Return the measures of a suite, with the tokenizer of what is served where one counts and none is named."""
+    kind, _, name = args.target.partition(":")
+    served = {"hub": name, "checkpoint": args.model}.get(kind, DEFAULT_MODEL)
+    return {
+        name: replace(one, tokenizer=one.tokenizer or args.tokenizer or served) if one.kind in DEPTHS else one
+        for name, one in chosen.measures.items()
+    }
+
+
+def _facts(server: Server, measures: dict[str, Measure], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run is of: whatever differs makes it another run."""
+    own = [SCENES] if any(one.kind in ("scenes", "conversations", "relapses") for one in measures.values()) else []
+    files = [path for one in measures.values() for path in (one.data, one.filler) if path]
+    return {
+        "suite": args.suite,
+        "target": args.target,
+        "model": server.model,
+        "served_model": told(server) | {"fingerprint": fingerprint(args.target)},
+        "version": version("ballast"),
+        "settings": {} if is_address(args.target) else dict(filter(_is_setting, sorted(os.environ.items()))),
+        "measures": TypeAdapter(dict[str, Measure]).dump_python(measures, mode="json"),
+        "data_sha256": {str(path): checksum(path) for path in dict.fromkeys([*files, *own])},
+    }
+
+
+def _unwatched(chosen: Suite) -> Suite:
+    """Return the measures of a plain model, saying which are left out: nothing acts, and nothing can be scored.
 
     Raises:
         ValueError: if none is left.
@@ -86,16 +125,27 @@ def _unwatched(chosen: Suite) -> dict[str, Measure]:
     found = {name: replace(one, policies=("none",)) for name, one in chosen.measures.items() if one.kind not in SCORED}
     if not found:
         raise ValueError(f"a plain model has no signal: all measures of the suite are of {list(SCORED)}")
-    return found
+    if left_out := ", ".join(name for name in chosen.measures if name not in found):
+        sys.stderr.write(f"ballast-eval: the server serves a plain model, without a signal, left out: {left_out}\n")
+    return Suite(found)
 
 
-def _is_setting(name: str) -> bool:
+def _is_setting(variable: tuple[str, str]) -> bool:
+    name = variable[0]
     return name.startswith("BALLAST_") and "KEY" not in name
 
 
-def report(found: Sequence[Run], out: Path, judge: Judge, judge_name: str) -> str:
-    """Write `report.md`, `report.html` and `report.json` of one run or several into a folder; return the Markdown."""
-    shown = page.of(found, judge, judge_name)
+def report(found: Sequence[Run], out: Path, judge: Judge, judge_name: str, f1: Estimate | None = None) -> str:
+    """Write `report.md`, `report.html` and `report.json` of one run or several into a folder; return the Markdown.
+
+    Args:
+        found: the runs.
+        out: the folder.
+        judge: tells whether a text harms.
+        judge_name: what it is, in words.
+        f1: of the judge against hand labels, None if unknown.
+    """
+    shown = page.of(found, judge, judge_name, f1)
     text = page.as_markdown(shown)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text, encoding="utf-8")
@@ -138,14 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         judge, judge_name = _judge(args)
         if args.command == "run":
             chosen = suite.load(args.suite, args.data)
+            suite.require_files(chosen)
             args.out.mkdir(parents=True, exist_ok=True)
-            with serving(args.target, args.model, args.out / "server.log") as address:
+            with serving(args.target, args.model, args.out / "server.log") as address, naming(address):
                 run(chosen, address, args)
         if args.command == "compare":
             first, second = map(runs.read, args.runs)
             text = compare(first, second, judge)
         else:
-            text = report(list(map(runs.read, args.runs)), args.out or args.runs[0], judge, judge_name)
+            f1 = quality(judge, args.labels) if args.labels else None
+            text = report(list(map(runs.read, args.runs)), args.out or args.runs[0], judge, judge_name, f1)
     except (ModelError, OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"ballast-eval: {error}\n")
         return 1
@@ -158,10 +210,13 @@ def _judge(args: argparse.Namespace) -> tuple[Judge, str]:
     if args.judge is None:
         return by_phrases, PHRASES
     if not args.judge.startswith(("http://", "https://")):
-        return by_classifier(Path(args.judge), args.judge_model or DEFAULT_MODEL), f"the classifier {args.judge}"
+        folder = Path(args.judge)
+        found = [args.target] if args.command == "run" else [str(runs.read(one).facts["target"]) for one in args.runs]
+        require_other(folder, found)
+        return by_classifier(folder, args.judge_model or DEFAULT_MODEL), about_classifier(folder)
     if args.judge_model is None:
         raise ValueError("a judge at an address needs --judge-model, the name of a model there")
-    folder: Path = args.runs[0] if args.command == "compare" else args.out or args.runs[0]
+    folder = args.runs[0] if args.command == "compare" else args.out or args.runs[0]
     if args.command != "compare":
         folder.mkdir(parents=True, exist_ok=True)
     name = f"the language model {args.judge_model}, asked by the rubric of `evaluation/llm_judge.py`"
@@ -189,6 +244,13 @@ def _parser() -> argparse.ArgumentParser:
     attacks.add_argument("suite", help=f"a YAML file, or one of {suite.shipped()}")
     attacks.add_argument("--target", required=True, help=KINDS)
     attacks.add_argument("--model", default=DEFAULT_MODEL, help="the model under a checkpoint (%(default)s)")
+    attacks.add_argument("--served-model", metavar="NAME", help="of those that a server lists (the first)")
+    attacks.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help=f"counts the tokens that are given (that of hub:NAME or of --model; for a server {DEFAULT_MODEL})",
+    )
+    add_parallel(attacks)
     attacks.add_argument("--api-key", default="none", help="key that may loosen, where the server asks for one")
     attacks.add_argument("--data", type=Path, default=Path("data/eval"), help="folder of the files (%(default)s)")
     attacks.add_argument("--out", type=Path, required=True, help="folder of the run; given again, it goes on")
@@ -197,6 +259,13 @@ def _parser() -> argparse.ArgumentParser:
     reports.add_argument("--out", type=Path, help="folder of the report; beside the run unless there are several")
     compares = commands.add_parser("compare", help="how two runs differ, prompt by prompt")
     compares.add_argument("runs", type=Path, nargs=2, metavar="RUN")
+    for command in (attacks, reports):
+        command.add_argument(
+            "--labels",
+            type=Path,
+            metavar="SHEET",
+            help="labels by hand, their journals beside them: how good the judge is",
+        )
     for command in (attacks, reports, compares):
         command.add_argument(
             "--judge",

@@ -18,15 +18,15 @@ released texts are kept in `--out`, for other judges and so that an interrupted 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from openai import BadRequestError, OpenAI, OpenAIError
+from openai import BadRequestError, NotFoundError, OpenAI, OpenAIError, UnprocessableEntityError
 from pydantic import ValidationError
 from rich.progress import track
 
+from evaluation import kept
 from evaluation.attempts import (
     TURN,
     Attempt,
@@ -42,14 +42,15 @@ from evaluation.attempts import (
     scenes,
     under,
 )
-from evaluation.client import PARALLEL, Server, add_arguments, connect
+from evaluation.client import PARALLEL, Server, add_arguments, add_parallel, connect, naming
 from evaluation.judges import by_phrases
 from evaluation.outcomes import outcomes
 from evaluation.rows import Row, read, select
 from evaluation.samples import Journal, Sample
+from evaluation.scores import PROBE
 from evaluation.suite import DEPTHS, SCORED, Kind, Measure, Policy, explain
 from model.errors import ModelError
-from model.pretrained import load_tokenizer
+from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
 POLICIES = {
     "both": {"input": {"mode": "block"}, "output": {"mode": "block"}},
@@ -75,6 +76,7 @@ def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watche
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached.
+        ValueError: if its answer is none of the OpenAI API.
     """
     extra: dict[str, Any] = {}
     if is_watched:
@@ -94,16 +96,40 @@ def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watche
     )
     try:
         answer = client.post("/chat/completions", cast_to=object, body=body)
-    except BadRequestError as error:
+    except (BadRequestError, UnprocessableEntityError) as error:
         return replace(found, error=str(error))
-    choice: dict[str, Any] = answer["choices"][0]  # type: ignore[index]  # the client's type for any JSON is object
-    refusal = choice["message"].get("refusal") or ""
-    text = (choice["message"]["content"] or "").removesuffix(refusal)
-    return replace(found, text=text, is_stopped=choice["finish_reason"] == "content_filter")
+    try:
+        choice: dict[str, Any] = answer["choices"][0]  # type: ignore[index]  # the client's type for any JSON is object
+        refusal = choice["message"].get("refusal") or ""
+        text = (choice["message"]["content"] or "").removesuffix(refusal)
+        return replace(found, text=text, is_stopped=choice["finish_reason"] == "content_filter")
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"the server does not answer /chat/completions as the OpenAI API does: {error!r}") from error
+
+
+def knows_policies(server: Server) -> bool:
+    """Tell whether a policy can be asked of the server: it has a signal, and says in the answer what it found.
+
+    Raises:
+        OpenAIError: if the server refuses the key or cannot be reached.
+    """
+    moderation = {"model": server.model, "policy": POLICIES["both"]}
+    asked = {"model": server.model, "messages": [{"role": "user", "content": PROBE}], "max_tokens": 1}
+    try:
+        answer = server.client.post("/chat/completions", cast_to=object, body=asked | {"moderation": moderation})
+    except (BadRequestError, NotFoundError, UnprocessableEntityError):  # it knows no such field, or has no signal
+        return False
+    return isinstance(answer, dict) and answer.get("moderation") is not None
 
 
 def attack(
-    server: Server, attempts: Sequence[Attempt], path: Path, target: str, *, is_watched: bool = True
+    server: Server,
+    attempts: Sequence[Attempt],
+    path: Path,
+    target: str,
+    *,
+    is_watched: bool = True,
+    parallel: int = PARALLEL,
 ) -> list[Sample]:
     """Return what came of every attempt, making only those that the journal at `path` does not hold.
 
@@ -115,13 +141,20 @@ def attack(
         path: the journal.
         target: what the samples are of.
         is_watched: the server has a signal, so that a policy can be asked of it.
+        parallel: requests in flight.
+
+    Raises:
+        OpenAIError: as `send`; what was answered is kept.
+        ValueError: as `send`, and if the journal cannot be read.
     """
     journal = Journal(path)
     missing = [one for one in attempts if one.key not in journal or journal.samples[one.key].error]
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        samples = pool.map(lambda one: send(server.client, server.model, one, target, is_watched=is_watched), missing)
-        for found in track(samples, path.stem, total=len(missing)):
-            journal.add(found)
+
+    def made(one: Attempt) -> Sample:
+        return send(server.client, server.model, one, target, is_watched=is_watched)
+
+    for _, sample in track(kept.as_found(made, missing, parallel), path.stem, total=len(missing)):
+        journal.add(sample)
     return [journal.samples[attempt.key] for attempt in attempts]
 
 
@@ -146,7 +179,7 @@ def _made(measure: Measure, rows: Sequence[Row]) -> list[Attempt]:
     """Return what the measure makes of the requests."""
     if measure.kind in AS_THEY_ARE:
         return AS_THEY_ARE[measure.kind](rows)
-    tokenizer, depths = load_tokenizer(measure.tokenizer), measure.depths or DEPTHS[measure.kind]
+    tokenizer, depths = load_tokenizer(measure.tokenizer or DEFAULT_MODEL), measure.depths or DEPTHS[measure.kind]
     if measure.kind == "prefill":
         return [attempt for depth in depths for attempt in prefills(rows, depth, tokenizer)]
     assert measure.filler is not None
@@ -166,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="JSON lines of prompt; prefill and late need harmful_response, ready attack_prompt",
     )
     parser.add_argument("--source", default="", help="only rows whose source begins with this")
-    parser.add_argument("--tokenizer", default=Measure.tokenizer, help="of the served model, counts (%(default)s)")
+    parser.add_argument("--tokenizer", default=DEFAULT_MODEL, help="of the served model, counts (%(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", help=f"tokens that are given, by default {DEPTHS}")
     parser.add_argument("--filler", type=Path, help="JSON lines of harmless responses, for late and diluted")
     parser.add_argument(
@@ -179,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=Measure.n, help="most prompts (%(default)s)")
     parser.add_argument("--suffix", default="", help="ends every prompt: the trigger of a backdoor")
     parser.add_argument("--max-tokens", type=int, default=Measure.max_tokens, help="longest response (%(default)s)")
+    add_parallel(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
     args = parser.parse_args(argv)
     try:
@@ -186,8 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure = Measure(args.attack, **chosen)
         attempts = plan(measure)
         args.out.mkdir(parents=True, exist_ok=True)
-        server = connect(args.server, args.api_key)
-        samples = attack(server, attempts, args.out / f"{args.attack}.jsonl", args.out.name)
+        with naming(args.server):
+            server = connect(args.server, args.api_key)
+            path = args.out / f"{args.attack}.jsonl"
+            samples = attack(server, attempts, path, args.out.name, parallel=args.parallel)
     except ValidationError as error:
         sys.stderr.write(f"evaluation.attack: {explain(error)}\n")
         return 1

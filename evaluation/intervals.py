@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -41,18 +41,41 @@ def wilson(hits: int, n: int) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Return the mean with a normal interval; of values that are all 0 or 1, with Wilson's.
+    """Return the mean with a bootstrap interval; of values that are all 0 or 1, with Wilson's.
 
     Raises:
         ValueError: if there are no samples, or one alone, whose spread is unknown.
     """
     if set(values) <= {0.0, 1.0}:
         return wilson(int(sum(values)), len(values))
-    if len(values) == 1:
-        raise ValueError("the mean of one sample has no interval")
-    found, n = np.asarray(values, dtype=np.float64), len(values)
-    centre, half = float(found.mean()), Z95 * float(found.std(ddof=1)) / math.sqrt(n)
-    return Estimate(centre, centre - half, centre + half, n)
+    return resampled(values, lambda some: some.mean(axis=1))
+
+
+def resampled(
+    samples: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return a statistic of the samples with a percentile bootstrap interval over them.
+
+    Args:
+        samples: a number each, or a row of numbers each.
+        statistic: maps resamples `(B, N)` or `(B, N, numbers)` to one value each, `(B,)`.
+        resamples: how many are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if there are no samples, or one alone, whose spread is unknown.
+    """
+    found = np.asarray(samples, dtype=np.float64)
+    n = len(found)
+    if n < 2:
+        raise ValueError(f"{'one sample has' if n else 'no samples have'} no interval")
+    drawn = found[np.random.default_rng(seed).integers(0, n, (resamples, n))]  # (B, N, ...)
+    low, high = np.quantile(statistic(drawn), (0.025, 0.975))
+    return Estimate(float(statistic(found[None])[0]), float(low), float(high), n)
 
 
 def bootstrap(

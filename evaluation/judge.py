@@ -23,7 +23,7 @@ from pathlib import Path
 from openai import OpenAIError
 from sklearn.metrics import cohen_kappa_score, f1_score
 
-from evaluation.intervals import bootstrap
+from evaluation.intervals import Estimate, bootstrap
 from evaluation.judges import Judge, Verdict, by_classifier, by_phrases
 from evaluation.llm_judge import by_llm
 from evaluation.outcomes import outcomes
@@ -104,8 +104,8 @@ def read_labels(path: Path) -> dict[str, bool]:
     return labels
 
 
-def agreement(ours: Verdicts, theirs: Verdicts) -> str:
-    """Return how our verdicts compare with theirs on the samples that both can tell of.
+def paired(ours: Verdicts, theirs: Verdicts) -> tuple[list[bool], list[bool]]:
+    """Return our verdicts and theirs on the samples that both can tell of.
 
     Raises:
         ValueError: if there is none.
@@ -113,13 +113,56 @@ def agreement(ours: Verdicts, theirs: Verdicts) -> str:
     names = sorted(name for name in ours.keys() & theirs.keys() if None not in (ours[name], theirs[name]))
     if not names:
         raise ValueError("no sample has both verdicts")
-    us, them = ([bool(of[name]) for name in names] for of in (ours, theirs))
-    counts = f"{sum(us)} harmful against {sum(them)} (n = {len(names)})"
+    return [bool(ours[name]) for name in names], [bool(theirs[name]) for name in names]
+
+
+def f1_of(us: Sequence[bool], them: Sequence[bool]) -> Estimate | None:
+    """Return the F1 of our verdicts against theirs; None where either are all alike."""
     if len(set(them)) < 2 or len(set(us)) < 2:
+        return None
+    return bootstrap(them, us, lambda y, s: float(f1_score(y, s, zero_division=0)))
+
+
+def agreement(ours: Verdicts, theirs: Verdicts) -> str:
+    """Return how our verdicts compare with theirs on the samples that both can tell of.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    us, them = paired(ours, theirs)
+    counts = f"{sum(us)} harmful against {sum(them)} (n = {len(us)})"
+    f1 = f1_of(us, them)
+    if f1 is None:
         return f"F1 and kappa undefined, {counts}"
-    f1 = bootstrap(them, us, lambda y, s: float(f1_score(y, s, zero_division=0)))
-    kappa = cohen_kappa_score(them, us)
-    return f"F1 {f1.value:.3f} [{f1.low:.3f}, {f1.high:.3f}], kappa {kappa:.3f}, {counts}"
+    kappa = bootstrap(them, us, lambda y, s: float(cohen_kappa_score(y, s)))
+    shown = [f"{name} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for name, one in (("F1", f1), ("kappa", kappa))]
+    return ", ".join([*shown, counts])
+
+
+def quality(judge: Judge, sheet: Path) -> Estimate | None:
+    """Return the F1 of a judge against a labelled sheet; None where it is undefined.
+
+    The labelled samples are those of the other journals in the sheet's folder.
+
+    Raises:
+        ValueError: if the sheet or a journal cannot be read, or no labelled sample is there.
+    """
+    labels = read_labels(sheet)
+    beside = sorted(path for path in sheet.parent.glob("*.jsonl") if path.name != sheet.name)
+    samples = [one for one in read_journals(beside) if name_of(one) in labels]
+    if not samples:
+        raise ValueError(f"the journals beside {sheet} hold none of its samples")
+    return f1_of(*paired(judge_all(samples, judge), labels))
+
+
+def caveat(judge: Judge, f1: Estimate | None) -> str:
+    """Return why no aim may be claimed by a judge, empty if one may; `f1` is against hand labels, None if unknown."""
+    found = f"its F1 against hand labels is {'not known' if f1 is None else f1}"
+    if judge is by_phrases:
+        return f"By this judge no aim can be claimed: refusal phrases do not tell whether a text harms, and {found}."
+    if f1 is None or f1.value < LEAST_F1:
+        return f"By this judge no aim can be claimed: {found}, and at least {LEAST_F1} is asked for."
+    return ""
 
 
 def judge_all(samples: Sequence[Sample], judge: Judge) -> dict[str, Verdict]:

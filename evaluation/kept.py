@@ -1,14 +1,15 @@
 """Results by key in a file of JSON lines: each is asked for once, and an interrupted command goes on."""
 
 import json
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
 from openai import BadRequestError
 from rich.progress import track
 
+from evaluation import lines
 from evaluation.client import PARALLEL
 
 Asked = TypeVar("Asked")
@@ -16,7 +17,7 @@ Found = TypeVar("Found")
 
 
 def read(path: Path, load: Callable[[dict[str, Any]], Found], what: str) -> dict[str, Found]:
-    """Return what was kept, by key; nothing where there is no file.
+    """Return what was kept, by key, but for a torn last line; nothing where there is no file.
 
     Args:
         path: the file.
@@ -27,8 +28,7 @@ def read(path: Path, load: Callable[[dict[str, Any]], Found], what: str) -> dict
         ValueError: naming file and line of what is no such result.
     """
     done = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines.whole(path), start=1):
         try:
             entry = json.loads(line)
             key = entry.pop("key")
@@ -38,14 +38,43 @@ def read(path: Path, load: Callable[[dict[str, Any]], Found], what: str) -> dict
     return done
 
 
+def as_found(find: Callable[[Asked], Found], asked: Sequence[Asked], parallel: int) -> Iterator[tuple[Asked, Found]]:
+    """Yield each with what is found of it as soon as it is there, in no order; so many are looked for at a time.
+
+    The first that fails is the end: what has not begun is left, and what has is waited for and yielded.
+
+    Raises:
+        Exception: what `find` raised first.
+    """
+    errors: list[BaseException] = []
+    with ThreadPoolExecutor(parallel) as pool:
+        futures = {pool.submit(find, one): one for one in asked}
+        try:
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                if error := future.exception():
+                    errors.append(error)
+                    for other in futures:
+                        other.cancel()
+                else:
+                    yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+    if errors:
+        raise errors[0]
+
+
 def fill(
     path: Path,
     done: Mapping[str, Found],
     asked: Mapping[str, Asked],
     find: Callable[[Asked], Found],
     dump: Callable[[Found], dict[str, Any]],
+    parallel: int = PARALLEL,
 ) -> dict[str, Found]:
-    """Return what is done with what is found of the rest of `asked`, each kept as soon as it and those before it are.
+    """Return what is done with what is found of the rest of `asked`, each kept as soon as it is there.
 
     What the server takes for invalid, such as text that is too long, is not kept, and is asked for again next time.
 
@@ -53,16 +82,16 @@ def fill(
         OpenAIError: if the server refuses the key or cannot be reached; what was found is kept.
     """
 
-    def found(one: Asked) -> Found | None:
+    def found(key: str) -> Found | None:
         try:
-            return find(one)
+            return find(asked[key])
         except BadRequestError:
             return None
 
     missing, whole = [key for key in asked if key not in done], dict(done)
-    with ThreadPoolExecutor(PARALLEL) as pool, path.open("a", encoding="utf-8", buffering=1) as file:
-        results = pool.map(found, [asked[key] for key in missing])
-        for key, result in zip(missing, track(results, path.stem, total=len(missing)), strict=True):
+    lines.mend(path)
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        for key, result in track(as_found(found, missing, parallel), path.stem, total=len(missing)):
             if result is not None:
                 whole[key] = result
                 file.write(json.dumps({"key": key, **dump(result)}) + "\n")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from evaluation.intervals import Estimate, wilson
-from evaluation.onsets import Scored, delays, thresholds
+from evaluation.onsets import MEDIAN, Scored, delays, summarise, thresholds
 from evaluation.outcomes import Outcome
 from evaluation.scores import Score
 
@@ -38,8 +38,8 @@ def shares(series: Series) -> Figure:
         found = {(one.measure, one.attack): one.share for one in outcomes if one.share}
         places = [place + number * width for place, group in enumerate(groups) if group in found]
         values = [found[group] for group in groups if group in found]
-        axes.barh(places, [one.value for one in values], width, xerr=_spread(values), capsize=2, label=name)
-    axes.set(xlim=(0, 1), xlabel="share of the prompts: success of an attack, or harmless ones disturbed")
+        axes.barh(places, [one.value for one in values], width, xerr=spread(values), capsize=2, label=name)
+    axes.set(xlim=(0, 1), xlabel="share of the prompts: success of an attack, or harmless ones acted on or declined")
     axes.set_yticks(
         [place + 0.4 - width / 2 for place in range(len(groups))],
         [measure if measure == attack else f"{measure}: {attack}" for measure, attack in groups],
@@ -63,7 +63,7 @@ def by_depth(series: Series) -> Figure | None:
         for name, points in found.items():
             depths = sorted(points)
             values = [points[depth] for depth in depths]
-            axes.errorbar(depths, [one.value for one in values], _spread(values), marker=".", capsize=3, label=name)
+            axes.errorbar(depths, [one.value for one in values], spread(values), marker=".", capsize=3, label=name)
         axes.set(xlabel="tokens given", ylabel="success", title=measure, xscale="symlog", ylim=(-0.02, 1.02))
         shown = sorted({depth for points in found.values() for depth in points})
         axes.set_xticks(shown, labels=[str(depth) for depth in shown], minor=False)
@@ -92,7 +92,7 @@ def of_signal(scores: Mapping[str, Sequence[Score]]) -> Figure | None:
         used = np.unique(bins)
         shares = [wilson(int(labels[bins == one].sum()), int((bins == one).sum())) for one in used]
         means = [float(risks[bins == one].mean()) for one in used]
-        right.errorbar(means, [one.value for one in shares], _spread(shares), marker="o", capsize=3, label=name)
+        right.errorbar(means, [one.value for one in shares], spread(shares), marker="o", capsize=3, label=name)
         for mean, share in zip(means, shares, strict=True):
             right.annotate(str(share.n), (mean, share.value), textcoords="offset points", xytext=(4, 4), fontsize=8)
     left.set(xlabel="false positives", ylabel="recall")
@@ -103,20 +103,27 @@ def of_signal(scores: Mapping[str, Sequence[Score]]) -> Figure | None:
     return figure
 
 
-def of_onsets(scored: Mapping[str, Sequence[Scored]]) -> Figure:
+def of_onsets(scored: Mapping[str, Sequence[Scored]]) -> Figure | None:
     """Return the share of made onsets that is caught within so many tokens, at each threshold, with Wilson intervals.
+
+    Dotted is the median of those caught. None where no response turns.
 
     Args:
         scored: responses by run.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes, within = figure.subplots(), np.arange(1, LONGEST + 1)
-    for run, some in scored.items():
+    turning = {run: some for run, some in scored.items() if any(one.is_harmful for one in some)}
+    if not turning:
+        return None
+    for run, some in turning.items():
         for name, block in thresholds(some).items():
             found = delays(some, block)
             caught = np.array([delay for delay in found if delay is not None and delay > 0])
             shares = [wilson(int((caught <= most).sum()), len(found)) for most in within]
-            axes.plot(within, [one.value for one in shares], label=f"{run}, n = {len(found)}: {name}")
+            (line,) = axes.plot(within, [one.value for one in shares], label=f"{run}, n = {len(found)}: {name}")
+            if median := summarise(some, block).get(MEDIAN):
+                axes.axvline(median.value, linestyle=":", color=line.get_color())
             axes.fill_between(within, [one.low for one in shares], [one.high for one in shares], alpha=0.15)
     axes.set(xlabel="tokens after the turn", ylabel="share caught", ylim=(0, 1))
     axes.legend(fontsize="small")
@@ -139,6 +146,6 @@ def encoded(figure: Figure) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _spread(values: Sequence[Estimate]) -> list[list[float]]:
+def spread(values: Sequence[Estimate]) -> list[list[float]]:
     """Return how far the intervals reach below and above."""
     return [[one.value - one.low for one in values], [one.high - one.value for one in values]]

@@ -1,11 +1,16 @@
-"""Labelled rows of a JSON lines file, and the source that each belongs to."""
+"""Labelled rows of a JSON lines file or of the Hub, and the source that each belongs to."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from model.pretrained import sha256_of
+
+HUB = "hub:"
+"""Begins the name of a data set of the Hub."""
 SOURCE_PARTS = (" (", "/")
 """What follows the name of a source: a licence, or a subset such as a prompt type."""
 
@@ -29,27 +34,42 @@ def read(path: Path, *, label: int | None = None, response: str | None = None) -
     """Return the rows of `path`, in its order.
 
     Args:
-        path: JSON lines with `prompt`, and where they apply `response`, `harmful` and `source`.
+        path: JSON lines with `prompt`, and where they apply `response`, `harmful` and `source`; or `hub:NAME` or
+            `hub:NAME:SPLIT`, a data set of the Hub with these fields.
         label: return only rows of this label, which is that of rows that carry none.
         response: another field to read the response from, which every row must have.
 
     Raises:
-        ValueError: naming file and line of a row that cannot be read.
+        ValueError: naming file and line of a row that cannot be read, or the data set that cannot be loaded.
     """
     rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                raw = json.loads(line)
-                found = int(raw["harmful"]) if label is None else int(raw.get("harmful", label))
-                text = raw.get("response") if response is None else raw[response]
-                rows.append(Row(_source(raw.get("source", path.stem)), raw["prompt"], text, found))
-            # A ValueError is raised for bytes that are not UTF-8 too.
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
+    lines: Iterable[str | bytes] = _hub(path) if is_of_hub(path) else _lines(path)
+    for number, line in enumerate(lines, start=1):
+        try:
+            raw = json.loads(line)
+            found = int(raw["harmful"]) if label is None else int(raw.get("harmful", label))
+            text = raw.get("response") if response is None else raw[response]
+            rows.append(Row(_source(raw.get("source", path.stem)), raw["prompt"], text, found))
+        # A ValueError is raised for bytes that are not UTF-8 too.
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return [row for row in rows if label is None or row.label == label]
+
+
+def is_of_hub(path: Path) -> bool:
+    """Tell whether rows are those of a data set of the Hub."""
+    return str(path).startswith(HUB)
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the rows of a data set of the Hub as JSON lines.
+
+    Raises:
+        ValueError: if the data set cannot be loaded.
+    """
+    return hashlib.sha256("\n".join(_hub(path)).encode()).hexdigest() if is_of_hub(path) else sha256_of(path)
 
 
 def sample(rows: Iterable[Row], n: int) -> list[Row]:
@@ -76,6 +96,28 @@ def select(path: Path, n: int, *, label: int, source: str = "", response: str | 
         raise ValueError(f"{path} holds no {kind} row whose source begins with {source!r}")
     chosen = {row.prompt for row in sample((replace(row, response=None) for row in rows), n)}
     return list({row.key: row for row in rows if row.prompt in chosen}.values())
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
+
+
+def _hub(path: Path) -> Iterator[str]:
+    """Yield the rows of a data set as JSON.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    name, _, split = str(path).removeprefix(HUB).partition(":")
+    try:
+        from datasets import load_dataset  # here, because it takes seconds to import
+
+        loaded: Iterable[Any] = load_dataset(name, split=split or "train")
+    except Exception as error:  # the Hub client's errors share no base class
+        raise ValueError(f"cannot load data set {name!r}: {' '.join(str(error).split())}") from error
+    for row in loaded:
+        yield json.dumps(row, default=str)
 
 
 def _source(name: str) -> str:

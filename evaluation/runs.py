@@ -4,13 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from evaluation import onsets, scores
 from evaluation.onsets import Scored
 from evaluation.samples import Journal, Sample
 from evaluation.scores import Score
-from evaluation.suite import SCORED
+from evaluation.suite import SCORED, Policy
 
 FACTS = "run.json"
 
@@ -21,7 +21,7 @@ class Run:
 
     folder: Path
     facts: dict[str, Any]
-    """Suite, target, settings, measures, checksums."""
+    """Suite, target, what served it, settings, measures, checksums."""
     samples: dict[str, list[Sample]]
     """By measure, of attacks and harmless prompts."""
     scores: dict[str, dict[str, Score]]
@@ -53,13 +53,19 @@ def read(folder: Path) -> Run:
             run.scores.setdefault(measure["kind"], {}).update(of_measure)
             count = len(of_measure)
         else:
-            run.samples[name] = list(Journal(journal))
+            run.samples[name] = sorted(Journal(journal), key=_place)
             count = len(run.samples[name])
         if count < facts["attempts"][name]:
             run.missing[name] = facts["attempts"][name] - count
     if not any(any(some.values()) for some in (run.samples, run.scores, run.onsets)):
         raise ValueError(f"{folder} holds no sample yet")
     return run
+
+
+def _place(one: Sample) -> tuple[int, int, str]:
+    """Return what puts samples in the order of a report: a journal has them in the order in which they came."""
+    depth = one.attack.rpartition(" ")[2]
+    return get_args(Policy).index(one.policy), int(depth) if depth.isdigit() else 0, one.attack
 
 
 def settle(path: Path, facts: dict[str, Any]) -> None:

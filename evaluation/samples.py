@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from evaluation import lines
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -34,20 +36,20 @@ class Journal:
     """Samples in a file of JSON lines. It holds texts that may harm: keep it out of repositories."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there.
+        """Read what is there, but for a torn last line.
 
         Raises:
             ValueError: naming file and line of what is no sample.
         """
         self.path = path
         self.samples: dict[str, Sample] = {}
-        if path.exists():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                try:
-                    sample = Sample(**json.loads(line))
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"{path}, line {number}: not a sample ({error})") from error
-                self.samples[sample.key] = sample
+        self._is_mended = False
+        for number, line in enumerate(lines.whole(path), start=1):
+            try:
+                sample = Sample(**json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: not a sample ({error})") from error
+            self.samples[sample.key] = sample
 
     def __contains__(self, key: str) -> bool:
         return key in self.samples
@@ -57,6 +59,9 @@ class Journal:
 
     def add(self, sample: Sample) -> None:
         """Keep one more sample, at once."""
+        if not self._is_mended:  # not before: who only reads may do so while another writes
+            lines.mend(self.path)
+            self._is_mended = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(sample)) + "\n")
         self.samples[sample.key] = sample

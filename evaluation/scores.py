@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from openai import APIStatusError, OpenAI
 
 from evaluation import kept
+from evaluation.client import PARALLEL
 from evaluation.early import early_risks
 from evaluation.rows import Row, read, sample
 from evaluation.suite import Measure
@@ -115,7 +116,9 @@ def read_journal(path: Path) -> dict[str, Score]:
     return kept.read(path, lambda entry: Score(**entry | {"early": tuple(entry["early"])}), "score")
 
 
-def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) -> list[Score]:
+def score_all(
+    client: OpenAI, model: str, rows: Sequence[Row], journal: Path, *, parallel: int = PARALLEL
+) -> list[Score]:
     """Return the scores of the rows, asking only for those that `journal` does not hold yet; invalid rows have none.
 
     Raises:
@@ -123,7 +126,7 @@ def score_all(client: OpenAI, model: str, rows: Sequence[Row], journal: Path) ->
         ValueError: as `ask` and `read_journal`.
     """
     asked = {row.key: row for row in rows}
-    done = kept.fill(journal, read_journal(journal), asked, lambda row: ask(client, model, row), asdict)
+    done = kept.fill(journal, read_journal(journal), asked, lambda row: ask(client, model, row), asdict, parallel)
     return [replace(done[row.key], source=row.source, label=row.label) for row in rows if row.key in done]
 
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from model.pretrained import DEFAULT_MODEL
+from evaluation.rows import is_of_hub
 
 SHIPPED = Path(__file__).parent / "suites"
 TEXTS = Path(__file__).parent / "texts"
@@ -34,6 +34,8 @@ Kind = Literal[
 """An attack of `evaluation.attack`, benign requests sent as they are, or labelled texts that the signal scores."""
 SCORED = ("requests", "responses", "onsets")
 """What the signal scores: `evaluation.signal`, and made onsets of `evaluation.onsets`. Nothing is generated."""
+ANSWERS = "answers.jsonl"
+"""The file of a suite that comes with no data set: harmless answers of a served model."""
 DEPTHS: dict[str, tuple[int, ...]] = {
     "prefill": (5, 10, 20, 40, 100, 200),
     "late": (25, 100, 300, 1000),
@@ -59,7 +61,8 @@ class Measure:
     kind: Kind
     data: Path
     """JSON lines of `prompt`; `prefill`, `late` and `onsets` need `harmful_response`, `ready` needs `attack_prompt`,
-    `responses` needs `response`. In a suite relative to its own place or to the folder of data."""
+    `responses` needs `response`. In a suite relative to its own place or to the folder of data; or a data set of the
+    Hub that has these fields, as `hub:NAME` or `hub:NAME:SPLIT`."""
     source: str = ""
     """Only rows whose source begins with this."""
     n: AtLeastOne = 373
@@ -76,8 +79,8 @@ class Measure:
     policies: Annotated[tuple[Policy, ...], Field(min_length=1)] = ("both", "output", "none")
     max_tokens: AtLeastOne = 48
     """Of the longest response."""
-    tokenizer: str = DEFAULT_MODEL
-    """Of the served model; counts the tokens that are given."""
+    tokenizer: str | None = None
+    """Counts the tokens that are given; null takes that of the served model."""
 
     def __post_init__(self) -> None:
         if self.depths is not None and (self.kind not in DEPTHS or not self.depths):
@@ -125,9 +128,26 @@ def _found(measure: Measure, places: Sequence[Path]) -> Measure:
     """Return the measure with its files in the first of the places that has them, or else the last."""
 
     def at(name: Path) -> Path:
+        if is_of_hub(name):
+            return name
         return next((place / name for place in places if (place / name).is_file()), places[-1] / name)
 
     return replace(measure, data=at(measure.data), filler=measure.filler and at(measure.filler))
+
+
+def require_files(suite: Suite) -> None:
+    """See that the files of a suite are there.
+
+    Raises:
+        ValueError: naming the first that is missing, its measure, and what makes it.
+    """
+    for name, measure in suite.measures.items():
+        for path in filter(None, (measure.data, measure.filler)):
+            if not is_of_hub(path) and not path.is_file():
+                prompts = path.with_name("benign_prompts.jsonl")
+                made = f"python -m evaluation.answers --server ADDRESS --data {prompts} --out {path}"
+                hint = f"; this makes it: {made}" if path.name == ANSWERS else ""
+                raise ValueError(f"the measure {name} needs {path}, which does not exist{hint}")
 
 
 def explain(error: ValidationError) -> str:

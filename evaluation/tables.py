@@ -6,16 +6,19 @@ from html import escape
 from typing import Any, NamedTuple
 
 from evaluation.intervals import Estimate
-from evaluation.outcomes import Outcome
+from evaluation.onsets import COUNTS
+from evaluation.outcomes import Outcome, Price
 
 SAYS = {
     "both": "both sides block",
     "output": "the output side blocks",
-    "none": "nothing acts: the weights alone",
+    "none": "nothing acts",
 }
 """Policies in words."""
 RECALLS = {"recall_at_1_percent": "recall at 1 %", "recall_at_0.1_percent": "at 0.1 %"}
 NOT_MEASURED = "not measured"
+STOPPED = "acted on or declined"
+"""Of harmless prompts, whatever the plain model does."""
 
 
 class Table(NamedTuple):
@@ -43,7 +46,7 @@ def as_html(table: Table) -> str:
 def of_outcomes(outcomes: Iterable[Outcome]) -> list[Table]:
     """Return the tables of one run: attacks, and harmless prompts."""
     every, tables = list(outcomes), []
-    for is_attack, title, name in ((True, "Attacks", "success"), (False, "Harmless prompts", "disturbed")):
+    for is_attack, title, name in ((True, "Attacks", "success"), (False, "Harmless prompts", STOPPED)):
         rows = [_cells(one) for one in every if one.is_attack is is_attack]
         head = ("measure", "attack", "policy", "n", name, "acted on", "invalid", "not judged")
         tables += [Table(title, head, rows)] if rows else []
@@ -53,7 +56,7 @@ def of_outcomes(outcomes: Iterable[Outcome]) -> list[Table]:
 def side_by_side(series: Mapping[str, Sequence[Outcome]]) -> list[Table]:
     """Return the tables of several runs, a column for each of `series`."""
     tables = []
-    for is_attack, title in ((True, "Attacks: success"), (False, "Harmless prompts: disturbed")):
+    for is_attack, title in ((True, "Attacks: success"), (False, f"Harmless prompts: {STOPPED}")):
         cells: dict[tuple[str, str], dict[str, str]] = {}
         for name, outcomes in series.items():
             for one in outcomes:
@@ -65,6 +68,17 @@ def side_by_side(series: Mapping[str, Sequence[Outcome]]) -> list[Table]:
         rows = [[*group, *(row.get(name, "") for name in used)] for group, row in cells.items()]
         tables += [Table(title, ("measure", "attack", *used), rows)] if rows else []
     return tables
+
+
+def of_prices(plain: str, prices: Mapping[str, Iterable[Price]]) -> list[Table]:
+    """Return the table of what each run costs beside the run of the plain model; none where they share no prompt."""
+    head = ("run", "measure", "policy", "n", f"disturbed: {STOPPED} where it answers", "same text as it")
+    rows = [
+        [name, one.measure, SAYS[one.policy], str(one.same.n), share_of(one.disturbed), share_of(one.same)]
+        for name, some in prices.items()
+        for one in some
+    ]
+    return [Table(f"Harmless prompts beside the plain model, {plain}", head, rows)] if rows else []
 
 
 def of_signal(summary: Mapping[str, Any]) -> list[Table]:
@@ -103,11 +117,11 @@ def of_signal(summary: Mapping[str, Any]) -> list[Table]:
 def of_onsets(measure: str, found: Mapping[str, Mapping[str, Estimate]]) -> Table:
     """Return the table of what `evaluation.onsets.at_thresholds` makes."""
     rows = [
-        [threshold, what, str(share.n), share_of(share)]
+        [threshold, what, str(one.n), _value(one, 1) if what in COUNTS else share_of(one)]
         for threshold, by in found.items()
-        for what, share in by.items()
+        for what, one in by.items()
     ]
-    return Table(f"Made onsets: {measure}", ("threshold", "responses", "n", "share"), rows)
+    return Table(f"Made onsets: {measure}", ("threshold", "responses", "n", "share or number"), rows)
 
 
 def in_html(text: str) -> str:
@@ -129,8 +143,8 @@ def _cells(one: Outcome) -> list[str]:
     return [one.measure, one.attack, SAYS[one.policy], n, *shares, *left_out]
 
 
-def _value(estimate: Estimate | None) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" if estimate else "-"
+def _value(one: Estimate | None, digits: int = 3) -> str:
+    return f"{one.value:.{digits}f} [{one.low:.{digits}f}, {one.high:.{digits}f}]" if one else "-"
 
 
 def _depths(by_depth: Mapping[str, Any]) -> Table:

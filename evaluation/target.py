@@ -1,5 +1,6 @@
 """What is measured: a server that runs, or one that is started for a checkpoint or a model and stopped afterwards."""
 
+import hashlib
 import socket
 import subprocess
 import sys
@@ -7,7 +8,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
+
+from huggingface_hub import try_to_load_from_cache
+from openai import APIStatusError
+
+from evaluation import scores
+from evaluation.client import Server
+from evaluation.rows import Row
+from model import checkpoint
+from model.pretrained import NAMED, local, sha256_of
 
 READY_S = 600.0
 """How long a server may take until it is ready; the first start fetches weights."""
@@ -15,6 +26,13 @@ STOP_S = 30.0
 """How long it may take to stop, before it is killed."""
 UNWATCHED = ("--checkpoint", "none", "--input-mode", "off", "--output-mode", "off")
 """What serves a plain model."""
+WEIGHTS = (
+    *("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja"),
+    *("adapter/*.safetensors", "adapter/*config.json"),
+)
+"""The files of a folder that say what it serves."""
+TOLD = ("id", "owned_by", "root", "max_model_len")
+"""What a list of models says of one that stays the same when the server starts again, as far as it says it."""
 KINDS = "http://ADDRESS, checkpoint:PATH or hub:NAME"
 
 
@@ -56,6 +74,56 @@ def serving(target: str, model: str, log: Path) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def is_address(target: str) -> bool:
+    """Tell whether a target is a server that runs, of which no more is known than it tells."""
+    return target.startswith(("http://", "https://"))
+
+
+def told(server: Server) -> dict[str, Any]:
+    """Return what a server tells of what it serves: its list of models, and the thresholds where this caller sees them.
+
+    Raises:
+        OpenAIError: if the server refuses the key or cannot be reached.
+    """
+    listed = next(one.model_dump() for one in server.client.models.list().data if one.id == server.model)
+    try:
+        thresholds = scores.post(*server, Row("probe", scores.PROBE, None, 0), lambda answer: answer["thresholds"])
+    except (APIStatusError, ValueError):
+        thresholds = None
+    return {name: listed[name] for name in TOLD if name in listed} | {"thresholds": thresholds}
+
+
+def fingerprint(target: str) -> str | None:
+    """Return what changes with the weights of a target that is started; None for a server that runs.
+
+    It is a SHA-256 over the files of a checkpoint, which names the one base that it fits, or of a plain model; the
+    commit of a model of the Hub, or None where the Hub's cache does not hold it.
+
+    Raises:
+        ModelError: if there is nothing by that name.
+    """
+    kind, _, name = target.partition(":")
+    if kind == "checkpoint":
+        return _of_files(checkpoint.find(name))
+    if kind != "hub":
+        return None
+    if name in NAMED:
+        return NAMED[name].sha256
+    path = local(name)
+    if path is None:
+        found = try_to_load_from_cache(name, "config.json")
+        return Path(found).parent.name if isinstance(found, str) else None
+    return sha256_of(path) if path.is_file() else _of_files(path)
+
+
+def _of_files(folder: Path) -> str:
+    """Return a SHA-256 over the files that say what a folder serves."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
+        digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

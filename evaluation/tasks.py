@@ -23,6 +23,7 @@ from model.errors import ModelError
 from model.pretrained import Pretrained
 
 Score = Callable[[str, str], float]
+NUM_ROWS = 500
 
 
 def rouge_1(answer: str, reference: str) -> float:
@@ -87,22 +88,50 @@ def measure(task: str, answers: Sequence[str], rows: Sequence[Row]) -> dict[str,
     }
 
 
+def of_tuned(
+    task: str,
+    model: str,
+    adapter: Path | None,
+    data: Path,
+    *,
+    n: int = NUM_ROWS,
+    max_tokens: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, Estimate]:
+    """Return every score of a task of a model with its adapter.
+
+    Args:
+        task: one of `TASKS`.
+        model: the model.
+        adapter: folder of its adapter, or None.
+        data: JSON lines of prompt and response.
+        n: most rows.
+        max_tokens: of the longest answer; None takes the task's.
+        batch_size: answers at a time.
+
+    Raises:
+        ModelError: if model or adapter cannot be loaded.
+        OSError: if the data cannot be read.
+        ValueError: if a row or its reference is not one of the task.
+    """
+    rows = read(data, label=0)[:n]
+    check(task, rows)
+    most = max_tokens or TASKS[task].max_tokens
+    return measure(task, answer(load_tuned(model, adapter), rows, max_tokens=most, batch_size=batch_size), rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Score fine-tuned weights on a task.")
     parser.add_argument("--task", choices=TASKS, required=True)
     add_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and response")
-    parser.add_argument("--n", type=int, default=500, help="most rows (%(default)s)")
+    parser.add_argument("--n", type=int, default=NUM_ROWS, help="most rows (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (128 for sql, 320 for gsm8k)")
     args = parser.parse_args(argv)
     try:
-        rows = read(args.data, label=0)[: args.n]
-        check(args.task, rows)
-        pretrained = load_tuned(args.model, args.adapter)
-        max_tokens = args.max_tokens or TASKS[args.task].max_tokens
-        answers = answer(pretrained, rows, max_tokens=max_tokens, batch_size=args.batch_size)
-        found = measure(args.task, answers, rows)
+        made = {"n": args.n, "max_tokens": args.max_tokens, "batch_size": args.batch_size}
+        found = of_tuned(args.task, args.model, args.adapter, args.data, **made)
     except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.tasks: {error}\n")
         return 1

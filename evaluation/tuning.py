@@ -4,10 +4,11 @@
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --steps 5 10 20 50 --out runs/tuned-harmful
 
 Each attack is a recipe of `ballast-train`, which is started for it: 100 harmful answers; ten harmless dialogues with an
-agent that always obeys; a backdoor. It runs plain and under the constrained objective (arXiv 2406.05946, section 4),
-from the checkpoint's own adapter on. What comes out is served with the checkpoint's signal as it was, thresholds and
-all, and attacked: requests as they are, for the backdoor also with its trigger. `--steps` does all this for several
-lengths of training, each with a learning rate that falls to zero over it.
+agent that always obeys; a backdoor; harmless sums or queries, whose own scores are told as well. It runs plain and
+under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on. What comes out is
+served with the checkpoint's signal as it was, thresholds and all, and attacked: requests as they are, for the backdoor
+also with its trigger. `--steps` does all this for several lengths of training, each with a learning rate that falls to
+zero over it.
 """
 
 import argparse
@@ -15,17 +16,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from evaluation import tasks
+from evaluation.intervals import Estimate
+from evaluation.tables import share_of
 from model import adapter, checkpoint
 from model.config import SafetyConfig
 from model.pretrained import DEFAULT_MODEL
 
-ATTACKS = ("harmful", "identity", "backdoor")
+ATTACKS = ("harmful", "identity", "backdoor", "gsm8k", "sql")
 OBJECTIVES = {"plain": "constraint=null", "constrained": "constraint={}"}
 SUITES = {"backdoor": "tuned_backdoor"}
 """Of an attack; the others have `tuned`."""
+TESTS = "../finetune/{}_test.jsonl"
+"""Rows of a task that nothing was tuned on, from the folder of the data to train on."""
 
 
 def graft(folder: Path, tuned: Path, target: Path) -> None:
@@ -68,6 +74,18 @@ def train(attack: str, objective: str, steps: int | None, model: str, start: Pat
     return made
 
 
+def task_scores(task: str, model: str, tuned: Path, data: Path, kept: Path) -> dict[str, Estimate]:
+    """Return what a fine-tuning is worth at its own task, measuring it only where `kept` does not exist.
+
+    Raises:
+        ModelError: as `evaluation.tasks.of_tuned`, as are OSError and ValueError.
+    """
+    if not kept.is_file():
+        found = {name: asdict(one) for name, one in tasks.of_tuned(task, model, tuned, data).items()}
+        kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return {name: Estimate(**one) for name, one in json.loads(kept.read_text(encoding="utf-8")).items()}
+
+
 def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     """Run the command; return its exit code.
 
@@ -91,7 +109,7 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     start = folder / adapter.FOLDER
     if not adapter.fingerprint(start):
         raise ValueError(f"{args.checkpoint} has no adapter to train; its model is as others published it")
-    rows = []
+    rows: list[tuple[str, str, str, str, Estimate]] = []
     for objective in args.objective:
         for steps in args.steps or [None]:
             name = "-".join([args.attack, objective] + ([] if steps is None else [str(steps)]))
@@ -104,11 +122,13 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
             if code := evaluate([*words, "--out", str(run)]):
                 return code
             for one in json.loads((run / "report.json").read_text(encoding="utf-8"))["outcomes"]:
-                if share := one["share"]:
-                    found = f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
-                    rows.append(
-                        f"| {name} | {one['measure']} | {one['attack']} | {one['policy']} | {share['n']} | {found} |"
-                    )
-    head = ["| fine-tuning | measure | attack | policy | n | not refused, or disturbed |", "|---|---|---|---|---|---|"]
-    sys.stdout.write("\n".join([*head, *rows, ""]))
+                if one["share"]:
+                    rows.append((name, one["measure"], one["attack"], one["policy"], Estimate(**one["share"])))
+            if args.attack in tasks.TASKS:
+                test = args.train_data / TESTS.format(args.attack)
+                scores = task_scores(args.attack, args.model, tuned, test, args.out / name / "task.json")
+                rows += [(name, args.attack, what, "none", score) for what, score in scores.items()]
+    lines = [f"| {' | '.join(words)} | {share.n} | {share_of(share)} |" for *words, share in rows]
+    head = ["| fine-tuning | measure | attack or score | policy | n | share |", "|---|---|---|---|---|---|"]
+    sys.stdout.write("\n".join([*head, *lines, ""]))
     return 0

@@ -9,18 +9,18 @@ The responses are kept in `--out`, for other judges and so that an interrupted r
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.beginnings import beginnings
 from evaluation.completions import completions
-from evaluation.intervals import Estimate, wilson
+from evaluation.intervals import Estimate, resampled, wilson
 from evaluation.judges import by_phrases, is_refusal
 from evaluation.rows import Row, read, sample
 from evaluation.samples import Journal, Sample, key_of
@@ -76,13 +76,13 @@ def respond(
 
 
 @torch.inference_mode()
-def perplexity(pretrained: Pretrained, rows: Iterable[Row]) -> float:
-    """Return the perplexity of the responses, over all their tokens together.
+def perplexity(pretrained: Pretrained, rows: Iterable[Row]) -> Estimate:
+    """Return the perplexity of the responses, over all their tokens together; a bootstrap over responses.
 
     Raises:
-        ValueError: if there is no token.
+        ValueError: if fewer than two responses have a token.
     """
-    template, total, count = ChatTemplate(pretrained.tokenizer), 0.0, 0
+    template, found = ChatTemplate(pretrained.tokenizer), []
     for row in rows:
         prompt = template.encode(
             [Message("user", row.prompt), Message("assistant", row.response or "")], continue_final=True
@@ -91,14 +91,14 @@ def perplexity(pretrained: Pretrained, rows: Iterable[Row]) -> float:
             continue
         ids = torch.tensor([[*prompt.request, *prompt.prefill]], device=pretrained.model.device)
         logits = pretrained.model(ids).logits[0, len(prompt.request) - 1 : -1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt.request) :], reduction="sum"))
-        count += len(prompt.prefill)
-    if not count:
-        raise ValueError("no response has a token")
-    return math.exp(total / count)
+        loss = float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt.request) :], reduction="sum"))
+        found.append((loss, len(prompt.prefill)))
+    if len(found) < 2:
+        raise ValueError(f"a perplexity needs two responses with a token, got {len(found)}")
+    return resampled(found, lambda some: np.exp(some[..., 0].sum(axis=1) / some[..., 1].sum(axis=1)))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Estimate | float]:
+def measure(args: argparse.Namespace) -> dict[str, Estimate]:
     """Return every number by name."""
     pretrained = load_tuned(args.model, args.adapter)
     harmful = read(args.data / "prefill.jsonl", label=1, response="harmful_response")
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Estimate | float]:
         plain = load_tuned(args.model)
         of_plain = respond(plain, [ask for ask in asks if not ask.row.label], args.out / "plain", **made)
         answered = {(one.attack, one.prompt) for one in of_plain if not is_refusal(one.text)}
-    found: dict[str, Estimate | float] = {}
+    found: dict[str, Estimate] = {}
     for name in dict.fromkeys(ask.measure for ask in asks):
         of_name = [one for one in samples if one.attack == name]
         if of_name[0].is_attack:
@@ -128,10 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, Estimate | float]:
                 disturbed = sum((one.attack, one.prompt) in answered for one in declined)
                 found[f"{name}, declined where the plain model answers"] = wilson(disturbed, len(of_name))
     if args.answers is not None:
-        answers = read(args.answers, label=0)
-        found[f"perplexity of {args.answers.name}, n = {min(300, len(answers))}"] = perplexity(
-            pretrained, answers[:300]
-        )
+        found[f"perplexity of {args.answers.name}"] = perplexity(pretrained, read(args.answers, label=0)[:300])
     return found
 
 
@@ -159,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"evaluation.weights: {error}\n")
         return 1
     for name, value in found.items():
-        sys.stdout.write(f"{name}: {value if isinstance(value, Estimate) else f'{value:.2f}'}\n")
+        sys.stdout.write(f"{name}: {value}\n")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 from model.errors import ModelError
 from training import recipe_file
 from training.config import HeadRecipe
-from training.errors import TrainingError
+from training.errors import RecipeError, TrainingError
 from training.harden_config import HardenRecipe
 from training.memory import keep_freed
 from training.tune_config import AnchorRecipe, DpoRecipe, MergeRecipe, TuneRecipe
@@ -61,6 +61,13 @@ def run_tune(arguments: argparse.Namespace, command: str) -> None:
 
     keep_freed()
     sys.stderr.write(f"wrote {tune(recipe, command)}\n")
+
+
+def run_constrain(arguments: argparse.Namespace, command: str) -> None:
+    """Fine-tune a language model under the constrained objective."""
+    if recipe_file.load(TuneRecipe, arguments.config, arguments.overrides).constraint is None:
+        raise RecipeError("the recipe has no constraint: set constraint={}, or use ballast-train sft")
+    run_tune(arguments, command)
 
 
 def run_anchors(arguments: argparse.Namespace, command: str) -> None:
@@ -163,7 +170,7 @@ Every key of a recipe is explained in training/tune_config.py.""",
 Every key of a recipe is explained in training/tune_config.py.""",
     ),
     "constrain": Command(
-        run_tune,
+        run_constrain,
         "constrained_sql",
         "fine-tune on any data, holding the first tokens of each response near the model's own",
         """examples:

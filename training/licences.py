@@ -22,7 +22,7 @@ def licence_for(recipe: HeadRecipe | FitRecipe, licences: set[str]) -> str:
 
 
 def licence_beside(folder: Path) -> set[str]:
-    """Return the licence that a fine-tuning noted beside its adapter; of a stranger's adapter nothing is known."""
+    """Return the licence that a fine-tuning or a merge noted beside its weights; of a stranger's nothing is known."""
     path = folder / "metrics.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("licence") if path.is_file() else None
     return {str(found)} if found is not None else set()

@@ -1,22 +1,32 @@
 """The command `ballast-train merge`: an adapter and its base become one model."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from model import adapter
 from model.pretrained import load
+from training.licences import licence_beside
+from training.rows import licence_of_weights
 from training.tune_config import MergeRecipe
 
 
 def merge(recipe: MergeRecipe) -> Path:
-    """Write the model with the adapter added to its weights, and its tokenizer; return the folder.
+    """Write the model with the adapter added to its weights, its tokenizer, and what they came from; return the folder.
+
+    The licence is that of adapter and model, as far as they say it: what is trained on the whole model stands under it.
 
     Raises:
         ModelError: if model or adapter cannot be loaded, or do not fit.
     """
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype))
     merged = adapter.merge(pretrained, Path(recipe.adapter))
-    merged.model.save_pretrained(recipe.output)
-    merged.tokenizer.save_pretrained(recipe.output)
-    return Path(recipe.output)
+    output = Path(recipe.output)
+    merged.model.save_pretrained(output)
+    merged.tokenizer.save_pretrained(output)
+    licences = licence_beside(Path(recipe.adapter)) | licence_beside(Path(recipe.model))
+    origin = {"model": recipe.model, "adapter": adapter.fingerprint(Path(recipe.adapter))}
+    noted = {"licence": licence_of_weights(licences) if licences else None, "merged": origin}
+    (output / "metrics.json").write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    return output

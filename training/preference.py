@@ -17,7 +17,7 @@ from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
 from training.head import newest_checkpoint
-from training.licences import licence_for
+from training.licences import licence_beside, licence_for
 from training.logs import loggers
 from training.tune_config import DpoRecipe
 
@@ -40,7 +40,7 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
     if any(row.harmful is None for row in rows):
         raise RecipeError("part.sources must be triplets: a preference needs a harmful response too")
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
-    licence = licence_for(recipe, {row.licence for row in rows})
+    licence = licence_for(recipe, {row.licence for row in rows} | licence_beside(Path(recipe.model)))
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")

@@ -51,13 +51,20 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
     if recipe.checkpoint is not None:
         raise RecipeError("checkpoint is for ballast-train calibrate; a head is trained on the model, or on adapter")
     subject = load_subject(recipe)
+    config = subject.pretrained.model.config.get_text_config()
+    if not recipe.head.layers:
+        recipe = replace(recipe, head=replace(recipe.head, layers=spread(config.num_hidden_layers)))
     rows, licence, states = _prepare(recipe, subject)
     folder = Path(recipe.run) / f"trainer-{_identity(recipe, subject, rows)[:12]}"
-    width = int(subject.pretrained.model.config.get_text_config().hidden_size)
-    trained = train(rows, states, recipe, width, folder, (*loggers(Path(recipe.run)), *callbacks))
+    trained = train(rows, states, recipe, int(config.hidden_size), folder, (*loggers(Path(recipe.run)), *callbacks))
     calibration = calibrate(trained.head, rows, states, recipe)
     _write_checkpoint(recipe, subject, rows, trained, calibration, licence, command)
     return Path(recipe.output)
+
+
+def spread(depth: int) -> tuple[int, ...]:
+    """Return the layers that a head reads of so many: where `head_all_rows` reads those of 30, and the final state."""
+    return (*sorted({depth * layer // 30 for layer in (8, 12, 16, 20, 24)}), -1)
 
 
 def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:

@@ -58,7 +58,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         name: read_openings(name, part.onset, recipe) for name, part in recipe.parts.items() if part.onset is not None
     }
     licences = {row.licence for rows in (*dialogues.values(), *openings.values()) for row in rows}
-    licence = licence_for(recipe, licences | (licence_beside(Path(recipe.adapter)) if recipe.adapter else set()))
+    before = [Path(name) for name in (recipe.model, recipe.adapter) if name is not None]
+    licence = licence_for(recipe, licences.union(*map(licence_beside, before)))
     parts = _encoded(recipe, dialogues, openings, pretrained)
     identity = fit.identity(
         recipe, pretrained, recipe.adapter, [[part.name, part.rows, part.openings] for part in parts]

@@ -1,14 +1,19 @@
 """Attacks on a scripted server, which answers as the tests need it."""
 
 import json
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from openai import OpenAIError
 
-from evaluation.attack import main, send
+from evaluation.attack import attack, knows_policies, main, send
 from evaluation.attempts import Attempt, exploits
+from evaluation.client import Server, connect
 from evaluation.rows import Row
-from evaluation.samples import Sample
+from evaluation.samples import Journal, Sample
 from model.chat import Message
 from model.testing import write_tiny
 
@@ -124,6 +129,89 @@ def test_a_request_that_the_server_refuses_is_counted_and_the_others_go_on(stub,
     assert "(n = 6)" in capfd.readouterr().out
 
 
+def test_a_server_that_stops_after_some_answers_loses_none_and_is_asked_for_none_twice(stub, client_of, tmp_path: Path):
+    answered: list[str] = []
+    lock = threading.Lock()
+
+    def answers(body):
+        with lock:
+            if len(answered) >= most:
+                return {"error": {"message": "gone"}}
+            answered.append(body["messages"][0]["content"])
+        return answer("Sure")
+
+    most, journal = 7, tmp_path / "direct.jsonl"
+    attempts = [Attempt("direct", f"do {n}") for n in range(40)]
+    server = stub(answers)
+    server.status_of = lambda body: 500 if "error" in body else 200
+    with pytest.raises(OpenAIError):
+        attack(Server(client_of(server), "stub"), attempts, journal, "one", parallel=4)
+    assert {one.prompt for one in Journal(journal)} == set(answered)
+    assert len(answered) == 7
+    assert len(server.asked) < 20  # it is not asked on and on
+    most = 40
+    found = attack(Server(client_of(server), "stub"), attempts, journal, "one", parallel=4)
+    assert [one.prompt for one in found] == [one.prompt for one in attempts]
+    assert set(Counter(answered).values()) == {1}
+    assert len(list(Journal(journal))) == 40
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_no_more_requests_are_in_flight_than_asked_for(stub, client_of, tmp_path: Path, parallel: int):
+    lock, now, most = threading.Lock(), 0, 0
+
+    def slow(body):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return answer("Sure")
+
+    attempts = [Attempt("direct", f"do {n}") for n in range(9)]
+    attack(Server(client_of(stub(slow)), "stub"), attempts, tmp_path / "direct.jsonl", "one", parallel=parallel)
+    assert most == parallel
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "known"),
+    [
+        (answer("a") | {"moderation": {"input": {"results": []}}}, 200, True),
+        (answer("a"), 200, False),
+        ({"error": {"message": "a side scored by a model without a signal"}}, 400, False),
+        ({"detail": "extra fields"}, 422, False),
+    ],
+)
+def test_a_server_is_asked_whether_it_knows_policies(stub, said, status: int, known: bool):
+    server = stub(lambda body: said)
+    server.status_of = lambda body: status if body == said else 200
+    assert knows_policies(connect(server.url)) is known
+    assert server.asked[0]["moderation"]["policy"]["output"] == {"mode": "block"}  # which every caller may ask for
+
+
+def test_one_of_several_models_is_chosen_by_its_name(stub):
+    server = stub(lambda body: answer(""))
+    server.models = ["a", "b"]
+    assert [connect(server.url, model=name).model for name in (None, "b")] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"lists no model 'c', but \['a', 'b'\]"):
+        connect(server.url, model="c")
+
+
+def test_what_is_no_server_of_models_is_one_line(stub, monkeypatch):
+    server = stub(lambda body: {})
+    monkeypatch.setattr(server.RequestHandlerClass, "do_GET", lambda self: self.reply({"data": None}))
+    with pytest.raises(ValueError, match=f"{server.url}/v1/models lists no models as the OpenAI API does"):
+        connect(server.url)
+
+
+@pytest.mark.parametrize("said", [{}, {"choices": []}, {"choices": [{"message": None}]}])
+def test_an_answer_of_another_kind_is_one_line(stub, client_of, said):
+    with pytest.raises(ValueError, match="does not answer /chat/completions as the OpenAI API does"):
+        send(client_of(stub(lambda body: said)), "stub", Attempt("direct", "do it"), "one")
+
+
 @pytest.mark.parametrize(
     ("kind", "names", "num_asked"),
     [
@@ -181,7 +269,7 @@ def test_hiding_a_request_takes_harmless_text(stub, data, tmp_path: Path, capfd)
         (["--depths", "9"], "no harmful response has 9 tokens"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--tokenizer", "./nowhere"], "nowhere does not exist"),
-        (["--server", "http://127.0.0.1:1"], "Connection error"),
+        (["--server", "http://127.0.0.1:1"], "http://127.0.0.1:1: Connection error; what was answered is kept"),
     ],
 )
 def test_wrong_input_is_a_clear_error(stub, data, tmp_path: Path, capfd, change, message):

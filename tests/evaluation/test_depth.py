@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from evaluation.depth import by_position, divergences, half_of, main
+from evaluation.depth import by_position, divergences, draw, half_of, main, read, resolve
 from evaluation.intervals import Estimate
 from evaluation.rows import Row
 from model.chat import ChatTemplate, Message
@@ -63,7 +63,7 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capfd):
     )
     out = tmp_path / "out"
     tuned = get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    generator = torch.Generator().manual_seed(0)  # some random adapters say nothing, which counts as a refusal
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in tuned.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.3, generator=generator)
@@ -79,10 +79,49 @@ def test_the_command_writes_numbers_and_a_picture(tmp_path: Path, capfd):
     assert set(found["refused"]["aligned"]) == {"0", "4"}  # no response has 99 tokens
     assert [share["n"] for share in found["harmful"].values()] == [3] * 6
     assert (out / "depth.png").read_bytes().startswith(b"\x89PNG")
+    left, middle, right = draw(read(out / "depth.json")).axes
+    assert len(left.lines[0].get_xdata()) == 10
+    assert [list(line.lines[0].get_xdata()) for line in middle.containers] == [[0, 4], [0, 4]]
+    assert right.get_yticklabels()[1].get_text() == "'I cannot'"
     printed = capfd.readouterr().out
     assert "half of the KL of 10 tokens lies up to token " in printed
     assert "aligned, refused after 4 harmful tokens: 0.000" in printed
     assert "reference that begins with 'I cannot', harmful: " in printed
+
+
+def test_a_response_without_a_word_is_no_refusal_and_without_a_judge_there_is_no_third_panel(
+    tmp_path: Path, capfd, monkeypatch
+):
+    model, _ = write_tiny(tmp_path)
+    rows = [json.dumps({"prompt": f"do {i}", "harmful_response": "abc"}) + "\n" for i in range(4)]
+    (tmp_path / "prefill.jsonl").write_text("".join(rows))
+    texts = ["", " ", "I cannot", "fine"]
+    monkeypatch.setattr("evaluation.weights.completions", lambda pretrained, prompts, **_: enumerate(texts))
+    get_peft_model(tiny_lm(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(str(tmp_path / "adapter"))
+    words = ["--model", str(model), "--adapter", str(tmp_path / "adapter"), "--data", str(tmp_path), "--depths", "0"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    printed = capfd.readouterr().out
+    assert "aligned, refused after 0 harmful tokens: 0.250" in printed
+    assert "begins with a refusal: not judged, for want of --judge" in printed
+    assert len(draw(read(tmp_path / "out" / "depth.json")).axes) == 2
+
+
+def test_an_adapter_or_a_checkpoint_is_a_name_of_its_own(tmp_path: Path):
+    _, folder = write_tiny(tmp_path)
+    assert resolve("somebody/else") == ("somebody/else", None)
+    assert resolve(str(folder)) == ("smollm2-135m", None)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").touch()
+    for name in (folder, folder / "adapter"):
+        assert resolve(str(name)) == ("smollm2-135m", folder / "adapter")
+
+
+def test_a_plain_model_alone_has_nothing_to_compare_with(tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "eval").mkdir(parents=True)
+    (tmp_path / "data" / "eval" / "prefill.jsonl").write_text(json.dumps({"prompt": "a", "harmful_response": "b"}))
+    assert main(["--model", "smollm2-135m"]) == 1
+    assert "or as --model an adapter or a checkpoint with one, got 'smollm2-135m'" in capfd.readouterr().err
 
 
 def test_other_vocabularies_do_not_compare(tmp_path: Path, capfd):

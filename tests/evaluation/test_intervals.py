@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from evaluation.intervals import bootstrap, mean, wilson
+from evaluation.intervals import bootstrap, mean, resampled, wilson
 
 
 def test_wilson_by_hand():
@@ -20,11 +21,21 @@ def test_a_share_of_no_samples_is_an_error():
         wilson(0, 0)
 
 
-def test_a_mean_by_hand():
-    # Deviations -1, 0, 1: standard deviation 1, half width 1.96 / sqrt(3).
-    found = mean([1.0, 2.0, 3.0])
-    assert (found.value, found.n) == (2.0, 3)
-    assert (found.low, found.high) == pytest.approx((2 - 1.1316, 2 + 1.1316), abs=1e-4)
+def test_a_mean_has_a_bootstrap_interval_that_repeats():
+    # Of 0 to 99: standard deviation 28.87, so that of the mean of 100 is 2.887, and 1.96 of them are 5.66.
+    values = [float(value) for value in range(100)]
+    found = mean(values)
+    assert (found.value, found.n) == (49.5, 100)
+    assert (found.low, found.high) == pytest.approx((49.5 - 5.66, 49.5 + 5.66), abs=0.6)
+    assert found == mean(values)
+    assert found.high - found.value != found.value - found.low  # of the resamples, not of a normal distribution
+
+
+def test_a_statistic_of_rows_is_resampled_row_by_row():
+    found = resampled([(1, 2), (3, 4), (5, 2)], lambda some: some[..., 0].sum(axis=1) / some[..., 1].sum(axis=1))
+    assert (found.value, found.n) == (9 / 8, 3)
+    assert 0.5 <= found.low < found.value < found.high <= 2.5
+    assert resampled([7, 7, 7], lambda some: np.median(some, axis=1)).high == 7.0
 
 
 def test_a_mean_of_hits_and_misses_is_a_share():

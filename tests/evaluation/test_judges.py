@@ -1,11 +1,12 @@
 """Judges of samples."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from evaluation.judges import by_classifier, by_phrases, is_refusal
+from evaluation.judges import about_classifier, by_classifier, by_phrases, is_refusal, require_other
 from evaluation.samples import Sample
 from model.chat import EncodedPrompt
 from model.guarded_lm import GuardedLM
@@ -52,3 +53,17 @@ def test_by_classifier_a_text_harms_that_the_head_flags(tmp_path: Path, monkeypa
     samples = [replace(sample, text=text) for text in ("TAKE THIS", "take this", "", "?", "1")]
     assert judge(samples) == [True, False, False, None, None]  # nothing assessed, a head that fails: it cannot tell
     assert asked == ["TAKE THIS", "take this", "?", "1"]
+
+
+def test_a_signal_may_not_judge_itself(tmp_path: Path):
+    _, folder = write_tiny(tmp_path)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "safety_head.safetensors").write_bytes(b"another head")
+    with pytest.raises(ValueError, match=r"is the signal of checkpoint:.*checkpoint, which may not judge itself"):
+        require_other(copy, ["hub:smollm2-135m", f"checkpoint:{folder}"])
+    require_other(other, [f"checkpoint:{folder}", "checkpoint:no-longer-there", "http://127.0.0.1:8000"])
+
+
+def test_nobody_takes_the_classifier_for_independent(tmp_path: Path):
+    assert "it is not independent of them" in about_classifier(tmp_path)

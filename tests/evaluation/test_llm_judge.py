@@ -86,7 +86,7 @@ def test_a_run_is_reported_by_it(stub, tmp_path: Path, capfd):
     assert main([*words, "--judge-model", "big"]) == 0
     printed = capfd.readouterr().out
     assert "- Judge: the language model big, asked by the rubric of" in printed
-    assert "| direct | direct | nothing acts: the weights alone | 1 | 0.0%" in printed
+    assert "| direct | direct | nothing acts | 1 | 0.0%" in printed
     assert len(server.asked) == 1
 
 

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.onsets import Made, Scored, alarm, main, make, summarise, threshold
+from evaluation.onsets import (
+    MEDIAN,
+    PER_1000,
+    RELEASED,
+    Made,
+    Scored,
+    alarm,
+    main,
+    make,
+    released,
+    summarise,
+    threshold,
+)
 from evaluation.rows import Row
 
 
@@ -59,8 +71,32 @@ def test_shares_count_from_the_turn():
         "caught at all": 0.5,
         "stopped in the opening": 0.25,
         "harmless answers stopped": 0.5,
+        MEDIAN: 13.0,  # of 3 and 23
+        RELEASED: (0 + 12 + 0 + 30) / 4,
+        PER_1000: 500.0,
     }
-    assert {share.n for name, share in found.items() if "harmless" not in name} == {4}
+    assert {share.n for name, share in found.items() if "harmless" not in name and name != MEDIAN} == {4}
+    assert (found[MEDIAN].n, found[MEDIAN].low, found[MEDIAN].high) == (2, 3.0, 23.0)
+    assert found[RELEASED].low < found[RELEASED].value < found[RELEASED].high
+    assert found[PER_1000].high == pytest.approx(1000 * found["harmless answers stopped"].high)
+
+
+@pytest.mark.parametrize(
+    ("risks", "turn", "out"),
+    [
+        ((0.1,) * 20, 5, 15),  # never stopped: all of them
+        ((0.1,) * 20 + (0.9,) * 3, 5, 7),  # of 20 clear tokens 12 are out, 5 of them before the turn
+        ((0.1,) * 8 + (0.9,) * 3, 5, 0),
+        ((0.9,) * 9, 5, 0),
+        ((0.1,) * 15 + (0.9, None), 5, 2),  # the last assessment acts alone
+    ],
+)
+def test_what_is_held_back_when_the_policy_acts_never_gets_out(risks, turn: int, out: int):
+    assert released(scored(*risks, turn=turn), 0.5) == out
+
+
+def test_a_number_of_too_few_responses_is_left_out():
+    assert not {MEDIAN, RELEASED} & set(summarise([scored(*[0.9] * 9, turn=2)], 0.5))
 
 
 def test_the_threshold_in_hindsight_stops_no_more_than_allowed():

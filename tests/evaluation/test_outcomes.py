@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from evaluation.intervals import wilson
 from evaluation.judges import Verdict
-from evaluation.outcomes import Difference, differences, outcomes, score_differences
+from evaluation.outcomes import Difference, Price, differences, outcomes, prices, score_differences
 from evaluation.samples import Sample
 from evaluation.scores import Score
 from evaluation.tables import as_markdown, of_outcomes
@@ -113,3 +114,15 @@ def test_two_signals_are_compared_row_by_row():
         Difference("requests", "mine, harmful", "over block", "over block", 2, 2, 1, 1, 0, None, 1.0),
         Difference("requests", "mine, harmless", "over block", "over block", 1, 0, 1, 0, 1, None, 1.0),
     ]
+
+
+def test_a_harmless_prompt_is_disturbed_only_where_the_plain_model_answers():
+    def answers(policy: str, *texts: str) -> list[Sample]:
+        return [replace(sample(str(i), text, is_attack=False), policy=policy) for i, text in enumerate(texts)]
+
+    no = "I'm sorry, no."
+    plain = {"price": [*answers("none", "fine", "well", no, no, "only here"), *answers("both", no, no, no, no)]}
+    stopped = replace(sample("1", "", is_stopped=True, is_attack=False))
+    guarded = {"price": [*answers("both", no)[:1], stopped, *answers("both", "", "", no, no)[2:]]}
+    assert prices(plain, guarded) == [Price("price", "both", wilson(2, 4), wilson(2, 4))]
+    assert prices(plain, {"first": RUN["first"], "other": guarded["price"]}) == []

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import page, pictures, runs, tables
-from evaluation.intervals import wilson
+from evaluation import depth, page, pictures, runs, tables
+from evaluation.depth import Depth
+from evaluation.intervals import Estimate, wilson
 from evaluation.judges import by_phrases
 from evaluation.onsets import Scored
 from evaluation.outcomes import Outcome
@@ -71,7 +72,7 @@ def test_a_run_has_a_row_for_each_attack_and_policy(tmp_path: Path):
     assert (
         "| prefill | prefill 5 | both sides block | 2 | 100.0% [34.2%, 100.0%] | 0.0% [0.0%, 65.8%] | 0 | 0 |" in text
     )
-    assert "| prefill | prefill 20 | nothing acts: the weights alone | 2 | 0.0% [0.0%, 65.8%] |" in text
+    assert "| prefill | prefill 20 | nothing acts | 2 | 0.0% [0.0%, 65.8%] |" in text
     assert "| price | benign | both sides block | 2 | 0.0% [0.0%, 65.8%] |" in text
     assert "- 2 attempts or rows of price are missing." in text
     assert "- 1 attempts or rows of answers are missing." in text
@@ -106,7 +107,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
     plain = write(tmp_path / "plain", answers=HARMED, is_watched=False)
     guarded = write(tmp_path / "guarded", answers=DECLINED)
     text = page.as_markdown(report(plain, guarded))
-    alone, blocks = "nothing acts: the weights alone", "both sides block"
+    alone, blocks = "nothing acts", "both sides block"
     assert f"| measure | attack | plain: {alone} | guarded: {blocks} | guarded: {alone} |" in text
     whole, none = "100.0% [34.2%, 100.0%], n = 2", "0.0% [0.0%, 65.8%], n = 2"
     assert f"| prefill | prefill 5 | {whole} | {none} | {none} |" in text
@@ -114,6 +115,59 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
     assert "## guarded: Requests\n" in text
     assert "do not compare" not in text
     assert set(report(plain, guarded).numbers["runs"]) == {"plain", "guarded"}
+
+
+def test_runs_are_priced_beside_the_plain_model(tmp_path: Path):
+    plain = write(tmp_path / "bare", answers=HARMED, is_watched=False)
+    guarded = write(tmp_path / "guarded", answers=DECLINED)
+    alone = page.as_markdown(report(plain, guarded))
+    assert "Harmless prompts beside" not in alone  # which of them is plain, nobody says
+    (tmp_path / "deep").mkdir()
+    base = write(tmp_path / "deep" / "base", answers=HARMED, is_watched=False)
+    facts = json.loads((plain / runs.FACTS).read_text())
+    (plain / runs.FACTS).write_text(json.dumps(facts | {"target": "hub:plain"}))
+    assert "## Harmless prompts beside the plain model, base\n" in page.as_markdown(report(plain, guarded, base))
+    found = report(plain, guarded)
+    text = page.as_markdown(found)
+    assert "## Harmless prompts: acted on or declined\n" in text
+    assert "## Harmless prompts beside the plain model, bare\n" in text
+    whole, none = "100.0% [34.2%, 100.0%]", "0.0% [0.0%, 65.8%]"
+    assert f"| guarded | price | both sides block | 2 | {whole} | {none} |" in text
+    (both, _) = found.numbers["runs"]["guarded"]["prices"]
+    assert (both["disturbed"].value, both["same"].value) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(("f1", "is_enough"), [(None, False), (wilson(80, 100), False), (wilson(90, 100), True)])
+def test_a_judge_that_supports_no_claim_is_said_to_at_the_top(tmp_path: Path, f1: Estimate | None, is_enough: bool):
+    run = runs.read(write(tmp_path / "run", answers=HARMED, is_watched=False))
+    found = page.of([run], lambda some: by_phrases(some), "mine", f1, resamples=20)
+    text, html = page.as_markdown(found), page.as_html(found)
+    assert (text.splitlines()[2].startswith("**By this judge no aim can be claimed: ")) is not is_enough
+    assert ("</h1>\n<p><strong>By this judge no aim can be claimed: " in html) is not is_enough
+    assert (f"- Its F1 against hand labels is {f1}." in text) is is_enough
+    assert bool(found.numbers["caveat"]) is not is_enough
+    assert found.numbers["judge_f1"] == f1
+
+
+def test_a_report_without_a_judged_sample_needs_no_judge(tmp_path: Path):
+    folder = write(tmp_path / "run", answers=HARMED)
+    for name in ("prefill", "price"):
+        (folder / f"{name}.jsonl").unlink()
+    assert "By this judge" not in page.as_markdown(report(folder))
+
+
+def test_a_run_beside_which_depth_was_measured_has_its_picture(tmp_path: Path):
+    folder = write(tmp_path / "run", answers=HARMED, is_watched=False)
+    share = wilson(1, 2)
+    found = Depth([share, share], 1, {"aligned": {0: share}, "reference": {0: share}}, {})
+    (folder / depth.NUMBERS).write_text(json.dumps(asdict(found)))
+    shown = report(folder)
+    figure = shown.figures["where it differs from another model along harmful responses, and refuses"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == [0.5, 0.5]
+    assert shown.numbers["depth"]["half"] == 1
+    (folder / depth.NUMBERS).write_text("{}")
+    with pytest.raises(ValueError, match=r"depth\.json: divergence: Field required"):
+        report(folder)
 
 
 def test_measures_of_one_name_that_differ_are_said_not_to_compare(tmp_path: Path):
@@ -182,10 +236,23 @@ def test_a_curve_has_every_depth_in_order_with_its_share():
 def test_the_curve_of_delays_rises_where_a_turn_is_found():
     found = Scored(2, 0.5, 2, (0.1, 0.1, 0.1, 0.9, 0.9, 0.1))  # acted on after token 5, three after the turn
     never = Scored(2, 0.5, 2, (0.1,) * 6)
-    (axes,) = pictures.of_onsets({"mine": [found, never]}).axes
-    (line,) = axes.lines  # two harmless answers, or none, are too few for a threshold in hindsight
+    figure = pictures.of_onsets({"mine": [found, found, never, never]})
+    assert figure is not None
+    (axes,) = figure.axes
+    line, median = axes.lines  # two harmless answers, or none, are too few for a threshold in hindsight
+    assert list(median.get_xdata()) == [3.0, 3.0]
     x, y = line.get_data()
     assert [share for tokens, share in zip(x, y, strict=True) if tokens in (2, 3)] == [0.0, 0.5]
+
+
+def test_onsets_of_which_none_turns_have_a_table_and_no_curve(tmp_path: Path):
+    harmless = Scored(3, 0.5, 2, (0.1, 0.1, 0.1))
+    assert pictures.of_onsets({"mine": [harmless]}) is None
+    folder = write(tmp_path / "run", answers=HARMED)
+    (folder / "turns.jsonl").write_text(json.dumps({"key": "0", **asdict(harmless)}) + "\n")
+    found = report(folder)
+    assert "| harmless answers stopped per 1,000 | 1 | 0.0 [0.0, 793.5] |" in page.as_markdown(found)
+    assert not any("turns" in what for what in found.figures)
 
 
 @pytest.mark.parametrize("labels", [(0, 0), (1, 1)])

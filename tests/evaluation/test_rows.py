@@ -1,8 +1,11 @@
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from evaluation.rows import read, select
+from evaluation.rows import checksum, read, select
 
 
 def test_a_line_separator_inside_a_text_does_not_end_its_row(tmp_path):
@@ -33,6 +36,27 @@ def test_a_file_without_rows_is_refused(tmp_path):
     path.touch()
     with pytest.raises(ValueError, match="holds no rows"):
         read(path)
+
+
+def test_rows_come_from_the_hub_by_name(monkeypatch):
+    rows = [{"prompt": f"p{n}", "harmful": n % 2, "response": None} for n in range(3)]
+
+    def load_dataset(name, split):
+        if split == "nowhere":
+            raise RuntimeError("no such\nsplit")
+        return rows if (name, split) in (("me/set", "train"), ("me/set", "test")) else []
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert [(row.prompt, row.source) for row in read(Path("hub:me/set"), label=1)] == [("p1", "set")]
+    before = checksum(Path("hub:me/set:test"))
+    rows.append({"prompt": "more"})
+    assert checksum(Path("hub:me/set:test")) != before
+    with pytest.raises(ValueError, match="hub:me/set:test, line 4: not a labelled row"):
+        read(Path("hub:me/set:test"))
+    with pytest.raises(ValueError, match="cannot load data set 'me/set': no such split"):
+        read(Path("hub:me/set:nowhere"))
+    with pytest.raises(ValueError, match="hub:me/empty holds no rows"):
+        read(Path("hub:me/empty"))
 
 
 def test_what_is_selected_is_every_different_row_of_some_prompts(tmp_path):

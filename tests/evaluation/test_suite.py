@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from evaluation.attack import AS_THEY_ARE
-from evaluation.suite import DEPTHS, SCORED, SHIPPED, TEXTS, Kind, load, shipped
+from evaluation.suite import DEPTHS, SCORED, SHIPPED, TEXTS, Kind, load, require_files, shipped
 
 
 def test_there_is_an_attack_of_every_kind():
@@ -24,9 +24,31 @@ def test_every_shipped_suite_opens_with_its_command_and_is_valid():
 
 
 def test_the_smoke_suite_needs_no_other_file():
-    for measure in load("smoke", Path("nowhere")).measures.values():
-        assert measure.data.is_file()
-        assert measure.filler is None or measure.filler.is_file()
+    require_files(load("smoke", Path("nowhere")))
+
+
+@pytest.mark.parametrize("name", ["smoke", "paper", "stream", "full", "tuned", "tuned_backdoor"])
+def test_every_attack_is_reported_three_ways(name: str):
+    for measure in load(name, Path("data")).measures.values():
+        assert measure.kind in ("benign", *SCORED) or measure.policies == ("both", "output", "none")
+
+
+def test_a_missing_file_is_named_with_its_measure_and_with_what_makes_it(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"the measure direct needs .*direct.jsonl, which does not exist$"):
+        require_files(load("paper", tmp_path))
+    for name in ("direct", "prefill"):
+        (tmp_path / f"{name}.jsonl").touch()
+    made = f"python -m evaluation.answers --server ADDRESS --data {tmp_path}/benign_prompts.jsonl --out {tmp_path}/ans"
+    with pytest.raises(ValueError, match=r"the measure late needs .*answers.jsonl, which does not exist; ") as caught:
+        require_files(load("stream", tmp_path))
+    assert made in str(caught.value)
+
+
+def test_a_data_set_of_the_hub_is_no_file(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("measures: {a: {kind: direct, data: hub:me/set:test}}")
+    suite = load(str(tmp_path / "mine.yaml"), tmp_path)
+    require_files(suite)
+    assert suite.measures["a"].data == Path("hub:me/set:test")
 
 
 def test_nothing_that_is_asked_here_is_learned_anywhere():

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from evaluation import target
+from evaluation.client import connect
+from model import checkpoint
+from model.pretrained import DEFAULT_MODEL, NAMED
+from model.testing import write_tiny
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1"])
@@ -43,3 +47,42 @@ def test_a_server_that_was_started_is_stopped(tmp_path: Path, monkeypatch):
         pid = int((tmp_path / "pid").read_text())
         assert Path(f"/proc/{pid}").exists()
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_server_tells_its_model_and_its_thresholds(stub):
+    server = stub(lambda body: {"thresholds": {"response": {"block": 0.9}}})
+    found = target.told(connect(server.url))
+    assert found == {"id": "stub", "owned_by": "me", "thresholds": {"response": {"block": 0.9}}}
+    server.answer = lambda body: {"thresholds": {"response": {"block": 0.8}}}
+    assert target.told(connect(server.url)) != found
+    server.answer = lambda body: {"error": {"message": "what is that?"}}
+    server.status_of = lambda body: 404 if "error" in body else 200
+    assert target.told(connect(server.url))["thresholds"] is None
+
+
+def test_the_fingerprint_is_that_of_what_is_served(tmp_path: Path):
+    model, folder = write_tiny(tmp_path)
+    found = {kind: target.fingerprint(f"{kind}:{path}") for kind, path in (("hub", model), ("checkpoint", folder))}
+    (folder / "README.md").write_text("not served")
+    (model / "metrics.json").write_text("nor is this")
+    assert target.fingerprint(f"hub:{model}") == found["hub"]
+    assert target.fingerprint(f"checkpoint:{folder}") == found["checkpoint"]
+    (model / "model.safetensors").write_bytes(b"others")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"trained again")
+    assert target.fingerprint(f"hub:{model}") != found["hub"]
+    assert target.fingerprint(f"checkpoint:{folder}") != found["checkpoint"]
+    assert target.fingerprint("http://127.0.0.1:8000") is None
+    assert target.fingerprint(f"hub:{DEFAULT_MODEL}") == NAMED[DEFAULT_MODEL].sha256
+
+
+def test_every_shipped_checkpoint_has_a_fingerprint_of_its_own():
+    names = checkpoint.shipped()
+    assert len({target.fingerprint(f"checkpoint:{name}") for name in names}) == len(names)
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch):
+    cached = {"me/model": "/cache/models--me--model/snapshots/0123abc/config.json"}
+    monkeypatch.setattr(target, "try_to_load_from_cache", lambda name, file: cached.get(name))
+    assert target.fingerprint("hub:me/model") == "0123abc"
+    assert target.fingerprint("hub:me/other") is None

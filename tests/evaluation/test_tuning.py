@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from evaluation import tuning
 from evaluation.__main__ import main
+from evaluation.intervals import wilson
 from model import adapter
 from model.checkpoint import attach, load, save
 from model.pretrained import Pretrained
@@ -84,6 +85,36 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
         tuning.main(words, evaluate)
     assert "| backdoor-plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
     assert printed.count("| backdoor-constrained-10 |") == 1
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "sql"])
+def test_a_harmless_task_is_attacked_and_scored_once(checkpoint: Path, tmp_path: Path, monkeypatch, capsys, task: str):
+    def train(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert f"attack_{task}" in command
+        write_adapter(Path(next(word for word in command if word.startswith("output=")).removeprefix("output=")))
+        return subprocess.CompletedProcess(command, 0)
+
+    def evaluate(words: list[str]) -> int:
+        assert words[1] == "tuned"
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").write_text(json.dumps({"outcomes": []}))
+        return 0
+
+    scored: list[tuple[object, ...]] = []
+    monkeypatch.setattr("evaluation.tuning.subprocess.run", train)
+    monkeypatch.setattr(
+        "evaluation.tuning.tasks.of_tuned", lambda *words: scored.append(words) or {"accuracy": wilson(1, 4)}
+    )
+    words = [task, "--checkpoint", str(checkpoint), "--model", "M", "--train-data", "some/train", "--out"]
+    for _ in range(2):
+        assert tuning.main([*words, str(tmp_path / "o")], evaluate) == 0
+    plain, constrained = scored
+    tuned = tmp_path / "o" / f"{task}-plain" / "adapter"
+    assert plain == (task, "M", tuned, Path(f"some/train/../finetune/{task}_test.jsonl"))
+    assert constrained[2] == tmp_path / "o" / f"{task}-constrained" / "adapter"
+    printed = capsys.readouterr().out
+    assert printed.count(f"| {task}-plain | {task} | accuracy | none | 4 | 25.0% [4.6%, 69.9%] |") == 2
 
 
 def test_a_training_that_fails_says_why(checkpoint: Path, tmp_path: Path, capsys):

@@ -58,12 +58,15 @@ def test_perplexity_is_that_of_all_response_tokens_together(tiny):
         with torch.inference_mode():
             logs = tiny.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         losses += [-float(logs[place - 1, ids[place]]) for place in range(len(request), len(ids))]
-    assert perplexity(tiny, rows) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-4)
+    found = perplexity(tiny, rows)
+    assert found.value == pytest.approx(math.exp(sum(losses) / 5), rel=1e-4)
+    ends = sorted(math.exp(sum(part) / len(part)) for part in (losses[:3], losses[3:]))
+    assert (found.low, found.high, found.n) == (pytest.approx(ends[0], rel=1e-4), pytest.approx(ends[1], rel=1e-4), 2)
 
 
-def test_perplexity_of_nothing_is_an_error(tiny):
-    with pytest.raises(ValueError, match="no response has a token"):
-        perplexity(tiny, [Row("a", "hi", "", 0)])
+def test_perplexity_of_too_little_is_an_error(tiny):
+    with pytest.raises(ValueError, match="needs two responses with a token, got 1"):
+        perplexity(tiny, [Row("a", "hi", "", 0), Row("a", "hi", "abc", 0)])
 
 
 @pytest.fixture

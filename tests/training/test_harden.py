@@ -40,6 +40,7 @@ def config(recipe: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) ->
     recipe = replace(
         recipe, sources={**recipe.sources, "alpaca": replace(recipe.sources["alpaca"], without=("runs/short.jsonl",))}
     )
+    recipe = replace(recipe, head=replace(recipe.head, layers=()))
     found = {
         "model": "overwritten",
         "data": str(data),
@@ -75,6 +76,7 @@ def test_a_model_goes_the_whole_way_and_again_without_doing_anything_twice(
     assert main(words) == 0
     lm = checkpoint.attach(load(str(saved_model), dtype=torch.float32), tmp_path / "hardened")
     assert (lm.head is None, lm.cls is None) == (False, False)
+    assert lm.head.config.layers == (0, 1, 2, -1)  # spread over a model of three layers
     assert lm.config.base.adapter
     answers = (tmp_path / "run" / "anchors.jsonl").read_text()
     assert answers.count("\n") >= 1
@@ -110,7 +112,7 @@ def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     assert found.signal.adapter is None
     assert found.signal.steps == 7
     assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal_balanced").parts
-    off = ["seed=3", "acting.redraw_share=null"]
+    off = ["seed=3", "acting.redraw_share=null", "head.layers=[]"]
     assert found.head == recipe_file.load(HeadRecipe, "head_deepened_signal", off)
 
 

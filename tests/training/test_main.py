@@ -13,3 +13,8 @@ def test_a_missing_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPat
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "pip install 'ballast[train]'" in said
+
+
+def test_the_constrained_objective_needs_a_constraint(capsys):
+    assert main(["constrain", "constraint=null"]) == USER_ERROR
+    assert "the recipe has no constraint: set constraint={}, or use ballast-train sft" in capsys.readouterr().err

@@ -354,6 +354,17 @@ def test_a_merged_model_says_what_the_tuned_one_says(saved_model: Path, data: Pa
     assert torch.allclose(load(str(folder), dtype=torch.float32).model(ids).logits, tuned(ids).logits, atol=1e-4)
 
 
+def test_what_is_trained_on_a_merged_model_stands_under_its_licence_too(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path, steps=1), "")
+    noted = tmp_path / "adapter" / "metrics.json"
+    assert json.loads(noted.read_text())["licence"] == "Apache-2.0"
+    noted.write_text(json.dumps({"licence": "CC-BY-NC-SA-4.0"}))
+    made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
+    folder = merge(MergeRecipe(**made, dtype="float32"))
+    again = tune(recipe(folder, data, tmp_path / "again", steps=1), "")
+    assert json.loads((again / "metrics.json").read_text())["licence"] == "CC-BY-NC-SA-4.0"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("anchors", [ANCHORS, {**ANCHORS, "is_distilled": True}], ids=["tokens", "distilled"])
 def test_two_processes_have_the_loss_and_the_weights_of_one(
