@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 from unittest.mock import patch
 
@@ -42,6 +43,8 @@ VARIANTS = ("off", "token head", "[CLS] every", "[CLS] annealed", "token head, [
 WARM_UP = 8
 """Steps of an answer that do not count: those that read the prompts are among them."""
 CACHE_BYTES = 400 << 20
+NUMBERS = count(1_000_000)
+"""Begin the prompts, so that they share nothing. Without a signal they would share whatever they begin with."""
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "pass": ((PagedRunner, "_forward"),),
     "heads": ((GuardedLM, "assess"), (GuardedLM, "assess_cls"), (assessing, "extend_rows")),
@@ -56,7 +59,7 @@ def answer(lm: GuardedLM, runner: PagedRunner, rows: int, tokens: int, ended: Ca
     """Have so many sequences write so many tokens together; `ended` is called after every step."""
     mode = Mode.OFF if lm.config is None else Mode.BLOCK
     sampling = SamplingParams(temperature=0.0, ignore_eos=True)
-    prompts = [lm.chat.encode([Message("user", f"{PROMPT}{number}")]) for number in range(rows)]
+    prompts = [lm.chat.encode([Message("user", f"{next(NUMBERS)}: {PROMPT}")]) for _ in range(rows)]
     asked = [GenerationRequest(prompt, tokens, sampling, input=mode, output=mode) for prompt in prompts]
     steps = [Generation(lm, one, lm.schedule).run() for one in asked]
     seats = [runner.open(prompt, watches_request=mode is not Mode.OFF) for prompt in prompts]
