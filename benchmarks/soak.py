@@ -81,8 +81,9 @@ async def one(http: httpx2.AsyncClient, server: Server, drawn: random.Random, fo
 async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: Counter[str]) -> None:
     """Send one request; count what came of it, and every answer whose text or number of tokens is not as told."""
     num_tokens, told = 0, -1
-    said: dict[int, str] = defaultdict(str)
-    of_tokens: dict[int, bytes] = defaultdict(bytes)
+    said: dict[tuple[int, str], str] = defaultdict(str)
+    of_tokens: dict[tuple[int, str], bytes] = defaultdict(bytes)
+    is_whole: dict[tuple[int, str], bool] = defaultdict(lambda: True)  # no token is special, or part of a character
     reasons: list[str] = []
     async with http.stream("POST", url, json=body) as response:
         if response.status_code == 429:
@@ -108,8 +109,11 @@ async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: C
             for field in ("content", "refusal"):
                 tokens = logprobs.get(field) or []
                 num_tokens += len(tokens)
-                of_tokens[choice["index"]] += b"".join(bytes(token["bytes"] or []) for token in tokens)
-                said[choice["index"]] += message.get(field) or ""
+                place = (choice["index"], field)
+                parts = [token["bytes"] for token in tokens]
+                is_whole[place] &= None not in parts and not any(token["token"].startswith("<|") for token in tokens)
+                of_tokens[place] += b"".join(bytes(part or []) for part in parts)
+                said[place] += message.get(field) or ""
             reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
         told = chunk["usage"]["completion_tokens"] if chunk.get("usage") else told
     found["answered"] += 1
@@ -117,7 +121,7 @@ async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: C
     found["without an end"] += len(reasons) != body["n"]
     found["tokens not as told"] += num_tokens != told
     found["text not of its tokens"] += any(
-        text != of_tokens[index].decode("utf-8", "replace") for index, text in said.items()
+        text != of_tokens[place].decode("utf-8", "replace") for place, text in said.items() if is_whole[place]
     )
 
 

@@ -15,13 +15,14 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 from unittest.mock import patch
 
 from shape import PROMPT, guarded, made_model, made_tokenizer
+from shape import VARIANTS as OF_SHAPE
 
 from model import generation
 from model.chat import Message
@@ -39,7 +40,7 @@ from server.engine.paged import paged
 from server.engine.runner import PagedRunner
 
 AGAIN = "off again"
-VARIANTS = ("off", "token head", "[CLS] every", "[CLS] annealed", "token head, [CLS] annealed", AGAIN)
+VARIANTS = (*OF_SHAPE, AGAIN)
 WARM_UP = 8
 """Steps of an answer that do not count: those that read the prompts are among them."""
 CACHE_BYTES = 400 << 20
@@ -90,14 +91,14 @@ def answer(lm: GuardedLM, runner: PagedRunner, rows: int, tokens: int, ended: Ca
 
 
 def step_ms(lm: GuardedLM, runner: PagedRunner, rows: int, tokens: int) -> float:
-    """Return the median of the steps of one round."""
+    """Return the mean of the steps of one round: on a schedule they are not alike."""
     ends: list[float] = []
     answer(lm, runner, rows, tokens, lambda: ends.append(time.perf_counter()))
-    return 1e3 * statistics.median(b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False))
+    return 1e3 * (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
 
 
 @contextmanager
-def timers(spent: Counter[str]) -> Any:
+def timers(spent: Counter[str]) -> Iterator[None]:
     """Add to `spent` what each part takes."""
 
     def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
@@ -118,7 +119,7 @@ def timers(spent: Counter[str]) -> Any:
 
 
 def parts_ms(lm: GuardedLM, runner: PagedRunner, rows: int, tokens: int) -> dict[str, float]:
-    """Return the median of each part over the steps of one round, and that of all the rest."""
+    """Return the mean of each part over the steps of one round, and that of all the rest."""
     found: list[dict[str, float]] = []
     spent: Counter[str] = Counter()
     last = time.perf_counter()
@@ -132,7 +133,7 @@ def parts_ms(lm: GuardedLM, runner: PagedRunner, rows: int, tokens: int) -> dict
 
     with timers(spent):
         answer(lm, runner, rows, tokens, ended)
-    return {part: 1e3 * statistics.median(one[part] for one in found[WARM_UP:]) for part in (*PARTS, "rest")}
+    return {part: 1e3 * statistics.fmean(one[part] for one in found[WARM_UP:]) for part in (*PARTS, "rest")}
 
 
 def main() -> None:

@@ -99,8 +99,8 @@ class Head:
     """Shape of the token head."""
 
     layers: tuple[int, ...] = (-1,)
-    """Whose states it reads: -1 is the final one. An empty list spreads six over a model of any depth, the final one
-    and those that `head_all_rows` reads of 30."""
+    """Whose states it reads: -1 is the final one. An empty list spreads up to six over a model of any depth, the
+    final one and those that `head_all_rows` reads of 30."""
     hidden: Count = 64
     """Width of the hidden layer per risk; 0 is a linear head."""
 

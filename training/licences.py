@@ -24,5 +24,9 @@ def licence_for(recipe: HeadRecipe | FitRecipe, licences: set[str]) -> str:
 def licence_beside(folder: Path) -> set[str]:
     """Return the licence that a fine-tuning or a merge noted beside its weights; of a stranger's nothing is known."""
     path = folder / "metrics.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("licence") if path.is_file() else None
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:  # some other program's
+        return set()
+    found = noted.get("licence") if isinstance(noted, dict) else None
     return {str(found)} if found is not None else set()

@@ -7,6 +7,7 @@ import torch
 
 from model import adapter
 from model.pretrained import load
+from training.errors import RecipeError
 from training.licences import licence_beside
 from training.rows import licence_of_weights
 from training.tune_config import MergeRecipe
@@ -19,14 +20,27 @@ def merge(recipe: MergeRecipe) -> Path:
 
     Raises:
         ModelError: if model or adapter cannot be loaded, or do not fit.
+        RecipeError: if no licence follows from theirs.
     """
+    licence = _licence(licence_beside(Path(recipe.adapter)) | licence_beside(Path(recipe.model)))
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype))
     merged = adapter.merge(pretrained, Path(recipe.adapter))
     output = Path(recipe.output)
     merged.model.save_pretrained(output)
     merged.tokenizer.save_pretrained(output)
-    licences = licence_beside(Path(recipe.adapter)) | licence_beside(Path(recipe.model))
     origin = {"model": recipe.model, "adapter": adapter.fingerprint(Path(recipe.adapter))}
-    noted = {"licence": licence_of_weights(licences) if licences else None, "merged": origin}
+    noted = {"licence": licence, "merged": origin}
     (output / "metrics.json").write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
     return output
+
+
+def _licence(licences: set[str]) -> str | None:
+    """Return the licence of what is merged; None where neither says any.
+
+    Raises:
+        RecipeError: if none follows from both.
+    """
+    found = next(iter(licences)) if len(licences) == 1 else licence_of_weights(licences)
+    if licences and found is None:
+        raise RecipeError(f"the licence of the whole model does not follow from {sorted(licences)}")
+    return found

@@ -21,7 +21,7 @@ from training.config import Head, HeadRecipe
 from training.corpus import assemble
 from training.errors import RecipeError
 from training.head import Trained, train
-from training.licences import licence_for
+from training.licences import licence_beside, licence_for
 from training.logs import loggers
 from training.model_card import model_card
 from training.plots import draw
@@ -51,12 +51,11 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
     if recipe.checkpoint is not None:
         raise RecipeError("checkpoint is for ballast-train calibrate; a head is trained on the model, or on adapter")
     subject = load_subject(recipe)
-    config = subject.pretrained.model.config.get_text_config()
-    if not recipe.head.layers:
-        recipe = replace(recipe, head=replace(recipe.head, layers=spread(config.num_hidden_layers)))
+    recipe = _with_layers(recipe, subject)
     rows, licence, states = _prepare(recipe, subject)
     folder = Path(recipe.run) / f"trainer-{_identity(recipe, subject, rows)[:12]}"
-    trained = train(rows, states, recipe, int(config.hidden_size), folder, (*loggers(Path(recipe.run)), *callbacks))
+    width = int(subject.pretrained.model.config.get_text_config().hidden_size)
+    trained = train(rows, states, recipe, width, folder, (*loggers(Path(recipe.run)), *callbacks))
     calibration = calibrate(trained.head, rows, states, recipe)
     _write_checkpoint(recipe, subject, rows, trained, calibration, licence, command)
     return Path(recipe.output)
@@ -65,6 +64,12 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
 def spread(depth: int) -> tuple[int, ...]:
     """Return the layers that a head reads of so many: where `head_all_rows` reads those of 30, and the final state."""
     return (*sorted({depth * layer // 30 for layer in (8, 12, 16, 20, 24)}), -1)
+
+
+def _with_layers(recipe: HeadRecipe, subject: Subject) -> HeadRecipe:
+    """Return the recipe with layers for the head to read, spread over the model where it names none."""
+    depth = int(subject.pretrained.model.config.get_text_config().num_hidden_layers)
+    return replace(recipe, head=replace(recipe.head, layers=recipe.head.layers or spread(depth)))
 
 
 def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:
@@ -79,6 +84,7 @@ def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:
         raise RecipeError("set checkpoint, or adapter to a folder that ballast-train signal wrote")
     if subject.brought.head is not None:
         recipe = replace(recipe, head=Head(subject.brought.head.config.layers, subject.brought.head.config.hidden))
+    recipe = _with_layers(recipe, subject)
     rows, licence, states = _prepare(recipe, subject, is_held_out_only=True)
     trained = Trained(subject.brought.head, {})
     calibration = calibrate(trained.head, rows, states, recipe)
@@ -90,7 +96,8 @@ def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = F
     """Return the rows, or those that nothing is trained on, the licence of what is made of all, and their states."""
     rows = _rows(recipe, subject.pretrained)
     check(rows, recipe)
-    licence = licence_for(recipe, {row.licence for row in rows} | subject.brought.licences)
+    before = subject.brought.licences | licence_beside(Path(recipe.model))
+    licence = licence_for(recipe, {row.licence for row in rows} | before)
     _write_run(recipe, rows)
     if is_held_out_only:
         rows = [row for row in rows if row.part != "train"]

@@ -215,7 +215,8 @@ class SignalModel(nn.Module):
 def fresh_signal(model: PreTrainedModel, settings: Signal, seed: int) -> ClsSignal:
     """Return an untrained signal for a model: an embedding as long as a word's, and a small head.
 
-    An embedding that stays as it is has to read well from the start: that of the token that ends a turn does.
+    An embedding that stays as it is has to read well from the start: that of the first end-of-sequence token does,
+    which in most chat templates ends a turn.
     """
     table: Any = model.get_input_embeddings()
     embeddings: Tensor = table.weight.detach()
@@ -224,12 +225,11 @@ def fresh_signal(model: PreTrainedModel, settings: Signal, seed: int) -> ClsSign
         signal = ClsSignal(embeddings.shape[1], settings.hidden)
         nn.init.normal_(signal.embedding, std=float(embeddings.float().std()))
     if not settings.is_embedding_trained:
-        signal.embedding.data = embeddings[_end_of_turn(model)].float().clone()
+        signal.embedding.data = embeddings[_first_eos(model)].float().clone()
     return signal.to(embeddings.device)
 
 
-def _end_of_turn(model: PreTrainedModel) -> int:
+def _first_eos(model: PreTrainedModel) -> int:
     """Return the first end-of-sequence token of the model; 0 where it names none."""
     found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    first = found[0] if isinstance(found, list) else found
-    return first if first is not None else 0
+    return next(iter(found), 0) if isinstance(found, list) else found or 0

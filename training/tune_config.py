@@ -115,7 +115,8 @@ class Lora:
     """The adapter's output is scaled by alpha / rank."""
     first_layer: Count = 0
     """The first decoder layer with an adapter. Those below stay the plain model's, and so do the states that a token
-    head reads of them. Where no embedding is trained either, no step goes back through them."""
+    head reads of them at the request; at a response too, unless its tokens read `[CLS]`. Where no embedding is trained
+    either, no step goes back through them."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -162,7 +163,7 @@ class Signal:
     learning_rate: Positive = 1e-3
     """Of embedding and head."""
     is_embedding_trained: bool = True
-    """False keeps the embedding that training begins with, a fresh one that of the token that ends a turn."""
+    """False keeps the embedding that training begins with, a fresh one that of the first end-of-sequence token."""
     softmax_tau: Positive = 1.0
     """Temperature over the assessments of one response: a benign opening of a harmful one is left alone."""
 

@@ -6,7 +6,7 @@
 
 #define BLOCK 1024
 
-/* A bfloat16 as an integer in the same order; both zeros are one. */
+/* A bfloat16 as an integer in the same order; both zeros are one. What is no number is the highest or the lowest. */
 static inline int16_t in_order(uint16_t bits) {
     const uint16_t value = bits == 0x8000 ? 0 : bits;
     return (int16_t)(value ^ ((uint16_t)((int16_t)value >> 15) & 0x7fff));

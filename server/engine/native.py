@@ -138,7 +138,7 @@ def likeliest(logits: Tensor) -> list[int]:
         call(_function(found, "likeliest", num_arguments=4), (logits, tokens), logits.shape)
     elif len(logits):
         torch.argmax(logits, dim=-1, out=tokens)
-    return list(map(int, tokens.tolist()))
+    return list(map(int, tokens.tolist()))  # untyped there
 
 
 def _function(found: ctypes.CDLL, name: str, *, num_arguments: int) -> Any:

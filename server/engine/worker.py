@@ -27,7 +27,7 @@ from server.engine.seats import Runner, run_one
 logger = logging.getLogger(__name__)
 
 MOST_FAULTS = 3
-"""Faults of the worker with no step between them, after which it does not go on."""
+"""Faults of the worker, with no step between them in which a pass succeeded, after which it does not go on."""
 MOST_BARREN = 3
 """Steps one after another of which every pass failed, after which the worker sees whether it can still answer."""
 
@@ -145,13 +145,19 @@ class Worker:
     def _doubt(self) -> None:
         """Fail where no pass succeeds any more. What fails in a request of its own leaves the warm-up alone.
 
+        The warm-up needs pages too. Those that run give theirs up for it, and compute them again.
+
         Raises:
             Exception: of the warm-up, which is a fault of the worker's own.
         """
         self._num_barren += 1
         if self._num_barren >= MOST_BARREN:
             self._num_barren = 0
+            for job in self._running:
+                self.runner.evict(job.seat)
+                job.num_passes = 0
             self.warm_up()
+            self._num_faults = 0
 
     def _step(self) -> bool:
         """Run one pass of some of the running jobs together; tell whether any succeeded."""

@@ -124,8 +124,9 @@ def test_an_aborted_request_gives_its_pages_back():
         await anext(events)
         await events.aclose()
         left_after = len(ran)
-        while runner.num_available < runner.pages.num_pages:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while runner.num_available < runner.pages.num_pages:
+                await asyncio.sleep(0)
         assert len(ran) <= left_after + 1  # the step that was running when it left
         await collect(engine, "next", ask(engine.lm, 2))
 

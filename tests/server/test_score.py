@@ -82,7 +82,7 @@ def test_a_conversation_on_which_the_head_failed_is_a_500_and_no_score(serve_bro
         ("/v1/moderations", {"messages": None, "input": "hello"}),
     ],
 )
-def test_work_is_shared_within_a_cache_salt(serve, path, fields):
+def test_a_cache_salt_reaches_the_cache(serve, path, fields):
     server = serve()
     salts = []
     runner = server.engine._worker.runner

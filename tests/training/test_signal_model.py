@@ -207,9 +207,7 @@ def test_what_is_learned_is_what_decoding_reads(saved_model: Path, data: Path, t
     assert not torch.equal(load(tmp_path / "adapter")[0].embedding, fresh.embedding)
 
 
-def test_an_embedding_that_is_not_trained_is_that_of_the_token_that_ends_a_turn(
-    saved_model: Path, data: Path, tmp_path: Path
-):
+def test_an_embedding_that_is_not_trained_is_that_of_the_end_of_sequence(saved_model: Path, data: Path, tmp_path: Path):
     signal = {"is_embedding_trained": False, "learning_rate": 0.05}
     tune(joint(saved_model, data, tmp_path, signal=signal), "")
     found, fresh = load(tmp_path / "adapter")[0], fresh_signal(tiny_lm(), Signal(), seed=0)

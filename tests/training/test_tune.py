@@ -138,7 +138,7 @@ def test_an_adapter_may_begin_above_the_lower_layers(saved_model: Path, data: Pa
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, True, False]
     tune(recipe(saved_model, data, tmp_path / "next", adapter=str(tmp_path / "adapter"), lora=upper), "")
     lora = {"rank": 4, "alpha": 8}
-    with pytest.raises(RecipeError, match=r"lora\.first_layer is 0, that of the adapter .* is 2"):
+    with pytest.raises(RecipeError, match=r"lora\.first_layer is 0, but the adapter .* is on layers \[2\]"):
         tune(recipe(saved_model, data, tmp_path / "other", adapter=str(tmp_path / "adapter"), lora=lora), "")
     with pytest.raises(RecipeError, match=r"lora\.first_layer 3 must be below the number of layers, 3"):
         tune(recipe(saved_model, data, tmp_path / "deeper", lora=upper | {"first_layer": 3}), "")
