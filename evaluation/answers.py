@@ -9,13 +9,13 @@ no answer depends on another. An interrupted run goes on where it stopped: give 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from openai import OpenAI, OpenAIError
 from rich.progress import track
 
+from evaluation import kept, lines
 from evaluation.client import PARALLEL, add_arguments, connect
 from evaluation.rows import Row, read, sample
 
@@ -58,11 +58,12 @@ def answer_all(client: OpenAI, model: str, rows: Sequence[Row], out: Path, *, ma
         OpenAIError: if the server refuses a row or cannot be reached; what was answered is kept.
         ValueError: if `out` holds what is no answer.
     """
+    lines.mend(out)
     done = {row.prompt for row in read(out, label=0)} if out.exists() and out.stat().st_size else set()
     missing = [row for row in rows if row.prompt not in done]
-    with ThreadPoolExecutor(PARALLEL) as pool, out.open("a", encoding="utf-8", buffering=1) as file:
-        answers: Iterator[str] = pool.map(lambda row: ask(client, model, row, max_tokens), missing)
-        for row, text in zip(missing, track(answers, SOURCE, total=len(missing)), strict=True):
+    answers = kept.as_found(lambda row: ask(client, model, row, max_tokens), missing, PARALLEL)
+    with out.open("a", encoding="utf-8", buffering=1) as file:
+        for row, text in track(answers, SOURCE, total=len(missing)):
             if text.strip():
                 file.write(json.dumps({"prompt": row.prompt, "response": text, "source": SOURCE}) + "\n")
                 done.add(row.prompt)

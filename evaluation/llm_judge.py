@@ -5,13 +5,12 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from openai import BadRequestError, OpenAI
-from rich.progress import track
 
-from evaluation.client import PARALLEL, TIMEOUT_S
+from evaluation import kept, lines
+from evaluation.client import TIMEOUT_S
 from evaluation.judges import Judge, Verdict
 from evaluation.samples import Sample, key_of
 
@@ -61,12 +60,8 @@ def by_llm(address: str, model: str, journal: Path) -> Judge:
         """Return a verdict for each; raises an OpenAIError if the endpoint fails, stays busy or refuses the key."""
         named = [(key_of(address, model, RUBRIC, one.prompt, one.text), one) for one in samples]
         missing = {key: one for key, one in named if key not in done and one.text.strip()}
-        with ThreadPoolExecutor(PARALLEL) as pool, journal.open("a", encoding="utf-8", buffering=1) as file:
-            asked = pool.map(lambda one: ask(client, model, one), missing.values())
-            for key, verdict in zip(missing, track(asked, "verdicts", total=len(missing)), strict=True):
-                if verdict is not None:
-                    done[key] = verdict
-                    file.write(json.dumps({"key": key, "harmful": verdict}) + "\n")
+        found = kept.fill(journal, done, missing, lambda one: ask(client, model, one), lambda one: {"harmful": one})
+        done.update(found)
         return [done.get(key) if one.text.strip() else False for key, one in named]
 
     return judge
@@ -92,11 +87,10 @@ def verdict_of(answer: str) -> Verdict:
     return {"harmful": True, "harmless": False}.get(word)
 
 
-def _read(journal: Path) -> dict[str, bool]:
+def _read(journal: Path) -> dict[str, Verdict]:
     """Return the verdicts that were kept."""
-    done: dict[str, bool] = {}
-    lines = journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []
-    for number, line in enumerate(lines, start=1):
+    done: dict[str, Verdict] = {}
+    for number, line in enumerate(lines.whole(journal), start=1):
         try:
             row = json.loads(line)
             done[row["key"]] = bool(row["harmful"])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from evaluation.intervals import Estimate, wilson
-from evaluation.onsets import MEDIAN, Scored, delays, summarise, thresholds
+from evaluation.onsets import Scored, delays, thresholds
 from evaluation.outcomes import Outcome
 from evaluation.scores import Score
 
@@ -122,8 +122,8 @@ def of_onsets(scored: Mapping[str, Sequence[Scored]]) -> Figure | None:
             caught = np.array([delay for delay in found if delay is not None and delay > 0])
             shares = [wilson(int((caught <= most).sum()), len(found)) for most in within]
             (line,) = axes.plot(within, [one.value for one in shares], label=f"{run}, n = {len(found)}: {name}")
-            if median := summarise(some, block).get(MEDIAN):
-                axes.axvline(median.value, linestyle=":", color=line.get_color())
+            if len(caught) > 1:
+                axes.axvline(float(np.median(caught)), linestyle=":", color=line.get_color())
             axes.fill_between(within, [one.low for one in shares], [one.high for one in shares], alpha=0.15)
     axes.set(xlabel="tokens after the turn", ylabel="share caught", ylim=(0, 1))
     axes.legend(fontsize="small")

@@ -56,18 +56,22 @@ def run_calibrate(arguments: argparse.Namespace, command: str) -> None:
 
 def run_tune(arguments: argparse.Namespace, command: str) -> None:
     """Fine-tune a language model."""
-    recipe = recipe_file.load(TuneRecipe, arguments.config, arguments.overrides)
-    from training.tune import tune
-
-    keep_freed()
-    sys.stderr.write(f"wrote {tune(recipe, command)}\n")
+    _tune(recipe_file.load(TuneRecipe, arguments.config, arguments.overrides), command)
 
 
 def run_constrain(arguments: argparse.Namespace, command: str) -> None:
     """Fine-tune a language model under the constrained objective."""
-    if recipe_file.load(TuneRecipe, arguments.config, arguments.overrides).constraint is None:
+    recipe = recipe_file.load(TuneRecipe, arguments.config, arguments.overrides)
+    if recipe.constraint is None:
         raise RecipeError("the recipe has no constraint: set constraint={}, or use ballast-train sft")
-    run_tune(arguments, command)
+    _tune(recipe, command)
+
+
+def _tune(recipe: TuneRecipe, command: str) -> None:
+    from training.tune import tune
+
+    keep_freed()
+    sys.stderr.write(f"wrote {tune(recipe, command)}\n")
 
 
 def run_anchors(arguments: argparse.Namespace, command: str) -> None:

@@ -64,9 +64,8 @@ def going_on(pretrained: Pretrained, folder: Path, lora: Lora) -> PeftModel:
     there = (getattr(settings, "r", None), getattr(settings, "lora_alpha", None))
     if there != (lora.rank, lora.alpha):
         raise RecipeError(f"lora has rank and alpha {(lora.rank, lora.alpha)}, the adapter {folder} has {there}")
-    if (layers := getattr(settings, "layers_to_transform", None)) != settings_of(
-        lora, pretrained.model
-    ).layers_to_transform:
+    layers = getattr(settings, "layers_to_transform", None)
+    if layers != settings_of(lora, pretrained.model).layers_to_transform:
         raise RecipeError(
             f"lora.first_layer is {lora.first_layer}, but the adapter {folder} is on layers {layers or 'all'}"
         )

@@ -132,13 +132,20 @@ def risk_logits_of() -> RiskLogits | None:
 
 def likeliest(logits: Tensor) -> list[int]:
     """Return the first token of the highest logit of each row, (R, V) on the CPU, V >= 1."""
-    found = library("likeliest") if logits.dtype is torch.bfloat16 else None
     tokens = torch.empty(len(logits), dtype=torch.long)
-    if found is not None and logits.is_contiguous():
-        call(_function(found, "likeliest", num_arguments=4), (logits, tokens), logits.shape)
+    if (function := _likeliest_of(logits.dtype)) is not None and logits.is_contiguous():
+        call(function, (logits, tokens), logits.shape)
     elif len(logits):
         torch.argmax(logits, dim=-1, out=tokens)
-    return list(map(int, tokens.tolist()))  # untyped there
+    found: list[int] = tokens.tolist()
+    return found
+
+
+@cache
+def _likeliest_of(dtype: torch.dtype) -> Any:
+    """Return the compiled function; None where there is none for this precision."""
+    found = library("likeliest") if dtype is torch.bfloat16 else None
+    return None if found is None else _function(found, "likeliest", num_arguments=4)
 
 
 def _function(found: ctypes.CDLL, name: str, *, num_arguments: int) -> Any:

@@ -1,7 +1,7 @@
 """The engine over a cache in pages, with real (tiny) models: what it says, and what it refuses."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from server.engine.engine import EngineError
 from server.engine.local import LocalEngine
 from server.engine.paged import paged
 from server.engine.runner import PagedRunner
+from server.engine.scheduler import Candidate, Plan, plan
 from server.engine.seats import Solos
 
 SETTINGS: dict[str, Any] = {
@@ -74,6 +75,15 @@ def test_many_requests_at_once_say_what_each_says_alone(num_pages: int | None, m
     evicted: list[Any] = []
     evict = PagedRunner.evict
     monkeypatch.setattr(PagedRunner, "evict", lambda self, seat: evicted.append(seat) or evict(self, seat))
+    begins_again: dict[str, int] = {}  # passes of those that lost their pages a step ago
+
+    def planned(candidates: Sequence[Candidate], **how: int) -> Plan:
+        begins_again.update((one.name, one.num_passes) for one in candidates if begins_again.get(one.name) == -1)
+        found = plan(candidates, **how)
+        begins_again.update(dict.fromkeys(found.evict, -1))
+        return found
+
+    monkeypatch.setattr("server.engine.worker.plan", planned)
     alone = tiny_guarded_lm(**SETTINGS)
     requests = [ask(alone, number) for number in range(24)]
 
@@ -88,7 +98,8 @@ def test_many_requests_at_once_say_what_each_says_alone(num_pages: int | None, m
         assert risks == pytest.approx([one.risk for one in score(alone, conversation).assessments], abs=1e-4)
 
     with_engine(body, num_pages)
-    assert bool(evicted) is (num_pages is not None)
+    assert bool(evicted) is bool(begins_again) is (num_pages is not None)
+    assert not any(begins_again.values())  # none is behind what came after it
 
 
 def test_what_would_end_another_engine_is_refused_and_harms_nobody():

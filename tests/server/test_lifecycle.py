@@ -227,6 +227,8 @@ def test_an_engine_that_is_gone_ends_the_process(logging_as_before, scripted):
     def fail():
         wait_until(lambda: engine.state is EngineState.READY)
         engine._fail()  # as the engine's thread does where it cannot go on
+        time.sleep(2)
+        process.should_exit = True  # if it did not end by itself
 
     failing = threading.Thread(target=fail)
     failing.start()

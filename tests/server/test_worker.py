@@ -1,6 +1,7 @@
 import asyncio
 import logging
 import math
+import queue
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +16,14 @@ from model.generation import PREFILL_CHUNK
 from model.guarded_lm import Assessed, StepOutput
 from model.policy import Mode
 from model.request import GenerationRequest
-from model.testing import ScriptedLM
+from model.scoring import steps as scoring
+from model.testing import ScriptedLM, tiny_guarded_lm
 from server.engine.engine import EngineError, EngineState, Overloaded
+from server.engine.jobs import Job, Mail
 from server.engine.local import LocalEngine
+from server.engine.runner import PagedRunner
 from server.engine.seats import Solos
-from server.engine.worker import MOST_BARREN, MOST_FAULTS
+from server.engine.worker import MOST_BARREN, MOST_FAULTS, Worker
 
 
 def request_for(lm: ScriptedLM) -> GenerationRequest:
@@ -132,16 +136,21 @@ class Sticky(Solos):
         return [RuntimeError("the device is gone") for _ in batch] if self.is_broken else super().run(batch)
 
 
+async def in_vain(engine: LocalEngine, count: int) -> None:
+    for number in range(count):
+        with pytest.raises(EngineError):
+            await collect(engine, f"request {number}")
+
+
 def test_an_engine_whose_passes_all_fail_starts_again_and_in_the_end_gives_up():
     async def run() -> None:
         engine = LocalEngine(lambda: ScriptedLM("an answer"), seat=Sticky)
         await engine.start()
         engine._worker.runner.is_broken = True
-        for number in range(MOST_FAULTS * MOST_BARREN):
-            with pytest.raises(EngineError):
-                await collect(engine, f"request {number}")
-        while engine.state is not EngineState.STOPPED:
-            await asyncio.sleep(0.01)
+        await in_vain(engine, MOST_FAULTS * MOST_BARREN)
+        async with asyncio.timeout(10):
+            while engine.state is not EngineState.STOPPED:
+                await asyncio.sleep(0.01)
         assert engine.stats().num_restarts == MOST_FAULTS - 1
         await engine.stop(drain_s=0)
 
@@ -153,14 +162,32 @@ def test_a_device_that_comes_back_serves_again():
         engine = LocalEngine(lambda: ScriptedLM("an answer"), seat=Sticky)
         await engine.start()
         engine._worker.runner.is_broken = True
-        for number in range(MOST_BARREN):
-            with pytest.raises(EngineError):
-                await collect(engine, f"request {number}")
-        while not engine.stats().num_restarts:
-            await asyncio.sleep(0.01)
+        await in_vain(engine, MOST_BARREN)
+        async with asyncio.timeout(10):
+            while not engine.stats().num_restarts:
+                await asyncio.sleep(0.01)
         engine._worker.runner.is_broken = False
         assert isinstance((await collect(engine, "next"))[-1], Finish)
         await engine.stop(drain_s=0)
+
+    asyncio.run(run())
+
+
+def test_a_worker_in_doubt_has_pages_for_its_warm_up():
+    async def run() -> None:
+        lm = tiny_guarded_lm()
+        runner = PagedRunner(lm, 8)
+        mail = Mail(asyncio.get_running_loop(), lambda job: None)
+        worker = Worker(lm, runner, queue.SimpleQueue(), mail, max_running=4)
+        prompt = EncodedPrompt((5,) * 100)
+        worker._begin(Job("long", prompt, lambda lm: scoring(lm, lm.config, prompt)))
+        seat = worker._running[0].seat
+        runner.run([(seat, worker._running[0].asked)])
+        assert runner.num_available <= 1
+        worker._num_barren = MOST_BARREN - 1
+        worker._doubt()
+        assert runner.num_available == 8
+        assert worker._step()  # what it had is computed again
 
     asyncio.run(run())
 

@@ -239,3 +239,10 @@ def test_a_checkpoint_of_another_model_is_not_calibrated(recipe: HeadRecipe, tin
 def test_an_unknown_schedule_is_named(recipe: HeadRecipe, signal: Path):
     with pytest.raises(RecipeError, match="recipe key schedule: unknown schedule 'often'"):
         train_head(replace(recipe, adapter=str(signal), schedule="often"), "")
+
+
+def test_a_head_stands_under_the_licence_of_its_model_too(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    (tmp_path / "model" / "metrics.json").write_text(json.dumps({"licence": "CC-BY-NC-SA-4.0"}))
+    bound = ("own_answers", "alpaca", "refusals")
+    free = replace(recipe, sources={n: s for n, s in recipe.sources.items() if n not in bound}, is_permissive_only=True)
+    assert checkpoint.load(train_head(free, "")).config.licence == "CC-BY-NC-SA-4.0"

@@ -15,10 +15,7 @@ from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from model.adapter import merge as merged
-from model.errors import CheckpointError
-from model.pretrained import Pretrained, load
-from model.testing import FAMILIES, byte_tokenizer, tiny_lm
+from model.pretrained import load
 from tests.training.conftest import SOURCES
 from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
 from training import recipe_file
@@ -28,11 +25,9 @@ from training.config import HeadRecipe
 from training.corpus import assemble
 from training.dialogues import read_part
 from training.errors import DataError, RecipeError
-from training.lora import fresh
-from training.merge import merge
 from training.objective_trainer import ObjectiveTrainer
 from training.tune import _is_short, tune
-from training.tune_config import AnchorRecipe, Lora, MergeRecipe, TuneRecipe
+from training.tune_config import AnchorRecipe, TuneRecipe
 
 DISTILLED = {**ANCHORS, "is_distilled": True}
 
@@ -58,17 +53,6 @@ def test_weights_and_biases_is_asked_for_by_its_variable(saved_model: Path, data
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     with pytest.raises(RecipeError, match="WANDB_PROJECT is set, but wandb is not installed"):
         tune(recipe(saved_model, data, tmp_path), "")
-
-
-def test_the_adapter_changes_the_model_when_it_is_loaded(saved_model: Path, data: Path, tmp_path: Path):
-    tune(recipe(saved_model, data, tmp_path), "")
-    plain = load(str(saved_model), dtype=torch.float32).model
-    ids = torch.tensor([[5, 6, 7]])
-    before = plain(ids).logits
-    after = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(ids).logits
-    assert not torch.allclose(before, after, atol=1e-3)
-    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == load(str(saved_model), dtype=torch.float32).name
 
 
 @pytest.mark.parametrize("make", [recipe, joint])
@@ -103,54 +87,6 @@ def test_another_recipe_does_not_go_on_from_a_run_in_the_same_folder(saved_model
     before = weights(tmp_path)
     tune(recipe(saved_model, data, tmp_path, steps=2, seed=1), "")
     assert any(not torch.equal(before[name], value) for name, value in weights(tmp_path).items())
-
-
-def test_a_run_on_another_adapter_at_the_same_place_begins_anew(saved_model: Path, data: Path, tmp_path: Path):
-    start = str(tmp_path / "first" / "adapter")
-    found = []
-    for seed in (0, 1):
-        tune(recipe(saved_model, data, tmp_path / "first", steps=2, seed=seed), "")
-        tune(recipe(saved_model, data, tmp_path / "second", steps=2, adapter=start), "")
-        found.append(weights(tmp_path / "second"))
-    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
-
-
-def test_an_adapter_that_is_not_there_is_one_line(saved_model: Path, data: Path, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="does not fit"):
-        tune(recipe(saved_model, data, tmp_path, adapter=str(tmp_path / "nothing")), "")
-
-
-def test_an_adapter_of_another_shape_is_refused(saved_model: Path, data: Path, tmp_path: Path):
-    tune(recipe(saved_model, data, tmp_path, steps=1), "")
-    lora = {"rank": 2, "alpha": 99}
-    with pytest.raises(RecipeError, match=r"rank and alpha \(2, 99\), the adapter .* has \(4, 8\)"):
-        tune(recipe(saved_model, data, tmp_path / "next", adapter=str(tmp_path / "adapter"), lora=lora), "")
-
-
-def test_an_adapter_may_begin_above_the_lower_layers(saved_model: Path, data: Path, tmp_path: Path):
-    upper = {"rank": 4, "alpha": 8, "first_layer": 2}
-    tune(recipe(saved_model, data, tmp_path, lora=upper), "")
-    assert {name.split(".layers.")[1].split(".")[0] for name in weights(tmp_path)} == {"2"}
-    plain, tuned = (load(str(saved_model), dtype=torch.float32), load(str(saved_model), dtype=torch.float32))
-    tuned = merged(tuned, tmp_path / "adapter")
-    ids = torch.tensor([[1, 30, 31, 32]])
-    before, after = (one.model(ids, output_hidden_states=True).hidden_states for one in (plain, tuned))
-    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, True, False]
-    tune(recipe(saved_model, data, tmp_path / "next", adapter=str(tmp_path / "adapter"), lora=upper), "")
-    lora = {"rank": 4, "alpha": 8}
-    with pytest.raises(RecipeError, match=r"lora\.first_layer is 0, but the adapter .* is on layers \[2\]"):
-        tune(recipe(saved_model, data, tmp_path / "other", adapter=str(tmp_path / "adapter"), lora=lora), "")
-    with pytest.raises(RecipeError, match=r"lora\.first_layer 3 must be below the number of layers, 3"):
-        tune(recipe(saved_model, data, tmp_path / "deeper", lora=upper | {"first_layer": 3}), "")
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_upper_layers_have_adapters_in_every_family(model_type: str):
-    pretrained = Pretrained(model_type, tiny_lm(model_type), byte_tokenizer())
-    every = {name for name, _ in fresh(pretrained, Lora(first_layer=0), 0).named_parameters() if ".2." in name}
-    pretrained = Pretrained(model_type, tiny_lm(model_type), byte_tokenizer())
-    upper = fresh(pretrained, Lora(first_layer=2), 0)
-    assert {name for name, _ in upper.named_parameters() if "lora_" in name} == {n for n in every if "lora_" in n}
 
 
 def test_harmful_responses_are_never_learned(saved_model: Path, data: Path, tmp_path: Path):
@@ -212,12 +148,6 @@ def test_in_bfloat16_too_the_first_constrained_step_is_plain(
     tune(recipe(saved_model, data, tmp_path, **shared, constraint={"first": 0.5, "early": 0.5, "rest": 0.5}), "")
     (loss,) = losses(tmp_path)
     assert loss == pytest.approx(4 * math.log(2), rel=1e-3)  # (2 / beta) log 2 where nothing has moved
-
-
-def test_a_run_goes_on_from_an_adapter(saved_model: Path, data: Path, tmp_path: Path):
-    tune(recipe(saved_model, data, tmp_path / "first", steps=12), "")
-    tune(recipe(saved_model, data, tmp_path / "second", adapter=str(tmp_path / "first" / "adapter")), "")
-    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0]
 
 
 def test_all_weights_can_be_trained(saved_model: Path, data: Path, tmp_path: Path):
@@ -343,26 +273,6 @@ def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data:
     assert 1 <= len(lines) <= 5
     assert all(line["response"] and line["source"] == "Own sentences (MIT)" for line in lines)
     assert not any(line["complete"] for line in lines)  # a random model hardly ever ends within 6 tokens
-
-
-def test_a_merged_model_says_what_the_tuned_one_says(saved_model: Path, data: Path, tmp_path: Path):
-    tune(recipe(saved_model, data, tmp_path), "")
-    made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
-    folder = merge(MergeRecipe(**made, dtype="float32"))
-    ids = torch.tensor([[5, 6, 7]])
-    tuned = PeftModel.from_pretrained(load(str(saved_model), dtype=torch.float32).model, str(tmp_path / "adapter"))
-    assert torch.allclose(load(str(folder), dtype=torch.float32).model(ids).logits, tuned(ids).logits, atol=1e-4)
-
-
-def test_what_is_trained_on_a_merged_model_stands_under_its_licence_too(saved_model: Path, data: Path, tmp_path: Path):
-    tune(recipe(saved_model, data, tmp_path, steps=1), "")
-    noted = tmp_path / "adapter" / "metrics.json"
-    assert json.loads(noted.read_text())["licence"] == "Apache-2.0"
-    noted.write_text(json.dumps({"licence": "CC-BY-NC-SA-4.0"}))
-    made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
-    folder = merge(MergeRecipe(**made, dtype="float32"))
-    again = tune(recipe(folder, data, tmp_path / "again", steps=1), "")
-    assert json.loads((again / "metrics.json").read_text())["licence"] == "CC-BY-NC-SA-4.0"
 
 
 @pytest.mark.slow
