@@ -25,6 +25,9 @@ from training.tune_config import DialogueSource, FitRecipe, Part
 UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing")
 """Keys of a recipe that do not change the weights."""
 
+WORKERS = 2
+"""Processes that make the batches of a GPU ready; on a CPU they would take its cores from the steps."""
+
 A = TypeVar("A", bound=TrainingArguments)
 
 
@@ -47,6 +50,7 @@ def arguments(kind: type[A], recipe: FitRecipe, folder: Path, **more: Any) -> A:
         "save_total_limit": 2,
         "logging_steps": 1,
         "dataloader_pin_memory": False,
+        "dataloader_num_workers": 0 if device_of(recipe.device) == "cpu" else WORKERS,
         "report_to": [],
         "seed": recipe.seed,
     }
