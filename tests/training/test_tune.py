@@ -275,6 +275,12 @@ def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data:
     assert not any(line["complete"] for line in lines)  # a random model hardly ever ends within 6 tokens
 
 
+def test_weights_spread_over_processes_are_refused(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="FSDP is not supported: start with torchrun"):
+        tune(recipe(saved_model, data, tmp_path, steps=1), "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("anchors", [ANCHORS, {**ANCHORS, "is_distilled": True}], ids=["tokens", "distilled"])
 def test_two_processes_have_the_loss_and_the_weights_of_one(
