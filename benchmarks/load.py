@@ -42,7 +42,7 @@ class Answer(NamedTuple):
     first_s: float
     """Until its first text."""
     between_s: float
-    """From the first text to the last, by token."""
+    """From the first text to the last, by piece: a token each, but for the last ones that were held back."""
     num_tokens: int
 
 
@@ -116,7 +116,7 @@ async def ask(http: httpx2.AsyncClient, server: Server, prompt: str, num_tokens:
     }
     start = time.perf_counter()
     first = last = 0.0
-    found = 0
+    num_pieces = told = 0
     async with http.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -126,9 +126,11 @@ async def ask(http: httpx2.AsyncClient, server: Server, prompt: str, num_tokens:
             if any(choice["delta"].get("content") for choice in chunk["choices"]):
                 last = time.perf_counter()
                 first = first or last
+                num_pieces += 1
             if chunk.get("usage"):
-                found = chunk["usage"]["completion_tokens"]
-    return Answer(first - start, (last - first) / max(1, found - 1), found)
+                told = chunk["usage"]["completion_tokens"]
+    # A server that does not count is taken to have sent a token with every piece.
+    return Answer(first - start, (last - first) / max(1, num_pieces - 1), told or num_pieces)
 
 
 async def measure(server: Server, num_clients: int, prompts: Sequence[str], num_tokens: int) -> dict[str, float]:

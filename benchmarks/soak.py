@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: C
             for field in ("content", "refusal"):
                 tokens = logprobs.get(field) or []
                 num_tokens += len(tokens)
-                place = (choice["index"], field)
                 parts = [token["bytes"] for token in tokens]
+                place = (choice["index"], field)
                 is_whole[place] &= None not in parts and not any(token["token"].startswith("<|") for token in tokens)
                 of_tokens[place] += b"".join(bytes(part or []) for part in parts)
                 said[place] += message.get(field) or ""
@@ -120,9 +121,20 @@ async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: C
     found["rolled back or refused"] += reasons.count("content_filter")
     found["without an end"] += len(reasons) != body["n"]
     found["tokens not as told"] += num_tokens != told
-    found["text not of its tokens"] += any(
-        text != of_tokens[place].decode("utf-8", "replace") for place, text in said.items() if is_whole[place]
-    )
+    found["text not of its tokens"] += sum(_is_other(index, said, of_tokens, is_whole) for index in range(body["n"]))
+
+
+def _is_other(
+    index: int,
+    said: Mapping[tuple[int, str], str],
+    of_tokens: Mapping[tuple[int, str], bytes],
+    is_whole: Mapping[tuple[int, str], bool],
+) -> bool:
+    """Tell whether the text of a choice is not that of its tokens; a refusal is a paragraph of the content too."""
+    places = [(index, field) for field in ("content", "refusal")]
+    parts = [of_tokens.get(place, b"").decode("utf-8", "replace") for place in places]
+    expected = ["\n\n".join(filter(None, parts)), parts[1]]
+    return all(is_whole.get(place, True) for place in places) and expected != [said.get(place, "") for place in places]
 
 
 async def soak(server: Server, num_clients: int, minutes: float) -> tuple[Counter[str], list[float]]:

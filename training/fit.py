@@ -1,6 +1,7 @@
 """What the fine-tuning commands share: the trainer's settings, what names a run, and what it leaves behind."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from model.checkpoint import fingerprint_weights
 from model.pretrained import Pretrained, device_of, sha256_of
 from training import recipe_file
 from training.dialogues import Dialogue
+from training.errors import RecipeError
 from training.model_card import fit_card
 from training.plots import draw_steps
 from training.report import checksums
@@ -29,6 +31,16 @@ WORKERS = 2
 """Processes that make the batches of a GPU ready; on a CPU they would take its cores from the steps."""
 
 A = TypeVar("A", bound=TrainingArguments)
+
+
+def check_processes() -> None:
+    """Refuse processes that would each hold a part of the weights.
+
+    Raises:
+        RecipeError: if they were started so.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise RecipeError("FSDP is not supported: start with torchrun, which gives every process the whole model")
 
 
 def arguments(kind: type[A], recipe: FitRecipe, folder: Path, **more: Any) -> A:

@@ -3,7 +3,6 @@
 The loop is that of transformers' `Trainer`, the loss that of `objective_trainer.py`.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,6 +50,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded.
     """
+    fit.check_processes()
     pretrained = load(recipe.model, dtype=_storage(recipe), device=device_of(recipe.device))
     if _is_short(recipe, pretrained.model):
         pretrained.model.set_attn_implementation("eager")  # its gradient is faster on a CPU, and needs more memory
@@ -223,8 +223,7 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
     """Return the trainer's settings.
 
     Raises:
-        RecipeError: if a step cannot be cut into full batches, or the processes are started in a way that is not for
-            these weights.
+        RecipeError: if a step cannot be cut into full batches.
     """
     renamed = "activation_checkpointing"  # in transformers 5.2x; the old name warns there
     checkpointing = renamed if renamed in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -240,8 +239,6 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         raise RecipeError(
             f"{arguments.n_gpu} GPUs are visible to one process; start with torchrun, or hide all but one"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise RecipeError("FSDP is not supported: start with torchrun, which gives every process the whole model")
     at_once = recipe.batch_size * arguments.world_size
     if per_step % at_once:
         raise RecipeError(

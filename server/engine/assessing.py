@@ -23,7 +23,9 @@ class Ran(NamedTuple):
     """What a model gave of the R rows of B passes."""
 
     logits: Tensor
-    """Of the newest token of each pass, (B, V), on the CPU."""
+    """Of some rows, (N, V), on the CPU."""
+    row_of: Sequence[int]
+    """Which of them is that of the newest token, by pass; of no use where it has none."""
     states: tuple[Tensor, ...] | None
     """Of every row by layer, (1, R, D)."""
     said: Said | None = None
@@ -42,18 +44,18 @@ def assess(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[
         seconds += some_seconds
     tokens = likeliest(ran.logits) if ran.said is None else []
     passed = []
-    for number, rows in enumerate(laid):
+    for number, (rows, row) in enumerate(zip(laid, ran.row_of, strict=True)):
         of_query, of_response, cls_request, cls_response = (some.get(number, []) for some in found)
         last = rows.first + rows.num_tokens - 1
         passed.append(
             Passed(
-                ran.logits[number] if rows.num_tokens else torch.empty(0),
+                ran.logits[row] if rows.num_tokens else torch.empty(0),
                 request=of_query[0] if of_query else None,
                 response=of_response,
                 cls_request=cls_request[0] if cls_request else None,
                 cls_response=cls_response,
                 seconds=seconds / len(batch),
-                likeliest=(ran.said.likeliest(last) if ran.said else tokens[number]) if rows.num_tokens else None,
+                likeliest=(ran.said.likeliest(last) if ran.said else tokens[row]) if rows.num_tokens else None,
             )
         )
     return passed

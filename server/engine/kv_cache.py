@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -223,12 +224,10 @@ class PagedSeats:
         seat.spans = {}
         seat.response, seat.newest = Passage(), None
 
-    def copies(self, seat: Seat, count: int) -> Tensor:
+    def copies(self, seat: Seat, count: int) -> list[int]:
         """Return slots for this many copies of `[CLS]`, none of them that of the newest one."""
-        if not count:
-            return torch.empty(0, dtype=torch.long)
-        slots = _slots(seat.copies)
-        return slots[slots != seat.newest_copy][:count]
+        slots = (slot for page in seat.copies for slot in range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE))
+        return list(islice((slot for slot in slots if slot != seat.newest_copy), count))
 
     def settle(self, seat: Seat, asked: Pass) -> None:
         """Note what was fed, share the pages of the request that are full now, and keep the newest `[CLS]` alone."""
@@ -238,7 +237,7 @@ class PagedSeats:
         for number in range(before // PAGE_SIZE, min(seat.length // PAGE_SIZE, len(seat.names))):
             self.pages.share(seat.pages[number], seat.names[number])
         if asked.spans:
-            seat.newest_copy = int(self.copies(seat, len(asked.spans))[-1])
+            seat.newest_copy = self.copies(seat, len(asked.spans))[-1]
             kept = seat.newest_copy // PAGE_SIZE
             self.pages.give_back([page for page in seat.copies if page != kept])
             seat.copies = [kept]

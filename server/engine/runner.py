@@ -22,7 +22,7 @@ from model.passes import Pass, Passed
 from server.engine.assessing import Ran, assess, is_one_more
 from server.engine.attention import Block, Reads, SlotAttention
 from server.engine.engine import EngineError
-from server.engine.kv_cache import PagedSeats, Rows, Seat, num_pages_of
+from server.engine.kv_cache import NOTHING, PagedSeats, Rows, Seat, num_pages_of
 from server.engine.pages import PAGE_SIZE, Pages
 from server.engine.quick_head import quicken
 from server.engine.recorded import Laid, Recorded, forward, on_cpu
@@ -139,7 +139,7 @@ class PagedRunner(PagedSeats):
         for seat, asked in batch:
             laid.append(self.lay(seat, asked, laid[-1].stop if laid else 0))
         num_rows = laid[-1].stop if laid else 0
-        ran = self._forward(batch, laid, num_rows) if num_rows else Ran(torch.empty(0), None)
+        ran = self._forward(batch, laid, num_rows) if num_rows else Ran(torch.empty(0), [0] * len(batch), None)
         passed = assess(self._lm, batch, laid, ran)
         for seat, asked in batch:
             self.settle(seat, asked)
@@ -156,7 +156,7 @@ class PagedRunner(PagedSeats):
         blocks: dict[int | None, list[Block]] = {window: [] for window in self._windows}
         for (seat, asked), rows in zip(batch, laid, strict=True):
             first, stop = seat.length + rows.num_skipped, seat.length + len(asked.token_ids)
-            copies = self.copies(seat, rows.num_copies)
+            copies = torch.tensor(self.copies(seat, rows.num_copies)) if rows.num_copies else NOTHING
             ids += [*asked.token_ids[rows.num_skipped :], *[0] * rows.num_copies]
             is_copy += [False] * rows.num_tokens + [True] * rows.num_copies
             places += pass_places(first, stop, len(seat.prompt.request), asked.spans, moves=lm.cls_config.moves)
@@ -173,13 +173,13 @@ class PagedRunner(PagedSeats):
         played = self.recorded.play(pass_of) if self.recorded is not None and not any(blocks.values()) else None
         if played is not None:
             logits, states, said = played
-            return Ran(on_cpu(logits if last == list(range(num_rows)) else logits[last]), states, said)
+            return Ran(on_cpu(logits), last, states, said)  # of all rows: to pick some of them would copy them
         reads = {window: Reads.of(lists[window], blocks[window], self._device) for window in self._windows}
         self._attention.prepare(pass_of.new.to(self._device), reads)
         of_ids, of_places, of_copies = (torch.tensor(some, device=self._device) for some in (ids, places, is_copy))
         logits, states = forward(lm, of_ids, of_places, of_copies, torch.tensor(last, device=self._device))
         # On the CPU, where they are drawn from. This waits for the pass, so that the heads' time is their own.
-        return Ran(on_cpu(logits), states)
+        return Ran(on_cpu(logits), range(len(batch)), states)
 
     def _read(
         self,

@@ -1,7 +1,8 @@
 """Which passes run in the next step. Pure Python: no tensors.
 
-A response that is being written goes on in every step, so what is running stays fluent. What is left of a step's rows
-goes to prompts, first to those that have had the fewest passes: a short one is not stuck behind a long one.
+A response that is being written goes on in every step, and has steps to itself between two pieces of prompts, so what
+is running stays fluent. What is left of a step's rows goes to prompts, first to those that have had the fewest passes,
+and of them to the shortest: a short one is not stuck behind long ones.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,10 @@ from typing import NamedTuple
 
 SHORT = 32
 """Most rows of a pass that runs in every step; longer ones share what is left."""
+
+REST = 8
+"""Rows that responses have to themselves between two steps with a longer pass: by then the first tokens of a response,
+which are held back, have left."""
 
 
 class Size(NamedTuple):
@@ -45,13 +50,35 @@ class Plan:
     """Sequences that lose their pages first, and compute them again later."""
 
 
+class Pace:
+    """Lets what is being written go on by itself now and then, while prompts are read."""
+
+    def __init__(self) -> None:
+        self._num_left = 0
+
+    def choose(self, candidates: Sequence[Candidate], *, num_available: int) -> Sequence[Candidate]:
+        """Return who may run in the next step: all, or those alone that are being written.
+
+        Args:
+            candidates: every running sequence.
+            num_available: pages that nobody has. Where they are too few, all must give and take.
+        """
+        short = [one for one in candidates if one.size.num_rows <= SHORT]
+        fits = sum(one.size.num_new_pages for one in short) <= num_available
+        if len(short) == len(candidates) or (short and fits and self._num_left > 0):
+            self._num_left -= sum(one.size.num_rows for one in short)
+            return short
+        self._num_left = REST
+        return candidates
+
+
 def plan(candidates: Sequence[Candidate], *, num_rows: int, num_available: int) -> Plan:
-    """Return what to run, and what to evict for it. The sequence that came first always runs.
+    """Return what to run, and what to evict for it. Of the candidates, the one that came first always runs.
 
     Where pages are short, sequences that came later give theirs to those that came before.
 
     Args:
-        candidates: every running sequence.
+        candidates: running sequences, as `Pace` chose them.
         num_rows: rows of a step; the first of the long passes runs even if it has more, or none of them ever might.
         num_available: pages that nobody has.
     """
@@ -62,7 +89,8 @@ def plan(candidates: Sequence[Candidate], *, num_rows: int, num_available: int) 
     first = by_arrival[:1]
     short = [one for one in by_arrival[1:] if one.size.num_rows <= SHORT]
     long = sorted(
-        (one for one in by_arrival[1:] if one.size.num_rows > SHORT), key=lambda one: (one.num_passes, one.arrival)
+        (one for one in by_arrival[1:] if one.size.num_rows > SHORT),
+        key=lambda one: (one.num_passes, one.size.num_rows),
     )
     for candidate in (*first, *short, *long):
         is_in_turn = candidate in first or candidate in long[:1]

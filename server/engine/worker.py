@@ -7,6 +7,7 @@ a fault of the worker itself the running jobs end, and it goes on with the next.
 
 import logging
 import queue
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -21,7 +22,7 @@ from model.request import GenerationRequest
 from model.sampling import GREEDY
 from server.engine.engine import EngineError
 from server.engine.jobs import Job, Mail
-from server.engine.scheduler import Candidate, plan
+from server.engine.scheduler import Candidate, Pace, plan
 from server.engine.seats import Runner, run_one
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Worker:
         self._arrivals = count()
         self._waiting: list[Job[Any]] = []
         self._running: list[Job[Any]] = []
+        self._pace = Pace()
         self._num_faults = 0
         self._num_barren = 0
         self.head = HeadWork()
@@ -163,14 +165,16 @@ class Worker:
         """Run one pass of some of the running jobs together; tell whether any succeeded."""
         jobs = {job.request_id: job for job in self._running}
         passes = {name: self.runner.next_pass(job.seat, job.asked) for name, job in jobs.items() if job.asked}
-        candidates = [
+        candidates: Sequence[Candidate] = [
             Candidate(name, job.arrival, self.runner.size_of(job.seat, passes[name]), job.num_passes)
             for name, job in jobs.items()
         ]
-        chosen = plan(candidates, num_rows=self.runner.num_rows, num_available=self.runner.num_available)
+        num_available = self.runner.num_available
+        candidates = self._pace.choose(candidates, num_available=num_available)
+        chosen = plan(candidates, num_rows=self.runner.num_rows, num_available=num_available)
         for name in chosen.evict:
             self.runner.evict(jobs[name].seat)
-            jobs[name].num_passes = 0  # it begins again, and is not behind what came after it
+            jobs[name].num_passes = 0  # it begins again, and is not behind those that have only begun
             self.num_evictions += 1
         results = self.runner.run([(jobs[name].seat, passes[name]) for name in chosen.run])
         for name, passed in zip(chosen.run, results, strict=True):

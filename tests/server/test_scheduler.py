@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.pages import Pages
-from server.engine.scheduler import SHORT, Candidate, Size, plan
+from server.engine.scheduler import REST, SHORT, Candidate, Pace, Size, plan
 
-NUM_PAGES, PER_PAGE, PIECE = 8, 4, 12
+NUM_PAGES, PER_PAGE, PIECE = 8, 12, SHORT + 4
 
 
 def candidate(name: str, arrival: int, num_rows: int = 1, new: int = 0, own: int = 0, passes: int = 0) -> Candidate:
@@ -61,6 +61,31 @@ def test_a_short_prompt_goes_before_the_second_piece_of_a_long_one():
     long, short = candidate("long", 1, 512, passes=1), candidate("short", 2, SHORT + 8)
     found = plan([candidate("w", 0), long, short], num_rows=513, num_available=9)
     assert found.run == ["w", "short"]
+
+
+def test_a_short_prompt_goes_before_the_first_pieces_of_long_ones():
+    long = [candidate(f"long{number}", number, 512) for number in range(1, 9)]
+    found = plan([candidate("w", 0), *long, candidate("short", 9, SHORT + 8)], num_rows=513, num_available=9)
+    assert found.run == ["w", "short"]
+
+
+def test_what_is_being_written_has_steps_to_itself_between_the_pieces_of_a_prompt():
+    pace, writing, long = Pace(), [candidate("a", 1, new=1), candidate("b", 2, new=1)], candidate("long", 0, 512)
+
+    def sizes(candidates: list[Candidate], count: int, num_available: int = 9) -> list[int]:
+        return [len(pace.choose(candidates, num_available=num_available)) for _ in range(count)]
+
+    assert sizes([long, *writing], REST // 2 + 3) == [3, *[2] * (REST // 2), 3, 2]  # each step of the two is two rows
+    assert sizes([long, *writing], 2, num_available=1) == [3, 3]  # they need two pages: others may have to give theirs
+    assert sizes([long], 3) == [1, 1, 1]  # nobody else is there to wait for
+
+
+def test_steps_that_nobody_waited_for_count():
+    pace, writing, long = Pace(), [candidate("w", 0)], candidate("long", 1, 512)
+    assert len(pace.choose([*writing, long], num_available=9)) == 2
+    for _ in range(REST):
+        pace.choose(writing, num_available=9)
+    assert len(pace.choose([*writing, long], num_available=9)) == 2
 
 
 def test_the_last_gives_its_pages_to_the_first():
@@ -122,7 +147,7 @@ class Sequence:
 
 
 SEQUENCES = st.lists(
-    st.tuples(st.integers(0, 12), st.integers(1, 20), st.integers(1, 8), st.integers(2, 9), st.integers(5, 60)),
+    st.tuples(st.integers(0, 12), st.integers(1, 60), st.integers(1, 24), st.integers(2, 27), st.integers(5, 60)),
     min_size=1,
     max_size=8,
 )
@@ -131,7 +156,7 @@ SEQUENCES = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(SEQUENCES)
 def test_every_request_ends_and_every_page_comes_back(drawn: list[tuple[int, int, int, int, int]]):
-    pages = Pages(NUM_PAGES)
+    pages, pace = Pages(NUM_PAGES), Pace()
     coming = [Sequence(f"s{number}", *one) for number, one in enumerate(sorted(drawn))]
     running: list[tuple[int, Sequence]] = []
     ended: set[str] = set()
@@ -149,7 +174,8 @@ def test_every_request_ends_and_every_page_comes_back(drawn: list[tuple[int, int
         by_name = {one.name: (arrival, one) for arrival, one in running}
         if not by_name:
             continue
-        candidates = [Candidate(one.name, arrival, one.size, one.num_passes) for arrival, one in running]
+        every = [Candidate(one.name, arrival, one.size, one.num_passes) for arrival, one in running]
+        candidates = pace.choose(every, num_available=pages.num_available)
         found = plan(candidates, num_rows=PIECE + len(running), num_available=pages.num_available)
         for name in found.evict:
             by_name[name][1].lose(pages)
