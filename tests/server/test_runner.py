@@ -195,7 +195,7 @@ def test_of_200_requests_each_says_what_it_says_alone(family: str, schedule: str
     monkeypatch.setattr(PagedRunner, "open", noted)
     asked = requests(lm, 200)
     found = together(lm, asked, PagedRunner(lm, 800), evicts=True, leaves=True)
-    num_left = 0
+    num_left = num_ties = 0
     for request, ours in zip(asked, found, strict=True):
         theirs = list(generate(alone, request))
         if not isinstance(ours[-1], Finish):  # it left: what it was told is the beginning of what it would have been
@@ -203,10 +203,25 @@ def test_of_200_requests_each_says_what_it_says_alone(family: str, schedule: str
             assert [one.text for one in ours] == [one.text for one in theirs[: len(ours)]]
             continue
         (exact, near), (wanted, wanted_near) = told(ours), told(theirs)
-        assert exact == wanted
+        if exact != wanted:
+            assert differ_in_ties(ours, theirs)
+            num_ties += 1
         assert near == pytest.approx(wanted_near, abs=1e-4)
+    assert num_ties <= 1
     assert num_left > 3
     assert sum(count > 0 for count in cached) > 20
+
+
+def differ_in_ties(ours: list[Release | Finish], theirs: list[Release | Finish]) -> bool:
+    """Tell whether responses differ in nothing but which of equally likely tokens are named as the likeliest."""
+    tokens = [[token for one in events[:-1] for token in one.tokens] for events in (ours, theirs)]
+    named = [[value for one in some for _, value in one.top_logprobs] for some in tokens]
+    bare = [
+        [replace(one, tokens=tuple(replace(token, top_logprobs=()) for token in one.tokens)) for one in events[:-1]]
+        for events in (ours, theirs)
+    ]
+    same = told([*bare[0], ours[-1]])[0] == told([*bare[1], theirs[-1]])[0]
+    return same and named[0] == pytest.approx(named[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
