@@ -110,8 +110,8 @@ async def ask(http: httpx2.AsyncClient, url: str, body: dict[str, Any], found: C
             for field in ("content", "refusal"):
                 tokens = logprobs.get(field) or []
                 num_tokens += len(tokens)
-                parts = [token["bytes"] for token in tokens]
                 place = (choice["index"], field)
+                parts = [token["bytes"] for token in tokens]
                 is_whole[place] &= None not in parts and not any(token["token"].startswith("<|") for token in tokens)
                 of_tokens[place] += b"".join(bytes(part or []) for part in parts)
                 said[place] += message.get(field) or ""

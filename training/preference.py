@@ -36,10 +36,10 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded.
     """
+    fit.check_processes()
     rows = read_part("preferences", recipe.part, recipe)
     if any(row.harmful is None for row in rows):
         raise RecipeError("part.sources must be triplets: a preference needs a harmful response too")
-    fit.check_processes()
     pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
     licence = licence_for(recipe, {row.licence for row in rows} | licence_beside(Path(recipe.model)))
     run = Path(recipe.run)

@@ -46,7 +46,6 @@ def assess(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[
     passed = []
     for number, (rows, row) in enumerate(zip(laid, ran.row_of, strict=True)):
         of_query, of_response, cls_request, cls_response = (some.get(number, []) for some in found)
-        last = rows.first + rows.num_tokens - 1
         passed.append(
             Passed(
                 ran.logits[row] if rows.num_tokens else torch.empty(0),
@@ -55,7 +54,7 @@ def assess(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[
                 cls_request=cls_request[0] if cls_request else None,
                 cls_response=cls_response,
                 seconds=seconds / len(batch),
-                likeliest=(ran.said.likeliest(last) if ran.said else tokens[row]) if rows.num_tokens else None,
+                likeliest=(ran.said.likeliest(row) if ran.said else tokens[row]) if rows.num_tokens else None,
             )
         )
     return passed

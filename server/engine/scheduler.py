@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 SHORT = 32
 """Most rows of a pass that runs in every step; longer ones share what is left."""
-
 REST = 8
 """Rows that responses have to themselves between two steps with a longer pass: by then the first tokens of a response,
 which are held back, have left."""

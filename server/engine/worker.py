@@ -7,7 +7,6 @@ a fault of the worker itself the running jobs end, and it goes on with the next.
 
 import logging
 import queue
-from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -165,13 +164,13 @@ class Worker:
         """Run one pass of some of the running jobs together; tell whether any succeeded."""
         jobs = {job.request_id: job for job in self._running}
         passes = {name: self.runner.next_pass(job.seat, job.asked) for name, job in jobs.items() if job.asked}
-        candidates: Sequence[Candidate] = [
+        candidates = [
             Candidate(name, job.arrival, self.runner.size_of(job.seat, passes[name]), job.num_passes)
             for name, job in jobs.items()
         ]
         num_available = self.runner.num_available
-        candidates = self._pace.choose(candidates, num_available=num_available)
-        chosen = plan(candidates, num_rows=self.runner.num_rows, num_available=num_available)
+        in_turn = self._pace.choose(candidates, num_available=num_available)
+        chosen = plan(in_turn, num_rows=self.runner.num_rows, num_available=num_available)
         for name in chosen.evict:
             self.runner.evict(jobs[name].seat)
             jobs[name].num_passes = 0  # it begins again, and is not behind those that have only begun

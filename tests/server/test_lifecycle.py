@@ -223,17 +223,19 @@ def test_a_stream_that_outlives_the_drain_ends_with_an_error_event(start_process
 def test_an_engine_that_is_gone_ends_the_process(logging_as_before, scripted):
     engine = LocalEngine(lambda: scripted("x"))
     process = Process(Settings(model="tiny", drain_s=1), engine)
+    ended = threading.Event()
 
     def fail():
         wait_until(lambda: engine.state is EngineState.READY)
         engine._fail()  # as the engine's thread does where it cannot go on
-        time.sleep(2)
-        process.should_exit = True  # if it did not end by itself
+        if not ended.wait(2):
+            process.should_exit = True
 
     failing = threading.Thread(target=fail)
     failing.start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process.serve_at(listener)
+    ended.set()
     failing.join()
     assert str(process.failure) == "the engine has failed and does not go on; the log says why"
 

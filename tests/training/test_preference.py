@@ -56,3 +56,9 @@ def test_pairs_are_no_preferences(tiny: Pretrained, data: Path, tmp_path: Path):
 def test_a_step_is_whole_batches(tiny: Pretrained, data: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match="per_step 4 is no multiple of the 3 preferences"):
         dpo(recipe(data, tmp_path, batch_size=3), "")
+
+
+def test_weights_spread_over_processes_are_refused(tiny: Pretrained, data: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="FSDP is not supported: start with torchrun"):
+        dpo(recipe(data, tmp_path), "")
