@@ -82,6 +82,10 @@ class Augment:
     """Requests that are taught too with harmless text around them, or asked for and then only assented to."""
     surround_weight: NonNegative = 1.0
     """Weight of each in the request loss."""
+    disguise: Share = 0.0
+    """Requests that are taught too in a role, a story or the like; see `disguise.py`."""
+    disguise_weight: NonNegative = 1.0
+    """Weight of each in the request loss."""
 
 
 @dataclass(frozen=True, config=STRICT)

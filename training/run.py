@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from training.augment import augment
 from training.calibrate import Calibration, calibrate, check
 from training.config import Head, HeadRecipe
 from training.corpus import assemble
+from training.disguise import disguised
 from training.errors import RecipeError
 from training.head import Trained, train
 from training.licences import licence_beside, licence_for
@@ -126,8 +128,8 @@ def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
             seed=recipe.seed,
         ),
     )
-    settings, seed = recipe.augment, recipe.seed
-    return [*augment(rows, settings, seed), *rephrased(rows, settings, seed), *surrounded(rows, settings, seed)]
+    made = (more(rows, recipe.augment, recipe.seed) for more in (augment, rephrased, surrounded, disguised))
+    return list(chain.from_iterable(made))
 
 
 def _write_run(recipe: HeadRecipe, rows: Sequence[Row]) -> None:

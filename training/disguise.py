@@ -1,0 +1,91 @@
+"""The same request in a disguise: in a role, a story or orders about the answer, or with an ending without sense.
+
+Ready attacks put a malicious request into such words. A head that never saw them takes the words, which are mostly
+harmless, for the request. Rows are drawn with the same chance whatever their labels, and harmless requests get the same
+disguises, so that none of them says anything about harm.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Annotated
+
+import yaml
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from model.chat import Message
+from training.config import STRICT, Augment
+from training.rows import Row
+from training.templates import SHIPPED, Texts
+
+GROUP = "disguised"
+SENSELESS = 0.25
+"""Share of the disguises that end without sense; as many end with an order."""
+PIECES = (8, 24)
+"""Fewest and most pieces of an ending without sense."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Disguises:
+    """The content of `texts/disguises.yaml`."""
+
+    templates: Annotated[tuple[str, ...], Field(min_length=1)]
+    endings: Texts
+    pieces: Texts
+
+
+@cache
+def shipped() -> Disguises:
+    """Return the disguises that come with this release."""
+    raw = yaml.safe_load((SHIPPED / "disguises.yaml").read_text(encoding="utf-8"))
+    return TypeAdapter(Disguises).validate_python(raw)
+
+
+def disguised(rows: Sequence[Row], settings: Augment, seed: int) -> list[Row]:
+    """Return further training rows without a response: some requests in a disguise.
+
+    Args:
+        rows: labelled rows; only those of the part `train` are used, each request once.
+        settings: the share of requests, and what each weighs in the request loss.
+        seed: decides requests and disguises.
+    """
+    requests = {
+        (row.key, row.request_label): row for row in rows if row.part == "train" and row.request_label is not None
+    }
+    made = []
+    for key, row in requests.items():
+        rng = random.Random(f"{GROUP}:{seed}:{key}")
+        if rng.random() >= settings.disguise:
+            continue
+        made.append(
+            replace(
+                row,
+                group=GROUP,
+                messages=(Message("user", disguise(row.prompt, rng)),),
+                response=None,
+                response_label=None,
+                request_weight=settings.disguise_weight,
+            )
+        )
+    return made
+
+
+def disguise(request: str, rng: random.Random) -> str:
+    """Return the request in a disguise that `rng` draws: a template, an ending, or both."""
+    texts = shipped()
+    has_ending = rng.random() < 2 * SENSELESS
+    text = request
+    if not has_ending or rng.random() < 0.5:
+        words = request.split()
+        first, second = " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
+        # Not str.format: a request may hold braces.
+        text = rng.choice(texts.templates)
+        for name, part in (("{first}", first), ("{second}", second), ("{request}", request)):
+            text = part.join(text.split(name))
+    if has_ending:
+        is_order = rng.random() < 0.5
+        number = rng.randint(*PIECES)
+        text += " " + (rng.choice(texts.endings) if is_order else " ".join(rng.choices(texts.pieces, k=number)))
+    return text
