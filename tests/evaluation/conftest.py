@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from evaluation.intervals import bootstrap
+
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw intervals from 50 resamples instead of 1,000: most tests do not look at them."""
+    for module in ("evaluation.judge", "evaluation.signal"):
+        monkeypatch.setattr(f"{module}.bootstrap", lambda *of, **more: bootstrap(*of, **more | {"resamples": 50}))
 
 
 class Stub(ThreadingHTTPServer):

@@ -17,7 +17,7 @@ from server.engine.paged import paged
 from server.engine.recorded import Recorded
 from server.engine.runner import PagedRunner
 from server.engine.tape import Tape, failed, raise_if_failed
-from tests.server.test_runner import HEAD, NEVER, OFTEN, SIGNALS, requests, together, told
+from tests.server.test_runner import HEAD, NEVER, OFTEN, SIGNALS, SOME, requests, together, told
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -37,8 +37,7 @@ def spied(monkeypatch) -> list[object]:
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
-@pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+@pytest.mark.parametrize(("family", "signal"), SOME)
 def test_recorded_passes_say_what_is_said_alone(family: str, signal: str, device: str, monkeypatch):
     lm, alone = on(device, family, signal), on(device, family, signal)
     runner = paged(lm, 8 << 20)

@@ -40,6 +40,19 @@ SIGNALS = {
 NEVER, OFTEN = Thresholds(block=0.999, flag=0.5), Thresholds(block=0.52, flag=0.5)
 
 
+def with_signals(*families: str) -> list[Any]:
+    """Return each family with each signal; what has one kind of signal alone is slow but for one family."""
+    return [
+        pytest.param(family, signal, marks=[] if signal == "both" or family == "llama" else [pytest.mark.slow])
+        for family in families
+        for signal in SIGNALS
+    ]
+
+
+SOME = with_signals("llama", "mistral", "gpt_neox")
+"""Families of unlike attention: of all tokens, of a window, and with rotary angles for a part of each head."""
+
+
 def requests(lm: GuardedLM, count: int, seed: int = 0) -> list[GenerationRequest]:
     """Return mixed requests: long and short, prefilled, greedy and sampled with any parameters, under any policy."""
     drawn = random.Random(seed)
@@ -152,15 +165,20 @@ def told(events: list[Release | Finish]):
     return exact, [-1.0 if value is None else value for value in near]
 
 
-@pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize(
-    ("family", "is_hard"),
-    [*((family, False) for family in FAMILIES), *((family, True) for family in ("llama", "mistral", "gpt_neox"))],
-)
-def test_each_sequence_says_what_it_says_alone(family: str, signal: str, is_hard: bool, monkeypatch):
-    if is_hard:  # in small pieces, some of them evicted in between
-        for module in ("model.generation", "server.engine.kv_cache"):
-            monkeypatch.setattr(f"{module}.PREFILL_CHUNK", 24)
+@pytest.mark.parametrize(("family", "signal"), with_signals(*FAMILIES))
+def test_each_sequence_says_what_it_says_alone(family: str, signal: str):
+    check_each_sequence(family, signal, is_hard=False)
+
+
+@pytest.mark.parametrize(("family", "signal"), SOME)
+def test_in_small_pieces_and_evicted_in_between_each_says_so_too(family: str, signal: str, monkeypatch):
+    for module in ("model.generation", "server.engine.kv_cache"):
+        monkeypatch.setattr(f"{module}.PREFILL_CHUNK", 24)
+    check_each_sequence(family, signal, is_hard=True)
+
+
+def check_each_sequence(family: str, signal: str, *, is_hard: bool) -> None:
+    """Compare 16 requests that run together with each of them alone."""
     thresholds = {"request": OFTEN if is_hard else NEVER, "response": OFTEN, "onset": 0.4}
     lm = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
     alone = tiny_guarded_lm(family, **SIGNALS[signal] | thresholds)
@@ -224,8 +242,7 @@ def differ_in_ties(ours: list[Release | Finish], theirs: list[Release | Finish])
     return exact == wanted and near == pytest.approx(wanted_near, abs=1e-5)
 
 
-@pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+@pytest.mark.parametrize(("family", "signal"), SOME)
 def test_refusals_that_are_drawn_again_are_those_that_are_drawn_again_alone(family: str, signal: str):
     changes = {"request": NEVER, "redraw_below": 0.998, "refusal": RefusalConfig(prefix="sssssssss")}
     lm, alone = (tiny_guarded_lm(family, **SIGNALS[signal] | changes) for _ in range(2))

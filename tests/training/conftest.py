@@ -11,6 +11,15 @@ from model.pretrained import Pretrained
 from model.testing import byte_tokenizer, tiny_lm
 from training.config import HeadRecipe
 
+
+@pytest.fixture(autouse=True)
+def plots_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw only in tests that are marked for it: it takes as long as training the tiny model."""
+    if request.node.get_closest_marker("draws") is None:
+        for name in ("training.run.draw", "training.fit.draw_steps"):
+            monkeypatch.setattr(name, lambda *arguments: None)
+
+
 TOPICS = [
     "bread", "tea", "kites", "boats", "snow", "trains", "maps", "bees", "clocks", "paint", "moss", "drums",
     "lamps", "rivers", "socks", "pears", "stars", "wheels", "glue", "ferns", "chalk", "bells", "soap", "yarn",

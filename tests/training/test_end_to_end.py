@@ -31,6 +31,7 @@ def config(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.draws
 def test_the_command_writes_a_checkpoint_that_loads(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert main(["head", "--config", str(config), "name=trial"]) == 0
 
@@ -164,6 +165,7 @@ def test_a_head_beside_a_cls_signal_makes_a_checkpoint_of_both(recipe: HeadRecip
     assert "A `[CLS]` signal (windows [3, 4, 5], schedule periodic-6" in card
 
 
+@pytest.mark.draws
 def test_a_cls_signal_is_calibrated_without_a_head(
     recipe: HeadRecipe, signal: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

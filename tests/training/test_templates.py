@@ -88,6 +88,7 @@ def test_the_shipped_requests_are_found_and_balanced(tmp_path: Path):
     assert {row.licence for row in rows} == {"Apache-2.0"}
     assert sorted(path.name for path in SHIPPED.iterdir()) == [
         "check.yaml",
+        "disguises.yaml",
         "identity.jsonl",
         "near_misses.yaml",
         "own_requests.yaml",

@@ -32,6 +32,7 @@ from training.tune_config import AnchorRecipe, TuneRecipe
 DISTILLED = {**ANCHORS, "is_distilled": True}
 
 
+@pytest.mark.draws
 def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Path, tmp_path: Path):
     tune(recipe(saved_model, data, tmp_path, steps=12, lora=None), "ballast-train deepen")
     found = losses(tmp_path)
