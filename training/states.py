@@ -7,6 +7,7 @@ source and are named by what they were computed from, so a rerun, another recipe
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from model.attention import Span
 from model.chat import ChatTemplate, EncodedPrompt, Message
@@ -44,9 +46,10 @@ class RowStates(NamedTuple):
     request: Tensor  # (2 * S,): the state of the last request token, and the mean over the query
     response: Tensor  # (T, S); T is 0 without a response
     cls_request: float = math.nan
-    """Logit of the request that `[CLS]` gives; NaN without one."""
+    """Logit of the request that `[CLS]` gives; NaN without one, or where it was not asked."""
     cls_response: Tensor | None = None
-    """Logit of `[CLS]` at each response token, (T,) in float32, NaN where it was not assessed; None without one."""
+    """Logit of `[CLS]` at each response token, (T,) in float32, NaN where it was not assessed or asked; None without
+    one."""
 
     def passage(self) -> Tensor:
         """Return what the response head reads at each response token, (T, 2 * S) in float32."""
@@ -59,11 +62,13 @@ class Read(NamedTuple):
     prompt: EncodedPrompt
     spans: Sequence[Span]
     """The assessments of `[CLS]`; empty without one."""
+    is_asked: bool = False
+    """What `[CLS]` finds is kept, which takes all layers."""
 
     @property
     def identity(self) -> list[Any]:
         """What decides its states, beside the model."""
-        covered = [[span.covers for span in self.spans]] if self.spans else []
+        covered = [[span.covers for span in self.spans], self.is_asked] if self.spans else []
         return [self.prompt.request, self.prompt.prefill, self.prompt.query_start, *covered]
 
     def tokens(self) -> int:
@@ -162,18 +167,18 @@ def compute(
     """
     _check(pretrained, layers, cut)
     template = ChatTemplate(pretrained.tokenizer, marks_content=cls is not None)
-    encoded = [encode(row, template, cut) for row in rows]
-    spans: list[list[Span]] = [[] for _ in rows]
-    if cls is not None:
-        held_out = [row.part != "train" for row in rows]
-        spans = [cls.spans(len(p.prefill), is_given=given) for p, given in zip(encoded, held_out, strict=True)]
+    inputs = []
+    for row in rows:
+        prompt, held_out = encode(row, template, cut), row.part != "train"
+        spans = cls.spans(len(prompt.prefill), is_given=held_out) if cls is not None else []
+        inputs.append(Read(prompt, spans, is_asked=held_out and cls is not None))
     identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), list(layers), asdict(cut)]
     if cls is not None:
         identity.append([cls.fingerprint, cls.config.windows, cls.config.moves, cls.config.is_read])
     chunks = list(_chunks([row.group for row in rows]))
     shards = []
     for chunk in tracked(chunks, "states", unit=len):
-        read = [Read(encoded[index], spans[index]) for index in chunk]
+        read = [inputs[index] for index in chunk]
         name = digest(identity, [row.identity for row in read])[:32]
         path = cache / "states" / f"{name}.safetensors"
         if not path.is_file():
@@ -192,17 +197,36 @@ def forward(
     batch_tokens: int,
     cls: ClsReading | None = None,
 ) -> Shard:
-    """Return the states of some rows, running those of like length together."""
+    """Return the states of some rows, running those of like length together, and no layer above those that are read."""
     states: dict[int, RowStates] = {}
-    for batch in _batches(list(map(Read.tokens, rows)), batch_tokens):
-        chosen = [rows[index] for index in batch]
-        found = (
-            _forward_batch(pretrained, [row.prompt for row in chosen], layers)
-            if cls is None
-            else _forward_cls_batch(pretrained, chosen, layers, cls)
-        )
-        states.update(zip(batch, found, strict=True))
+    for is_asked in (False, True):
+        indices = [index for index, row in enumerate(rows) if row.is_asked is is_asked]
+        with _up_to(pretrained.model, [*layers, *([-1] if is_asked else [])]):
+            for places in _batches([rows[index].tokens() for index in indices], batch_tokens):
+                batch = [indices[place] for place in places]
+                chosen = [rows[index] for index in batch]
+                found = (
+                    _forward_batch(pretrained, [row.prompt for row in chosen], layers)
+                    if cls is None
+                    else _forward_cls_batch(pretrained, chosen, layers, cls)
+                )
+                states.update(zip(batch, found, strict=True))
     return Shard.of([states[index] for index in range(len(rows))])
+
+
+@contextmanager
+def _up_to(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
+    """Have the model run no layer above those that are read, where its code reads their number from its configuration.
+
+    One more is run, because the last state of a pass is normalised.
+    """
+    config = model.config.get_text_config()
+    whole = config.num_hidden_layers
+    try:
+        config.num_hidden_layers = whole if -1 in layers else min(whole, max(layers) + 1)
+        yield
+    finally:
+        config.num_hidden_layers = whole
 
 
 @torch.inference_mode()
@@ -248,9 +272,10 @@ def _forward_cls_batch(
     found = []
     for number, row in enumerate(rows):
         of_row = logits[number, : len(row.spans)]  # (1 + K', 2)
-        response = torch.full((len(row.prompt.prefill),), torch.nan)
-        response[[span.covers - 1 for span in row.spans[1:]]] = of_row[1:, OUTPUTS.index("response")].float()
-        of_request = float(of_row[0, OUTPUTS.index("request")])
+        response, of_request = torch.full((len(row.prompt.prefill),), torch.nan), math.nan
+        if row.is_asked:
+            response[[span.covers - 1 for span in row.spans[1:]]] = of_row[1:, OUTPUTS.index("response")].float()
+            of_request = float(of_row[0, OUTPUTS.index("request")])
         found.append(_row_states(picked[number], row.prompt)._replace(cls_request=of_request, cls_response=response))
     return found
 

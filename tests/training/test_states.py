@@ -1,6 +1,7 @@
 """Cached states are those of a plain forward pass, and an interruption costs one file at most."""
 
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from model.chat import ChatTemplate, EncodedPrompt, Message
-from model.config import TokenHeadConfig
+from model.config import ClsConfig, TokenHeadConfig
 from model.pretrained import Pretrained
 from model.safety_head import TokenHead
 from model.scoring import score
@@ -20,8 +21,13 @@ from training.errors import RecipeError
 from training.head import collate_requests, collate_responses, standardise
 from training.rows import Row
 from training.states import RowStates, Shard, States, compute, encode
+from training.subject import ClsReading
 
 CUT = Cut(request_tokens=96, response_tokens=20)
+
+
+def sigmoid(logit: float) -> float:
+    return 1 / (1 + exp(-logit))
 
 
 @pytest.fixture
@@ -30,22 +36,53 @@ def rows(recipe: HeadRecipe) -> list[Row]:
     return found[::6]
 
 
+@pytest.mark.parametrize("layers", [(1, -1), (0, 1)], ids=["all layers", "lower layers"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_states_equal_a_plain_forward_pass(family: str, rows: list[Row], tmp_path: Path):
+def test_states_equal_a_plain_forward_pass(family: str, layers: tuple[int, int], rows: list[Row], tmp_path: Path):
     pretrained = Pretrained("tiny", tiny_lm(family), byte_tokenizer())
     template = ChatTemplate(pretrained.tokenizer)
-    found = compute(pretrained, rows, (1, -1), CUT, batch_tokens=500, cache=tmp_path / family)
+    found = compute(pretrained, rows, layers, CUT, batch_tokens=500, cache=tmp_path / family)
     for index, row in enumerate(rows):
         prompt = encode(row, template, CUT)
         ids = torch.tensor([(*prompt.request, *prompt.prefill)])
         with torch.inference_mode():
             hidden = pretrained.model(ids, output_hidden_states=True).hidden_states
-        plain = torch.cat([hidden[1][0], hidden[-1][0]], dim=-1)  # (T, S), where S is 2 * D
+        plain = torch.cat([hidden[layer][0] for layer in layers], dim=-1)  # (T, S), where S is 2 * D
         border = len(prompt.request)
         assert 0 < prompt.query_start < border
         request = torch.cat([plain[border - 1], plain[prompt.query_start : border].mean(dim=0)])
         torch.testing.assert_close(found[index].request.float(), request, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(found[index].response.float(), plain[border:], atol=2e-3, rtol=2e-3)
+
+
+def test_layers_above_those_that_are_read_are_not_run(tiny: Pretrained, rows: list[Row], tmp_path: Path):
+    ran: list[int] = []
+    for number, layer in enumerate(tiny.model.base_model.layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    compute(tiny, rows, (1,), CUT, batch_tokens=500, cache=tmp_path)
+    assert set(ran) == {0, 1}  # one more than is read: the last state is normalised
+    compute(tiny, rows, (0, -1), CUT, batch_tokens=500, cache=tmp_path)
+    assert set(ran) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("part", ["train", "calibration"])
+def test_what_cls_finds_is_kept_of_held_out_rows_alone(rows: list[Row], part: str, tmp_path: Path):
+    lm = tiny_guarded_lm(token_head=None, cls=ClsConfig(windows=(3, 4, 3), schedule="every"))
+    assert lm.cls is not None
+    pretrained, reading = Pretrained("tiny", lm.model, lm.tokenizer), ClsReading(lm.cls, lm.cls_config, "")
+    answered = [replace(row, part=part) for row in rows if row.response]
+    found = compute(pretrained, answered, (1,), CUT, batch_tokens=500, cache=tmp_path, cls=reading)
+    is_kept = part != "train"
+    for index, row in enumerate(answered):
+        prompt = encode(row, lm.chat, CUT)
+        trace = score(lm, prompt)
+        logits = found[index].cls_response
+        assert len(logits) == len(prompt.prefill) == len(trace.assessments)
+        assert logits.isfinite().all() == is_kept
+        if is_kept:
+            assert sigmoid(found[index].cls_request) == pytest.approx(trace.request_risk, abs=1e-4)
+            raw = [assessment.risk for assessment in trace.assessments]
+            assert torch.sigmoid(logits).tolist() == pytest.approx(raw, abs=1e-4)
 
 
 def test_what_is_kept_of_a_row_by_hand():

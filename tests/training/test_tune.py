@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from model.pretrained import load
@@ -46,6 +47,8 @@ def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Pat
     assert "| recovery | Own sentences (MIT) | 24 |" in card
     assert "ballast-train deepen" in card
     assert (tmp_path / "adapter" / "plots" / "loss.png").stat().st_size > 1000
+    logged = EventAccumulator(str(tmp_path / "run" / "logs")).Reload().Scalars("train/loss")
+    assert [event.value for event in logged] == pytest.approx(found, abs=1e-4)
 
 
 def test_weights_and_biases_is_asked_for_by_its_variable(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
@@ -213,6 +216,23 @@ def test_the_constraint_keeps_the_model_nearer_to_where_it_began(saved_model: Pa
         return float((before.exp() * (before - after)).sum(-1).mean())
 
     assert distance("constrained") < 0.8 * distance("plain")
+
+
+def test_the_reference_is_computed_once_for_the_same_weights_and_rows(
+    saved_model: Path, data: Path, tmp_path: Path, monkeypatch
+):
+    constrained = recipe(
+        saved_model, data, tmp_path, parts={"anchors": ANCHORS}, batch_size=6, constraint={}, steps=2, resume=False
+    )
+    tune(constrained, "")
+    first = weights(tmp_path)
+    monkeypatch.setattr("training.reference._compute", None)
+    tune(constrained, "")
+    assert all(torch.equal(first[name], again) for name, again in weights(tmp_path).items())
+    lines = (data / "instructions.jsonl").read_text().splitlines(keepends=True)
+    (data / "instructions.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(TypeError):
+        tune(constrained, "")
 
 
 def test_the_first_constrained_step_moves_as_plain_training_does(saved_model: Path, data: Path, tmp_path: Path):
