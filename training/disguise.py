@@ -6,6 +6,8 @@ disguises, so that none of them says anything about harm.
 """
 
 import random
+import re
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -22,9 +24,11 @@ from training.templates import SHIPPED, Texts
 
 GROUP = "disguised"
 SENSELESS = 0.25
-"""Share of the disguises that end without sense; as many end with an order."""
+"""Share of the disguises that end without sense, as a search for an attack ends them; as many end with an order."""
 PIECES = (8, 24)
 """Fewest and most pieces of an ending without sense."""
+LONGEST_PIECE = 7
+SIGNS = string.ascii_letters + string.punctuation
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -33,7 +37,6 @@ class Disguises:
 
     templates: Annotated[tuple[str, ...], Field(min_length=1)]
     endings: Texts
-    pieces: Texts
 
 
 @cache
@@ -79,13 +82,14 @@ def disguise(request: str, rng: random.Random) -> str:
     text = request
     if not has_ending or rng.random() < 0.5:
         words = request.split()
-        first, second = " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
-        # Not str.format: a request may hold braces.
-        text = rng.choice(texts.templates)
-        for name, part in (("{first}", first), ("{second}", second), ("{request}", request)):
-            text = part.join(text.split(name))
+        middle = (len(words) + 1) // 2
+        parts = {"request": request, "first": " ".join(words[:middle]), "second": " ".join(words[middle:])}
+        text = re.sub(r"\{(request|first|second)\}", lambda found: parts[found[1]], rng.choice(texts.templates))
     if has_ending:
-        is_order = rng.random() < 0.5
-        number = rng.randint(*PIECES)
-        text += " " + (rng.choice(texts.endings) if is_order else " ".join(rng.choices(texts.pieces, k=number)))
+        text += " " + (rng.choice(texts.endings) if rng.random() < 0.5 else _nonsense(rng))
     return text
+
+
+def _nonsense(rng: random.Random) -> str:
+    """Return pieces of letters and signs without any sense."""
+    return " ".join("".join(rng.choices(SIGNS, k=rng.randint(1, LONGEST_PIECE))) for _ in range(rng.randint(*PIECES)))

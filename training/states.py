@@ -48,8 +48,8 @@ class RowStates(NamedTuple):
     cls_request: float = math.nan
     """Logit of the request that `[CLS]` gives; NaN without one, or where it was not asked."""
     cls_response: Tensor | None = None
-    """Logit of `[CLS]` at each response token, (T,) in float32, NaN where it was not assessed or asked; None without
-    one."""
+    """Logit of `[CLS]` at each response token, (T,) in float32, NaN where it was not assessed, and throughout
+    where it was not asked; None without one."""
 
     def passage(self) -> Tensor:
         """Return what the response head reads at each response token, (T, 2 * S) in float32."""
@@ -151,7 +151,7 @@ def compute(
     """Return the states of `rows` at `layers`, from the cache as far as they are there.
 
     `[CLS]` is assessed at each response token of held-out rows, which set thresholds. A token head learns from the
-    others: there tokens read it as they do while a response is generated.
+    others: there tokens read it as they do while a response is generated, and nothing of what it finds is kept.
 
     Args:
         pretrained: the frozen model.
@@ -268,12 +268,13 @@ def _forward_cls_batch(
     copies = cls.signal.embedding.to(embedded).expand(len(rows), places.shape[1] - longest, -1)
     output = forward_masked(model.base_model, torch.cat([embedded, copies], dim=1), masks, places, use_cache=False)
     picked = torch.cat([output.hidden_states[layer][:, :longest] for layer in layers], dim=-1)  # (B, T, S)
-    logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu()  # (B, K, 2)
+    is_asked = any(row.is_asked for row in rows)  # otherwise the last state may not be the final one
+    logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu() if is_asked else None  # (B, K, 2)
     found = []
     for number, row in enumerate(rows):
-        of_row = logits[number, : len(row.spans)]  # (1 + K', 2)
         response, of_request = torch.full((len(row.prompt.prefill),), torch.nan), math.nan
-        if row.is_asked:
+        if logits is not None and row.is_asked:
+            of_row = logits[number, : len(row.spans)]  # (1 + K', 2)
             response[[span.covers - 1 for span in row.spans[1:]]] = of_row[1:, OUTPUTS.index("response")].float()
             of_request = float(of_row[0, OUTPUTS.index("request")])
         found.append(_row_states(picked[number], row.prompt)._replace(cls_request=of_request, cls_response=response))

@@ -10,16 +10,20 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from evaluation.intervals import bootstrap
+from evaluation.intervals import Estimate, bootstrap
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw intervals from 50 resamples instead of 1,000: most tests do not look at them."""
+    """Draw intervals from at most 50 resamples: most tests do not look at them."""
+
+    def few(*of: Any, resamples: int = 1000, **more: Any) -> Estimate:
+        return bootstrap(*of, resamples=min(50, resamples), **more)
+
     for module in ("evaluation.judge", "evaluation.signal"):
-        monkeypatch.setattr(f"{module}.bootstrap", lambda *of, **more: bootstrap(*of, **more | {"resamples": 50}))
+        monkeypatch.setattr(f"{module}.bootstrap", few)
 
 
 class Stub(ThreadingHTTPServer):

@@ -21,7 +21,7 @@ from training.config import Acting, HeadRecipe, Source
 from training.corpus import assemble
 from training.errors import DataError
 from training.rows import Row
-from training.states import States, compute, encode
+from training.states import Read, States, compute, encode, forward
 from training.subject import ClsReading
 
 LARGE = 8.0
@@ -96,17 +96,23 @@ def test_rows_to_learn_from_are_read_as_a_response_that_is_generated(rows, recip
     pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
     reading = ClsReading(lm.cls, cls, "a fingerprint")
     states = compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache", cls=reading)
+    lower = compute(pretrained, rows, (1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache", cls=reading)
     learned = [index for index, row in enumerate(rows) if row.part == "train" and len(states[index].response) > 3]
     for index in learned[:5]:
         prompt = encode(rows[index], lm.chat, recipe.cut)
+        read = Read(prompt, reading.spans(len(prompt.prefill), is_given=False), is_asked=True)
+        asked = forward(pretrained, [read], (-1, 1), 2000, reading).row(0)
+        width = asked.response.shape[1] // 2
+        for ours, half in ((states, slice(None, width)), (lower, slice(width, None))):
+            torch.testing.assert_close(ours[index].response, asked.response[:, half], atol=2e-3, rtol=2e-3)
         solo, reader = Solo(lm, prompt), Reader(lm, prompt, Periodic(3), watches_request=True, watches_response=True)
         step = solo.complete(reader.feed(prompt.request))
-        assert states[index].cls_request == pytest.approx(step.request, abs=1e-4)
+        assert asked.cls_request == pytest.approx(step.request, abs=1e-4)
         due = {}
         for number, token in enumerate(prompt.prefill, start=1):
             step = solo.complete(reader.feed([token], must_assess=number == len(prompt.prefill)))
             due |= dict(step.response)
-        found = states[index].cls_response
+        found = asked.cls_response
         assert {n + 1: float(found[n]) for n in (~found.isnan()).nonzero()[:, 0].tolist()} == pytest.approx(
             due, abs=1e-4
         )

@@ -1,9 +1,12 @@
 """A disguise keeps the request and its label, whatever the label is."""
 
 import random
+import re
 
 import pytest
+import yaml
 
+from evaluation.suite import TEXTS
 from model.chat import Message
 from training.config import Augment
 from training.disguise import GROUP, disguise, disguised, shipped
@@ -34,15 +37,34 @@ def test_every_request_is_in_its_disguise_with_its_label(rows: list[Row]):
     }
 
 
-def test_each_template_ending_and_piece_is_drawn():
+def test_each_template_and_ending_is_drawn_and_some_end_without_sense():
     rng = random.Random(0)
     texts = [disguise("Bake bread", rng) for _ in range(3000)]
     known = shipped()
     for template in known.templates:
-        beginning = template.split("{")[0]
-        assert any(text.startswith(beginning) for text in texts), template
-    assert all(any(ending in text for text in texts) for ending in known.endings)
-    assert all(any(piece in text for text in texts) for piece in known.pieces)
+        longest = max(re.split(r"\{\w+\}", template), key=len)
+        assert any(longest in text for text in texts), template
+    assert all(any(text.endswith(" " + ending) for text in texts) for ending in known.endings)
+    alone = [text.removeprefix("Bake bread ") for text in texts if text.startswith("Bake bread ")]
+    senseless = [text for text in alone if not text.startswith(("Begin", "Answer")) and text not in known.endings]
+    assert len(senseless) > 300
+    assert len(set(senseless)) == len(senseless)
+
+
+def test_a_request_may_hold_the_marks_of_a_template():
+    marks = "{first} or {second} or {request}"
+    found = [disguise(marks, random.Random(seed)) for seed in range(200)]
+    assert sum(marks in text for text in found) > 150  # but for those that take it in two
+
+
+def test_no_scene_of_the_evaluation_is_learned():
+    raw = yaml.safe_load((TEXTS / "scenes.yaml").read_text())
+    scenes = [*raw["scenes"], *(turn["content"] for turns in raw["turns"] for turn in turns), *raw["asides"]]
+    words = [re.findall(r"\w+", text.lower()) for text in scenes]
+    seen = {tuple(text[start : start + 5]) for text in words for start in range(len(text) - 4)}
+    for template in (*shipped().templates, *shipped().endings):
+        ours = re.findall(r"\w+", template.lower())
+        assert not seen & {tuple(ours[start : start + 5]) for start in range(len(ours) - 4)}, template
 
 
 def test_every_template_holds_a_place_for_the_request():

@@ -109,8 +109,9 @@ def test_the_quick_check_counts_nothing_that_the_policy_lets_pass(monkeypatch):
 def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     found = recipe_file.load(HardenRecipe, "harden", ["signal.steps=7", "head.seed=3"])
     assert found.anchors["anchors"] == recipe_file.load(AnchorRecipe, "anchors")
+    assert found.signal.adapter is None
     assert found.signal.steps == 7
-    assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal").parts
+    assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal_balanced").parts
     off = ["seed=3", "acting.redraw_share=null", "head.layers=[]"]
     assert found.head == recipe_file.load(HeadRecipe, "head_deepened_signal", off)
 

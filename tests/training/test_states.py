@@ -1,7 +1,7 @@
 """Cached states are those of a plain forward pass, and an interruption costs one file at most."""
 
 from dataclasses import replace
-from math import exp
+from math import exp, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def test_what_cls_finds_is_kept_of_held_out_rows_alone(rows: list[Row], part: st
         trace = score(lm, prompt)
         logits = found[index].cls_response
         assert len(logits) == len(prompt.prefill) == len(trace.assessments)
-        assert logits.isfinite().all() == is_kept
+        assert logits.isfinite().all() if is_kept else logits.isnan().all()
+        assert isfinite(found[index].cls_request) == is_kept
         if is_kept:
             assert sigmoid(found[index].cls_request) == pytest.approx(trace.request_risk, abs=1e-4)
             raw = [assessment.risk for assessment in trace.assessments]
