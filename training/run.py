@@ -116,7 +116,7 @@ def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = F
 
 
 def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
-    """Return the labelled rows, with the model's own answers and with conversations around them."""
+    """Return the labelled rows with the model's own answers, and made ones: other words, surroundings and disguises."""
     rows = assemble(
         recipe,
         lambda prompts: answer(
