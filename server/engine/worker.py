@@ -118,12 +118,15 @@ class Worker:
 
     def _turn(self) -> None:
         """Drop what nobody waits for, begin what there is room for, and make a step."""
-        for job in [job for job in (*self._waiting, *self._running) if job.is_aborted]:
+        dropped = [job for job in (*self._waiting, *self._running) if job.is_aborted]
+        for job in dropped:
             if job in self._waiting:
                 self._waiting.remove(job)
             else:
                 self._leave(job)
             self._mail.end(job)
+        if dropped:
+            self._mail.send()  # the step takes its time, and others may have their place now
         while self._waiting and len(self._running) < self._max_running:
             self._begin(self._waiting.pop(0))
         if self._running:

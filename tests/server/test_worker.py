@@ -226,7 +226,8 @@ def test_an_aborted_request_that_waits_leaves_the_queue():
         await waiting.aclose()
         lm.go_on(1)  # it waits again in the next piece
         while engine.stats().num_waiting:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+        assert lm.num_pieces == 1  # and not only when the step is over
         engine.submit("next", request_for(lm))
         running.cancel()
         lm.go_on()
