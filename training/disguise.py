@@ -9,7 +9,6 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from model.chat import Message
 from training.config import STRICT, Augment
 from training.rows import Row
+from training.surround import Conversation, changed
 from training.templates import SHIPPED, Texts
 
 GROUP = "disguised"
@@ -54,25 +54,12 @@ def disguised(rows: Sequence[Row], settings: Augment, seed: int) -> list[Row]:
         settings: the share of requests, and what each weighs in the request loss.
         seed: decides requests and disguises.
     """
-    requests = {
-        (row.key, row.request_label): row for row in rows if row.part == "train" and row.request_label is not None
-    }
-    made = []
-    for key, row in requests.items():
-        rng = random.Random(f"{GROUP}:{seed}:{key}")
-        if rng.random() >= settings.disguise:
-            continue
-        made.append(
-            replace(
-                row,
-                group=GROUP,
-                messages=(Message("user", disguise(row.prompt, rng)),),
-                response=None,
-                response_label=None,
-                request_weight=settings.disguise_weight,
-            )
-        )
-    return made
+
+    def change(request: str, rng: random.Random) -> Conversation:
+        return (Message("user", disguise(request, rng)),)
+
+    share, weight = settings.disguise, settings.disguise_weight
+    return changed(rows, change, share=share, weight=weight, group=GROUP, seed=f"{GROUP}:{seed}")
 
 
 def disguise(request: str, rng: random.Random) -> str:

@@ -268,12 +268,12 @@ def _forward_cls_batch(
     copies = cls.signal.embedding.to(embedded).expand(len(rows), places.shape[1] - longest, -1)
     output = forward_masked(model.base_model, torch.cat([embedded, copies], dim=1), masks, places, use_cache=False)
     picked = torch.cat([output.hidden_states[layer][:, :longest] for layer in layers], dim=-1)  # (B, T, S)
-    is_asked = any(row.is_asked for row in rows)  # otherwise the last state may not be the final one
-    logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu() if is_asked else None  # (B, K, 2)
+    # Rows of a batch are all asked or none is, and then the last state may not be the final one.
+    logits = cls.signal(output.hidden_states[-1][:, longest:]).cpu() if rows[0].is_asked else None  # (B, K, 2)
     found = []
     for number, row in enumerate(rows):
         response, of_request = torch.full((len(row.prompt.prefill),), torch.nan), math.nan
-        if logits is not None and row.is_asked:
+        if logits is not None:
             of_row = logits[number, : len(row.spans)]  # (1 + K', 2)
             response[[span.covers - 1 for span in row.spans[1:]]] = of_row[1:, OUTPUTS.index("response")].float()
             of_request = float(of_row[0, OUTPUTS.index("request")])

@@ -51,26 +51,48 @@ def surrounded(rows: Sequence[Row], settings: Augment, seed: int) -> list[Row]:
         settings: the share of requests, and what each weighs in the request loss.
         seed: decides requests and surroundings.
     """
-    trained = [row for row in rows if row.part == "train" and row.request_label is not None]
-    passages = sorted({text for row in trained for text in _passages(row)})
-    requests = {(row.key, row.request_label): row for row in trained}
+    passages = sorted({text for row in _taught(rows) for text in _passages(row)})
+    share = settings.surround if passages else 0.0
+
+    def change(request: str, rng: random.Random) -> Conversation:
+        return rng.choice(_FORMS)(request, passages, rng)
+
+    return changed(rows, change, share=share, weight=settings.surround_weight, group=GROUP, seed=f"{seed}")
+
+
+def changed(
+    rows: Sequence[Row],
+    change: Callable[[str, random.Random], Conversation],
+    *,
+    share: float,
+    weight: float,
+    group: str,
+    seed: str,
+) -> list[Row]:
+    """Return a share of the requests as `change` puts them, without a response.
+
+    Args:
+        rows: labelled rows; only those of the part `train` are used, each request once.
+        change: returns the conversation that a request becomes; what it draws, it draws from the given generator.
+        share: of the requests, whatever their labels.
+        weight: of each in the request loss.
+        group: of the rows that are returned.
+        seed: decides the requests and what is drawn for each.
+    """
+    requests = {(row.key, row.request_label): row for row in _taught(rows)}
     made = []
     for key, row in requests.items():
         rng = random.Random(f"{seed}:{key}")
-        if not passages or rng.random() >= settings.surround:
-            continue
-        form = rng.choice(_FORMS)
-        made.append(
-            replace(
-                row,
-                group=GROUP,
-                messages=form(row.prompt, passages, rng),
-                response=None,
-                response_label=None,
-                request_weight=settings.surround_weight,
+        if rng.random() < share:
+            messages = change(row.prompt, rng)
+            made.append(
+                replace(row, group=group, messages=messages, response=None, response_label=None, request_weight=weight)
             )
-        )
     return made
+
+
+def _taught(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.part == "train" and row.request_label is not None]
 
 
 def _passages(row: Row) -> list[str]:
