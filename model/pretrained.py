@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import WeightsNotFound
+from model.widening import widen
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -95,6 +96,7 @@ def load(name: str, *, dtype: torch.dtype, device: str = "cpu", trust_remote_cod
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsNotFound(f"cannot load {name!r} (tried {source}): {error}") from error
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    widen(model)
     return Pretrained(name, model.to(device).eval(), tokenizer)  # type: ignore[arg-type]  # a decorator there hides it
 
 

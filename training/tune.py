@@ -19,6 +19,7 @@ from model import cls_signal
 from model.cls_signal import ClsSignal, sliding_windows
 from model.config import ClsConfig
 from model.pretrained import Pretrained, device_of, load
+from model.widening import widen
 from training import fit, lora, recipe_file
 from training.common_start import can_share
 from training.dialogues import Dialogue, read_openings, read_part
@@ -70,6 +71,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     recipe_file.dump(recipe, run / "recipe.yaml")
 
     model = _trainable(pretrained, recipe)
+    widen(model)  # the adapter too
     reference = None
     if recipe.constraint is not None:
         with torch.autocast(device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):

@@ -18,12 +18,6 @@
 
 #define AHEAD 16 /* slots */
 
-static inline bfloat16 to_bfloat16(float value) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 /* e to the power of x <= 0, to a few units in the last place: a polynomial of degree 6 between powers of two, in a form
  * that compilers turn into vector instructions. */
 static inline float exponential(float x) {

@@ -11,4 +11,10 @@ static inline float from_bfloat16(bfloat16 x) {
     return value;
 }
 
+static inline bfloat16 to_bfloat16(float value) { /* to the nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 static inline float same(float x) { return x; }

@@ -1,27 +1,31 @@
-/* Products of few rows with weights in bfloat16, on processors that multiply pairs of them (AVX-512 BF16).
+/* Products with weights in bfloat16, on processors that multiply pairs of them (AVX-512 BF16), or that multiply and add
+ * floats (AVX2 and FMA), to which both sides are widened, the weights in registers.
  *
  *   x      (rows, in)   in is even
  *   weight as `server/engine/packed.py` lays it out: for each 32 outputs, for each two inputs, 32 pairs
  *   bias   (out) or NULL
  *   y      (rows, out)  out is a multiple of 32
+ *   wide   (rows, in)   room for x as floats; NULL where pairs are multiplied
  *
- * Each weight is read from memory once, in order, whatever the number of rows. A row is summed in the same order beside
- * any others, so it has the same product alone.
+ * With few rows each weight is read from memory once, in order, whatever their number. A row is summed in the same order
+ * beside any others, so it has the same product alone.
  */
 #include <immintrin.h>
 #include <omp.h>
 #include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "bfloat16.h"
 
 #define AHEAD 1024 /* weights: what is read soon */
 
-typedef uint16_t bfloat16;
+#ifdef __AVX512BF16__
+#define MOST 12 /* rows whose sums fit in registers */
+typedef bfloat16 number;
 
 /* Some rows with one block of 32 outputs. The number of rows is known when it is compiled: sums stay in registers. */
 static inline __attribute__((always_inline)) void some(const int rows, const bfloat16 *x, const bfloat16 *weight,
                                                        const bfloat16 *bias, bfloat16 *y, int64_t in, int64_t out) {
-    __m512 sum[12][2];
+    __m512 sum[MOST][2];
     for (int half = 0; half < 2; half++) {
         __m512i start = _mm512_setzero_si512();
         if (bias != NULL) start = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(bias + half * 16)));
@@ -44,17 +48,82 @@ static inline __attribute__((always_inline)) void some(const int rows, const bfl
             _mm256_storeu_si256((__m256i *)(y + r * out + half * 16), (__m256i)_mm512_cvtneps_pbh(sum[r][half]));
 }
 
-void multiply(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y, int64_t rows, int64_t in,
-              int64_t out) {
+#else
+#define MOST 6
+#define FEW 8 /* rows that one thread widens sooner than several */
+typedef float number;
+
+/* Some rows with 8 * `vectors` of a block of 32 outputs, those of a pair two halves of 32 bits. */
+static inline __attribute__((always_inline)) void part(const int rows, const int vectors, const float *x,
+                                                       const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y,
+                                                       int64_t in, int64_t out) {
+    const __m256i upper = _mm256_set1_epi32((int32_t)0xffff0000);
+    __m256 sum[MOST][4];
+    for (int v = 0; v < vectors; v++) {
+        __m256i start = _mm256_setzero_si256();
+        if (bias != NULL) start = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(bias + v * 8)));
+        for (int r = 0; r < rows; r++) sum[r][v] = _mm256_castsi256_ps(_mm256_slli_epi32(start, 16));
+    }
+    for (int64_t i = 0; i < in; i += 2, weight += 64) {
+        __m256 first[4], second[4];
+        for (int v = 0; v < vectors; v++) {
+            const __m256i pairs = _mm256_loadu_si256((const __m256i *)(weight + v * 16));
+            first[v] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+            second[v] = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+        }
+        __builtin_prefetch(weight + AHEAD);
+        __builtin_prefetch(weight + AHEAD + 32);
+        for (int r = 0; r < rows; r++) {
+            const __m256 read = _mm256_broadcast_ss(x + r * in + i), next = _mm256_broadcast_ss(x + r * in + i + 1);
+            for (int v = 0; v < vectors; v++) {
+                sum[r][v] = _mm256_fmadd_ps(first[v], read, sum[r][v]);
+                sum[r][v] = _mm256_fmadd_ps(second[v], next, sum[r][v]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) {
+            float found[8];
+            _mm256_storeu_ps(found, sum[r][v]);
+            for (int n = 0; n < 8; n++) y[r * out + v * 8 + n] = to_bfloat16(found[n]);
+        }
+}
+
+/* Some rows with one block of 32 outputs. */
+static inline __attribute__((always_inline)) void some(const int rows, const float *x, const bfloat16 *weight,
+                                                       const bfloat16 *bias, bfloat16 *y, int64_t in, int64_t out) {
+    if (rows <= MOST / 2) return part(rows, 4, x, weight, bias, y, in, out);
+    part(rows, 2, x, weight, bias, y, in, out);
+    part(rows, 2, x, weight + 32, bias == NULL ? NULL : bias + 16, y + 16, in, out);
+}
+#endif
+
+void multiply(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y, float *wide, int64_t rows,
+              int64_t in, int64_t out) {
     const int64_t num_blocks = out / 32;
+#ifdef __AVX512BF16__
+    const number *read = x;
+#else
+    const number *read = wide;
+#pragma omp parallel for if (rows > FEW)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < in; i++) wide[r * in + i] = from_bfloat16(x[r * in + i]);
+#endif
 #pragma omp parallel
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         for (int64_t b = num_blocks * thread / threads; b < num_blocks * (thread + 1) / threads; b++) {
             const bfloat16 *w = weight + b * 32 * in, *start = bias == NULL ? NULL : bias + b * 32;
             int64_t r = 0;
-            for (; rows - r >= 12; r += 12) some(12, x + r * in, w, start, y + r * out + b * 32, in, out);
-            const bfloat16 *from = x + r * in;
+#ifdef __AVX512BF16__
+            for (; rows - r >= MOST; r += MOST) some(MOST, read + r * in, w, start, y + r * out + b * 32, in, out);
+#else
+            for (int half = 0; half < 2; half++) /* which stays in the nearest cache for all rows */
+                for (r = 0; rows - r >= MOST; r += MOST)
+                    part(MOST, 2, read + r * in, w + half * 32, start == NULL ? NULL : start + half * 16,
+                         y + r * out + b * 32 + half * 16, in, out);
+#endif
+            const number *from = read + r * in;
             bfloat16 *to = y + r * out + b * 32;
             switch (rows - r) {
             case 1: some(1, from, w, start, to, in, out); break;
@@ -62,12 +131,14 @@ void multiply(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, b
             case 3: some(3, from, w, start, to, in, out); break;
             case 4: some(4, from, w, start, to, in, out); break;
             case 5: some(5, from, w, start, to, in, out); break;
+#ifdef __AVX512BF16__
             case 6: some(6, from, w, start, to, in, out); break;
             case 7: some(7, from, w, start, to, in, out); break;
             case 8: some(8, from, w, start, to, in, out); break;
             case 9: some(9, from, w, start, to, in, out); break;
             case 10: some(10, from, w, start, to, in, out); break;
             case 11: some(11, from, w, start, to, in, out); break;
+#endif
             }
         }
     }

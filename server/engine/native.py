@@ -19,6 +19,8 @@ NAMES = {torch.bfloat16: "attend_bfloat16", torch.float32: "attend_float32"}
 
 PAIRS = "avx512_bf16"
 """What a processor says that multiplies pairs of bfloat16."""
+FLOATS = {"avx2", "fma"}
+"""What one says that multiplies and adds floats, eight at a time."""
 FOURS = "avx512_vnni"
 """What one says that multiplies and adds four numbers of 8 bits."""
 
@@ -189,13 +191,15 @@ MultiplyInt8 = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
 @cache
 def multiply_of() -> Multiply | None:
     """Return the compiled product in bfloat16; None where the processor or the compiler does not know it."""
-    found = library("multiply") if PAIRS in processor().split() else None
+    known = set(processor().split())
+    found = library("multiply") if PAIRS in known or known >= FLOATS else None
     if found is None:
         return None
-    function = _function(found, "multiply", num_arguments=7)
+    function = _function(found, "multiply", num_arguments=8)
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor) -> None:
-        call(function, (x, weight, bias, product), (*x.shape, product.shape[1]))
+        wide = None if PAIRS in known else x.new_empty(x.shape, dtype=torch.float32)
+        call(function, (x, weight, bias, product, wide), (*x.shape, product.shape[1]))
 
     return multiply
 

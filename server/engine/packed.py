@@ -1,8 +1,8 @@
 """Weights of linear layers in the order in which they are read, and those side by side that read the same thing.
 
-Where the processor multiplies pairs of bfloat16 and there is a compiler, products are those of `multiply.c`, elsewhere
-on a CPU those of oneDNN: both read packed weights, faster than plain ones. Weights in 8 bits (`server/engine/int8.py`)
-are faster still, for whoever asks for them.
+Where there is a compiler, and the processor one that `multiply.c` is written for, products are those of `multiply.c`,
+elsewhere on a CPU those of oneDNN: both read packed weights, faster than plain ones. Weights in 8 bits
+(`server/engine/int8.py`) are faster still, for whoever asks for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ class Product:
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
         if weight.device.type != "cpu":
             self._compute, self.weight = nn.functional.linear, weight
-        elif is_int8 or (multiply_of() is not None and weight.shape[1] % 2 == 0):
+        elif is_int8 or _is_in_pairs(weight):
             self._compute = torch.ops.ballast.multiply_int8 if is_int8 else torch.ops.ballast.multiply
             if num_missing := -len(weight) % BLOCK:
                 self.sizes.append(num_missing)  # of no layer
@@ -120,8 +120,8 @@ operation("multiply(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _multiply
 def pack(model: PreTrainedModel, run: Callable[[], object], *, is_int8: bool = False) -> int:
     """Pack every plain linear layer of a model, in place, and return how many products are left of them.
 
-    On a GPU these are the layers that read the same thing; on a CPU, models that are not in bfloat16, or that it does
-    not know, are left as they are.
+    On a GPU these are the layers that read the same thing; on a CPU, models that are not in bfloat16, and weights that
+    nothing here can pack, are left as they are.
 
     Args:
         model: the model.
@@ -129,13 +129,11 @@ def pack(model: PreTrainedModel, run: Callable[[], object], *, is_int8: bool = F
         is_int8: round weights to 8 bits; for a model in bfloat16 on a CPU that can multiply such.
     """
     is_gpu = model.device.type == "cuda"
-    if not is_gpu and not is_int8 and not _reads_packed(model):
-        return 0
     found = {
         child: (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and (is_gpu or child.weight.dtype == torch.bfloat16)
+        if type(child) is nn.Linear and (is_gpu or _is_packable(child, is_int8=is_int8))
     }
     groups = [group for group in _siblings(found, run) if len(group) > 1 or not is_gpu]
     with torch.inference_mode():
@@ -147,13 +145,21 @@ def pack(model: PreTrainedModel, run: Callable[[], object], *, is_int8: bool = F
     return len(groups)
 
 
-def _reads_packed(model: PreTrainedModel) -> bool:
-    """Tell whether there are products with packed weights for a model."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+def _is_packable(layer: nn.Linear, *, is_int8: bool) -> bool:
+    """Tell whether there is a product with the packed weight of a layer on a CPU."""
+    weight = layer.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
+    if is_int8 or _is_in_pairs(weight):
+        return True
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped there
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_in_pairs(weight: Tensor) -> bool:
+    """Tell whether `multiply.c` takes a weight."""
+    return multiply_of() is not None and weight.shape[1] % 2 == 0
 
 
 def _siblings(layers: Mapping[nn.Linear, tuple[nn.Module, str]], run: Callable[[], object]) -> list[list[nn.Linear]]:

@@ -11,13 +11,14 @@ from torch.nn.functional import linear
 from model.testing import FAMILIES, tiny_lm
 from server.engine import packed
 from server.engine.library import processor
-from server.engine.native import PAIRS, multiply_of
+from server.engine.native import FLOATS, PAIRS, multiply_of
 from server.engine.packed import BLOCK, PackedLinear, Product, in_blocks, pack
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-HAS_PAIRS = PAIRS in processor().split()
+NO_PRODUCT = "no compiler, or a processor without a product in bfloat16"
+HAS_ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.fixture(params=["multiply.c", "oneDNN"])
@@ -26,15 +27,19 @@ def who(request, monkeypatch):
     if request.param == "oneDNN":
         monkeypatch.setattr(packed, "multiply_of", lambda: None)
     elif multiply_of() is None:
-        pytest.skip("no compiler, or no pairs of bfloat16")
+        pytest.skip(NO_PRODUCT)
+    if request.param == "oneDNN" and not HAS_ONEDNN:
+        pytest.skip("oneDNN has no product in bfloat16 for this processor")
     return request.param
 
 
-def test_a_processor_that_multiplies_pairs_does():
-    assert (multiply_of() is not None) is (HAS_PAIRS and shutil.which(os.environ.get("CC", "cc")) is not None)
+def test_a_processor_that_multiplies_pairs_or_floats_does():
+    known = set(processor().split())
+    has_product = PAIRS in known or known >= FLOATS
+    assert (multiply_of() is not None) is (has_product and shutil.which(os.environ.get("CC", "cc")) is not None)
 
 
-@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+@pytest.mark.skipif(multiply_of() is None, reason=NO_PRODUCT)
 @pytest.mark.parametrize("num_rows", [*range(1, 14), 24, 25, 100])
 @pytest.mark.parametrize(("num_in", "num_out"), [(2, 32), (576, 960), (30, 64)])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -50,7 +55,7 @@ def test_every_row_has_its_product_and_the_same_beside_others(num_rows, num_in, 
     assert torch.equal(found, alone)
 
 
-@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+@pytest.mark.skipif(multiply_of() is None, reason=NO_PRODUCT)
 def test_a_weight_in_blocks_is_that_weight():
     weight = torch.arange(2 * BLOCK * 6).reshape(2 * BLOCK, 6)
     blocks = in_blocks(weight)
@@ -66,9 +71,6 @@ def test_a_packed_model_gives_the_same_logits(family: str):
         expected = model(IDS).logits
         num_linear = sum(type(module) is nn.Linear for module in model.modules())
         num_products = pack(model, lambda: model(IDS))
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            assert num_products == 0
-            return
         assert sum(isinstance(module, PackedLinear) for module in model.modules()) == num_linear
         num_layers = model.config.num_hidden_layers
         # gpt_neox has parallel branches, each in a module of its own; phi3 has side by side what others have not.
@@ -76,6 +78,16 @@ def test_a_packed_model_gives_the_same_logits(family: str):
         assert num_products == (num_linear if is_fused else num_linear - 3 * num_layers)
         assert torch.allclose(model(IDS).logits.float(), expected.float(), atol=2e-2)
     assert model.get_input_embeddings().weight.shape[0] == 259
+
+
+def test_a_weight_that_nothing_packs_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    even, odd = (nn.Linear(size, 32, dtype=torch.bfloat16) for size in (16, 15))
+    model = tiny_lm().to(torch.bfloat16)
+    model.some = nn.ModuleList([even, odd])
+    pack(model, lambda: model(IDS))
+    assert type(model.some[1]) is nn.Linear
+    assert (type(model.some[0]) is PackedLinear) is (multiply_of() is not None)
 
 
 def test_a_model_in_float32_is_left_as_it_is():
@@ -86,7 +98,6 @@ def test_a_model_in_float32_is_left_as_it_is():
 
 @pytest.mark.usefixtures("who")
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products here")
 def test_layers_of_one_product_give_their_own_parts_whoever_asks_first_and_of_whatever_they_read(has_bias):
     layers = [nn.Linear(16, size, bias=has_bias, dtype=torch.bfloat16) for size in (32, 16, 41)]
     one, other = torch.randn(2, 3, 16).bfloat16()

@@ -64,7 +64,7 @@ def test_heads_may_be_part_of_a_recorded_pass(signal: str, monkeypatch):
     assert len(said) > 20
 
 
-@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or a processor without a product in bfloat16")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")]
@@ -90,7 +90,7 @@ def test_layers_on_a_tape_give_what_they_give_when_they_run(family: str, caplog,
     assert played == [told(events) for events in together(lm, asked, runner, evicts=True)]
 
 
-@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or a processor without a product in bfloat16")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
 def test_a_tape_that_lacks_a_call_is_not_played(monkeypatch, caplog):
     monkeypatch.setattr("server.engine.tape._kernels", list)  # those of torch's compiler go unnoted
@@ -103,7 +103,7 @@ def test_a_tape_that_lacks_a_call_is_not_played(monkeypatch, caplog):
     assert all(events for events in together(lm, requests(lm, 4), runner))
 
 
-@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or no pairs of bfloat16")
+@pytest.mark.skipif(multiply_of() is None, reason="no compiler, or a processor without a product in bfloat16")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
 def test_a_tape_that_lacks_any_one_call_is_not_believed(monkeypatch):
     monkeypatch.setattr("server.engine.recorded.SIZES", (1, 2))
