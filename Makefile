@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests run side by side, a thread each.
+SHARED := -n auto --maxprocesses 4 --dist worksteal
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 .PHONY: serve test test-all check fmt clean
@@ -10,10 +12,10 @@ serve: $(VENV)/.serve ## set up, fetch the default weights, serve on 127.0.0.1:8
 	$(BIN)/ballast-serve
 
 test: $(VENV)/.dev ## set up and pass the tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SHARED)
 
 test-all: $(VENV)/.dev ## the slow tests and those on the default weights too
-	$(BIN)/python -m pytest -q -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SHARED) -m "not gpu"
 
 check: $(VENV)/.dev ## ruff, mypy --strict, the layering test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -66,7 +66,7 @@ def _check_int8(device: str) -> None:
         raise ConfigurationError(f"dtype: int8 is for device 'cpu', got {device!r}; elsewhere choose {others}")
     if multiply_int8_of() is None:
         raise ConfigurationError(
-            f"dtype: int8 needs a processor with AVX-512 VNNI and BF16, and a C compiler; without them choose {others}"
+            f"dtype: int8 needs a processor with AVX2 and FMA, and a C compiler; without them choose {others}"
         )
 
 

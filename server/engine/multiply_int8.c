@@ -1,4 +1,5 @@
-/* Products with weights in 8 bits, on processors that multiply and add four of them at a time (AVX-512 VNNI).
+/* Products with weights in 8 bits, on processors that multiply and add four of them at a time (AVX-512 VNNI), or two and
+ * two (AVX2).
  *
  *   x      (rows, in)
  *   weight (out / 32, blocks) of `struct weight`: 32 outputs of 64 inputs; those beyond `in` are zero
@@ -28,8 +29,11 @@ struct weight {
 struct read {
     int8_t level[INPUTS];
     float scale;
-    int32_t start; /* takes away what the 128 add to a sum */
+    int32_t start; /* takes away what the 128 add to a sum, where they are multiplied as they are */
 };
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#define MOST 8 /* rows whose sums fit in registers */
 
 /* Return the largest of 32 numbers without their signs. Their bits are ordered as they are, and NaN is above all. */
 static float largest_of(__m512i x) {
@@ -63,14 +67,14 @@ static void round_block(const bfloat16 *x, int64_t num, struct read *to) {
 /* Some rows with 32 outputs. The number of rows is known when it is compiled: exact sums stay in registers. */
 static inline __attribute__((always_inline)) void some(const int rows, const struct read *x, const struct weight *weight,
                                                        const bfloat16 *bias, bfloat16 *y, int64_t blocks, int64_t out) {
-    __m512 sum[8][2];
+    __m512 sum[MOST][2];
     for (int half = 0; half < 2; half++) {
         __m512i start = _mm512_setzero_si512();
         if (bias != NULL) start = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(bias + half * 16)));
         for (int r = 0; r < rows; r++) sum[r][half] = _mm512_castsi512_ps(_mm512_slli_epi32(start, 16));
     }
     for (int64_t b = 0; b < blocks; b++, weight++) {
-        __m512i exact[8][2];
+        __m512i exact[MOST][2];
         for (int r = 0; r < rows; r++) exact[r][0] = exact[r][1] = _mm512_set1_epi32(x[r * blocks + b].start);
         for (int i = 0; i < INPUTS / 4; i++) {
             const __m512i first = _mm512_loadu_si512(weight->level[i]), second = _mm512_loadu_si512(weight->level[i] + 16);
@@ -95,6 +99,93 @@ static inline __attribute__((always_inline)) void some(const int rows, const str
             _mm256_storeu_si256((__m256i *)(y + r * out + half * 16), (__m256i)_mm512_cvtneps_pbh(sum[r][half]));
 }
 
+#else
+#define MOST 4
+
+/* Return the largest of 64 numbers without their signs, as above. */
+static float largest_of(const bfloat16 *x) {
+    __m256i of_16 = _mm256_setzero_si256();
+    for (int i = 0; i < INPUTS; i += 16)
+        of_16 = _mm256_max_epu16(of_16, _mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)(x + i)), 1));
+    const __m128i of_8 = _mm_max_epu16(_mm256_castsi256_si128(of_16), _mm256_extracti128_si256(of_16, 1));
+    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(of_8, _mm_set1_epi8(-1)));
+    return from_bfloat16((bfloat16)(~_mm_extract_epi16(least, 0) & 0xffff) >> 1);
+}
+
+/* Round one block of a row. */
+static void round_block(const bfloat16 *x, int64_t num, struct read *to) {
+    bfloat16 padded[INPUTS] = {0};
+    if (num < INPUTS) x = memcpy(padded, x, num * sizeof *x);
+    const float largest = largest_of(x);
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127 / largest : 0);
+    for (int i = 0; i < INPUTS; i += 8) {
+        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + i)));
+        const __m256 value = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+        int32_t level[8];
+        _mm256_storeu_si256((__m256i *)level, _mm256_cvtps_epi32(_mm256_mul_ps(value, inverse)));
+        for (int n = 0; n < 8; n++) to->level[i + n] = (int8_t)level[n];
+    }
+    to->scale = largest / 127;
+}
+
+/* Some rows with 8 * `vectors` of 32 outputs. One side loses its signs to the other: the sum of two products of 127 fits
+ * in 16 bits. */
+static inline __attribute__((always_inline)) void part(const int rows, const int vectors, const int from,
+                                                       const struct read *x, const struct weight *weight,
+                                                       const bfloat16 *bias, bfloat16 *y, int64_t blocks, int64_t out) {
+    const __m256i ones = _mm256_set1_epi16(1), middle = _mm256_set1_epi8((int8_t)128);
+    __m256 sum[MOST][4];
+    for (int v = 0; v < vectors; v++) {
+        __m256i start = _mm256_setzero_si256();
+        if (bias != NULL) start = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(bias + from + v * 8)));
+        for (int r = 0; r < rows; r++) sum[r][v] = _mm256_castsi256_ps(_mm256_slli_epi32(start, 16));
+    }
+    for (int64_t b = 0; b < blocks; b++, weight++) {
+        __m256i exact[MOST][4];
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) exact[r][v] = _mm256_setzero_si256();
+        for (int i = 0; i < INPUTS / 4; i++) {
+            __m256i level[4], size[4];
+            for (int v = 0; v < vectors; v++) {
+                const __m256i *at = (const __m256i *)(weight->level[i] + from + v * 8);
+                level[v] = _mm256_xor_si256(_mm256_loadu_si256(at), middle);
+                size[v] = _mm256_abs_epi8(level[v]);
+            }
+            for (int r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, x[r * blocks + b].level + 4 * i, sizeof four);
+                const __m256i read = _mm256_set1_epi32(four);
+                for (int v = 0; v < vectors; v++) {
+                    const __m256i twos = _mm256_maddubs_epi16(size[v], _mm256_sign_epi8(read, level[v]));
+                    exact[r][v] = _mm256_add_epi32(exact[r][v], _mm256_madd_epi16(twos, ones));
+                }
+            }
+        }
+        for (int v = 0; v < vectors; v++) {
+            const __m256 scale = _mm256_loadu_ps(weight->scale + from + v * 8);
+            for (int r = 0; r < rows; r++) {
+                const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x[r * blocks + b].scale));
+                sum[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[r][v]), both, sum[r][v]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) {
+            float found[8];
+            _mm256_storeu_ps(found, sum[r][v]);
+            for (int n = 0; n < 8; n++) y[r * out + from + v * 8 + n] = to_bfloat16(found[n]);
+        }
+}
+
+/* Some rows with 32 outputs, in two parts where sums of all would not fit in registers. */
+static inline __attribute__((always_inline)) void some(const int rows, const struct read *x, const struct weight *weight,
+                                                       const bfloat16 *bias, bfloat16 *y, int64_t blocks, int64_t out) {
+    if (rows <= MOST / 2) return part(rows, 4, 0, x, weight, bias, y, blocks, out);
+    part(rows, 2, 0, x, weight, bias, y, blocks, out);
+    part(rows, 2, 16, x, weight, bias, y, blocks, out);
+}
+#endif
+
 void multiply_int8(const bfloat16 *x, const struct weight *weight, const bfloat16 *bias, bfloat16 *y, struct read *read,
                    int64_t rows, int64_t in, int64_t out) {
     const int64_t blocks = (in + INPUTS - 1) / INPUTS, num_outputs = out / OUTPUTS;
@@ -111,17 +202,19 @@ void multiply_int8(const bfloat16 *x, const struct weight *weight, const bfloat1
             const struct weight *w = weight + o * blocks;
             const bfloat16 *start = bias == NULL ? NULL : bias + o * OUTPUTS;
             int64_t r = 0;
-            for (; rows - r >= 8; r += 8) some(8, read + r * blocks, w, start, y + r * out + o * OUTPUTS, blocks, out);
+            for (; rows - r >= MOST; r += MOST) some(MOST, read + r * blocks, w, start, y + r * out + o * OUTPUTS, blocks, out);
             const struct read *from = read + r * blocks;
             bfloat16 *to = y + r * out + o * OUTPUTS;
             switch (rows - r) {
             case 1: some(1, from, w, start, to, blocks, out); break;
             case 2: some(2, from, w, start, to, blocks, out); break;
             case 3: some(3, from, w, start, to, blocks, out); break;
+#if MOST > 4
             case 4: some(4, from, w, start, to, blocks, out); break;
             case 5: some(5, from, w, start, to, blocks, out); break;
             case 6: some(6, from, w, start, to, blocks, out); break;
             case 7: some(7, from, w, start, to, blocks, out); break;
+#endif
             }
         }
     }

@@ -19,10 +19,10 @@ NAMES = {torch.bfloat16: "attend_bfloat16", torch.float32: "attend_float32"}
 
 PAIRS = "avx512_bf16"
 """What a processor says that multiplies pairs of bfloat16."""
-FLOATS = {"avx2", "fma"}
-"""What one says that multiplies and adds floats, eight at a time."""
 FOURS = "avx512_vnni"
 """What one says that multiplies and adds four numbers of 8 bits."""
+FLOATS = {"avx2", "fma"}
+"""What one says that multiplies and adds eight floats at a time, and pairs of 8 bits: for processors without these."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
 """Takes queries, keys, values, output, rows, slots, offsets (all but queries contiguous, indices int64), and the
@@ -207,7 +207,8 @@ def multiply_of() -> Multiply | None:
 @cache
 def multiply_int8_of() -> MultiplyInt8 | None:
     """Return the compiled product with weights in 8 bits; None where processor or compiler do not know it."""
-    found = library("multiply_int8") if {PAIRS, FOURS} <= set(processor().split()) else None
+    known = set(processor().split())
+    found = library("multiply_int8") if known >= {PAIRS, FOURS} or known >= FLOATS else None
     if found is None:
         return None
     function = _function(found, "multiply_int8", num_arguments=8)

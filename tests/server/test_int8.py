@@ -10,7 +10,7 @@ from server import loading
 from server.__main__ import serve
 from server.engine.int8 import INPUTS, OUTPUTS, WEIGHT_BYTES, in_levels, levels_of
 from server.engine.library import processor
-from server.engine.native import FOURS, PAIRS, multiply_int8_of, multiply_of
+from server.engine.native import FLOATS, FOURS, PAIRS, multiply_int8_of, multiply_of
 from server.engine.packed import PackedLinear, Product, pack
 from server.engine.paged import _rounded, paged
 from server.engine.runner import PagedRunner
@@ -20,7 +20,7 @@ from server.settings import ConfigurationError, Settings
 from tests.server.test_runner import NEVER, OFTEN, SIGNALS, requests, together, told
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
-NEEDS_FOURS = pytest.mark.skipif(multiply_int8_of() is None, reason="no compiler, or no products in 8 bits")
+NEEDS_8_BITS = pytest.mark.skipif(multiply_int8_of() is None, reason="no compiler, or no products in 8 bits")
 
 
 def rounded(x):
@@ -36,13 +36,13 @@ def some(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def test_a_processor_that_knows_both_has_products_in_8_bits():
-    assert (multiply_int8_of() is not None) is (
-        {PAIRS, FOURS} <= set(processor().split()) and multiply_of() is not None
-    )
+def test_a_processor_that_knows_how_has_products_in_8_bits():
+    known = set(processor().split())
+    knows_how = known >= {PAIRS, FOURS} or known >= FLOATS
+    assert (multiply_int8_of() is not None) is (knows_how and multiply_of() is not None)
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 @pytest.mark.parametrize("num_rows", [*range(1, 10), 16, 17, 100])
 @pytest.mark.parametrize(("num_in", "num_out"), [(1, 32), (64, 32), (65, 64), (576, 960), (30, 64)])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -60,7 +60,7 @@ def test_every_row_has_the_product_of_what_is_rounded_and_the_same_beside_others
     assert torch.equal(found, alone)
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 def test_the_largest_levels_fit_into_sums():
     x, weight = torch.ones(3, 1536).bfloat16(), torch.ones(32, 1536).bfloat16()
     for sign in (1, -1):
@@ -68,7 +68,7 @@ def test_the_largest_levels_fit_into_sums():
         assert torch.ops.ballast.multiply_int8(sign * x, in_levels(weight), None).unique().tolist() == [sign * 1536]
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 40, 99])
 def test_what_is_not_finite_is_not_rounded_to_what_is_and_other_rows_keep_theirs(value, place):
@@ -80,7 +80,7 @@ def test_what_is_not_finite_is_not_rounded_to_what_is_and_other_rows_keep_theirs
     assert torch.equal(found[::2], expected[::2])
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 def test_zeros_give_the_bias():
     x, weight, bias = torch.zeros(2, 70).bfloat16(), some(32, 70, seed=1), some(32, seed=2)
     assert torch.equal(torch.ops.ballast.multiply_int8(x, in_levels(weight), bias), bias.expand(2, -1))
@@ -102,7 +102,7 @@ def test_a_weight_in_levels_is_that_weight_with_its_scales():
     assert ((back - weight.float()).abs() <= 0.5001 * scales.repeat_interleave(INPUTS, 1)[:, : weight.shape[1]]).all()
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_layers_of_one_product_give_their_own_parts(has_bias):
     layers = [nn.Linear(16, size, bias=has_bias, dtype=torch.bfloat16) for size in (32, 16, 41)]
@@ -114,7 +114,7 @@ def test_layers_of_one_product_give_their_own_parts(has_bias):
     assert product.weight.dtype == torch.uint8
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_in_8_bits_gives_nearly_the_same_logits(family):
     model = tiny_lm(family).to(torch.bfloat16)
@@ -136,7 +136,7 @@ def tiny(tmp_path_factory):
     return {"model": str(model), "checkpoint": str(checkpoint), "dtype": "int8"}
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 def test_a_model_to_be_rounded_is_loaded_in_bfloat16_with_a_word_about_its_thresholds(tiny, caplog):
     assert load_model(Settings(**tiny, device="cpu")).model.dtype == torch.bfloat16
     assert "thresholds were calibrated with weights that are not rounded" in caplog.text
@@ -150,7 +150,7 @@ def test_8_bits_on_a_gpu_are_an_error_that_names_what_there_is(tiny):
 def test_8_bits_without_such_products_are_an_error_that_says_what_is_needed(tiny, monkeypatch):
     monkeypatch.setattr(loading, "multiply_int8_of", lambda: None)
     with pytest.raises(
-        ConfigurationError, match=r"needs a processor with AVX-512 VNNI and BF16.*bfloat16, float16"
+        ConfigurationError, match=r"needs a processor with AVX2 and FMA.*bfloat16, float16"
     ) as raised:
         load_model(Settings(**tiny, device="cpu"))
     assert "\n" not in str(raised.value)
@@ -161,7 +161,7 @@ def test_another_precision_is_an_error_that_names_those_there_are():
         Settings(dtype="int4")
 
 
-@NEEDS_FOURS
+@NEEDS_8_BITS
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
 def test_passes_in_8_bits_are_recorded_and_give_what_they_give_when_they_run(caplog, monkeypatch):
     lm = tiny_guarded_lm("llama", **SIGNALS["both"] | {"request": NEVER, "response": OFTEN, "onset": 0.4})
