@@ -149,9 +149,7 @@ def test_8_bits_on_a_gpu_are_an_error_that_names_what_there_is(tiny):
 
 def test_8_bits_without_such_products_are_an_error_that_says_what_is_needed(tiny, monkeypatch):
     monkeypatch.setattr(loading, "multiply_int8_of", lambda: None)
-    with pytest.raises(
-        ConfigurationError, match=r"needs a processor with AVX2 and FMA.*bfloat16, float16"
-    ) as raised:
+    with pytest.raises(ConfigurationError, match=r"needs a processor with AVX2 and FMA.*bfloat16, float16") as raised:
         load_model(Settings(**tiny, device="cpu"))
     assert "\n" not in str(raised.value)
 
