@@ -96,8 +96,10 @@ def load(name: str, *, dtype: torch.dtype, device: str = "cpu", trust_remote_cod
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsNotFound(f"cannot load {name!r} (tried {source}): {error}") from error
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    widen(model)
-    return Pretrained(name, model.to(device).eval(), tokenizer)  # type: ignore[arg-type]  # a decorator there hides it
+    model = model.to(device)  # type: ignore[arg-type]  # a decorator there hides it
+    if dtype == torch.bfloat16:
+        widen(model)
+    return Pretrained(name, model.eval(), tokenizer)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -1,41 +1,76 @@
 """Products in bfloat16 on a processor that has none: torch takes several times as long for them there as for floats."""
 
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 FEW = 4
-"""Rows for which it takes longer to widen the weights than to multiply them as they are."""
+"""Rows for which it takes as long to widen the weights as to multiply them as they are."""
+
+
+class WidenedLinear(nn.Linear):
+    """A linear layer on a CPU that multiplies in float32 what others do in bfloat16, by its weights or by autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product (..., out) of an input (..., in)."""
+        casts = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        is_narrow = casts or (input.dtype == self.weight.dtype == torch.bfloat16)
+        if not is_narrow or input.device.type != "cpu" or input.numel() <= FEW * self.in_features:
+            return super().forward(input)
+        return _Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def widen(model: nn.Module) -> None:
-    """Have the linear layers of a model multiply in float32 what they would in bfloat16, on a CPU that is quicker so.
+    """Have the linear layers of a model on the CPU be `WidenedLinear`, where the processor has no products in bfloat16.
 
-    Sums are those of floats in both, and results are rounded to bfloat16 as before. Weights stay as they are. Where
-    the processor has products in bfloat16, nothing changes.
+    What is multiplied is in bfloat16 as before, and so is the product; sums are of floats in both. Weights stay.
     """
-    if _has_products():
+    if has_products():
         return
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.forward = partial(_product, module)  # type: ignore[method-assign]  # as others do, peft on top of it
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.__class__ = WidenedLinear
 
 
 @cache
-def _has_products() -> bool:
+def has_products() -> bool:
+    """Tell whether torch has its own products in bfloat16 for this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped there
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _product(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Return the product (..., out) of x (..., in)."""
-    casts = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    is_narrow = x.device.type == "cpu" and (casts or x.dtype == torch.bfloat16)
-    if not is_narrow or x.numel() <= FEW * layer.in_features:
-        return nn.Linear.forward(layer, x)
-    with torch.autocast("cpu", enabled=False):
-        bias = None if layer.bias is None else layer.bias.float()
-        return linear(x.float(), layer.weight.float(), bias).bfloat16()
+class _Product(torch.autograd.Function):
+    """The product, which keeps nothing in float32 for its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dtype_of_bias = None if bias is None else bias.dtype
+        with torch.autocast("cpu", enabled=False):
+            return linear(_wide(x), _wide(weight), None if bias is None else _wide(bias)).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = None, None, None
+        with torch.autocast("cpu", enabled=False):
+            gradient = gradient.float()
+            if ctx.needs_input_grad[0]:
+                of_x = (gradient @ _wide(weight)).to(x.dtype)
+            rows = gradient.flatten(end_dim=-2)
+            if ctx.needs_input_grad[1]:
+                of_weight = (rows.T @ _wide(x).flatten(end_dim=-2)).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                of_bias = rows.sum(0).to(ctx.dtype_of_bias)
+        return of_x, of_weight, of_bias
+
+
+def _wide(number: Tensor) -> Tensor:
+    """Return what bfloat16 leaves of numbers, as floats."""
+    return number.bfloat16().float()

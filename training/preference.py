@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # made avai
 
 from model.chat import ChatTemplate, Message
 from model.pretrained import Pretrained, device_of, load
+from model.widening import widen
 from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_part
 from training.errors import RecipeError
@@ -54,6 +55,8 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
         peft_config=lora.settings_of(recipe.lora, pretrained.model),
         callbacks=[*loggers(run), *callbacks],
     )
+    if recipe.dtype == "bfloat16":
+        widen(trainer.model)  # type: ignore[arg-type]  # there is one by now, the adapter in it
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder, recipe.resume))
     if trainer.is_world_process_zero():
         learned = {"preferences": (recipe.part, rows)}

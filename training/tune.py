@@ -71,7 +71,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     recipe_file.dump(recipe, run / "recipe.yaml")
 
     model = _trainable(pretrained, recipe)
-    widen(model)  # the adapter too
+    if recipe.dtype == "bfloat16":
+        widen(model)  # the adapter too
     reference = None
     if recipe.constraint is not None:
         with torch.autocast(device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):

@@ -13,6 +13,7 @@ static inline float from_bfloat16(bfloat16 x) {
 
 static inline bfloat16 to_bfloat16(float value) { /* to the nearest, ties to even */
     uint32_t bits;
+    if (value != value) return 0x7fc0;
     memcpy(&bits, &value, sizeof bits);
     return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }

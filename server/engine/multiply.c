@@ -1,11 +1,10 @@
 /* Products with weights in bfloat16, on processors that multiply pairs of them (AVX-512 BF16), or that multiply and add
- * floats (AVX2 and FMA), to which both sides are widened, the weights in registers.
+ * floats (AVX2 and FMA), to which both sides are widened in registers.
  *
  *   x      (rows, in)   in is even
  *   weight as `server/engine/packed.py` lays it out: for each 32 outputs, for each two inputs, 32 pairs
  *   bias   (out) or NULL
  *   y      (rows, out)  out is a multiple of 32
- *   wide   (rows, in)   room for x as floats; NULL where pairs are multiplied
  *
  * With few rows each weight is read from memory once, in order, whatever their number. A row is summed in the same order
  * beside any others, so it has the same product alone.
@@ -20,7 +19,6 @@
 
 #ifdef __AVX512BF16__
 #define MOST 12 /* rows whose sums fit in registers */
-typedef bfloat16 number;
 
 /* Some rows with one block of 32 outputs. The number of rows is known when it is compiled: sums stay in registers. */
 static inline __attribute__((always_inline)) void some(const int rows, const bfloat16 *x, const bfloat16 *weight,
@@ -50,11 +48,9 @@ static inline __attribute__((always_inline)) void some(const int rows, const bfl
 
 #else
 #define MOST 6
-#define FEW 8 /* rows that one thread widens sooner than several */
-typedef float number;
 
 /* Some rows with 8 * `vectors` of a block of 32 outputs, those of a pair two halves of 32 bits. */
-static inline __attribute__((always_inline)) void part(const int rows, const int vectors, const float *x,
+static inline __attribute__((always_inline)) void part(const int rows, const int vectors, const bfloat16 *x,
                                                        const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y,
                                                        int64_t in, int64_t out) {
     const __m256i upper = _mm256_set1_epi32((int32_t)0xffff0000);
@@ -74,7 +70,11 @@ static inline __attribute__((always_inline)) void part(const int rows, const int
         __builtin_prefetch(weight + AHEAD);
         __builtin_prefetch(weight + AHEAD + 32);
         for (int r = 0; r < rows; r++) {
-            const __m256 read = _mm256_broadcast_ss(x + r * in + i), next = _mm256_broadcast_ss(x + r * in + i + 1);
+            int32_t pair;
+            memcpy(&pair, x + r * in + i, sizeof pair);
+            const __m256i both = _mm256_set1_epi32(pair);
+            const __m256 read = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+            const __m256 next = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
             for (int v = 0; v < vectors; v++) {
                 sum[r][v] = _mm256_fmadd_ps(first[v], read, sum[r][v]);
                 sum[r][v] = _mm256_fmadd_ps(second[v], next, sum[r][v]);
@@ -90,7 +90,7 @@ static inline __attribute__((always_inline)) void part(const int rows, const int
 }
 
 /* Some rows with one block of 32 outputs. */
-static inline __attribute__((always_inline)) void some(const int rows, const float *x, const bfloat16 *weight,
+static inline __attribute__((always_inline)) void some(const int rows, const bfloat16 *x, const bfloat16 *weight,
                                                        const bfloat16 *bias, bfloat16 *y, int64_t in, int64_t out) {
     if (rows <= MOST / 2) return part(rows, 4, x, weight, bias, y, in, out);
     part(rows, 2, x, weight, bias, y, in, out);
@@ -98,17 +98,9 @@ static inline __attribute__((always_inline)) void some(const int rows, const flo
 }
 #endif
 
-void multiply(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y, float *wide, int64_t rows,
-              int64_t in, int64_t out) {
+void multiply(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, bfloat16 *y, int64_t rows, int64_t in,
+              int64_t out) {
     const int64_t num_blocks = out / 32;
-#ifdef __AVX512BF16__
-    const number *read = x;
-#else
-    const number *read = wide;
-#pragma omp parallel for if (rows > FEW)
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < in; i++) wide[r * in + i] = from_bfloat16(x[r * in + i]);
-#endif
 #pragma omp parallel
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -116,14 +108,14 @@ void multiply(const bfloat16 *x, const bfloat16 *weight, const bfloat16 *bias, b
             const bfloat16 *w = weight + b * 32 * in, *start = bias == NULL ? NULL : bias + b * 32;
             int64_t r = 0;
 #ifdef __AVX512BF16__
-            for (; rows - r >= MOST; r += MOST) some(MOST, read + r * in, w, start, y + r * out + b * 32, in, out);
+            for (; rows - r >= MOST; r += MOST) some(MOST, x + r * in, w, start, y + r * out + b * 32, in, out);
 #else
             for (int half = 0; half < 2; half++) /* which stays in the nearest cache for all rows */
                 for (r = 0; rows - r >= MOST; r += MOST)
-                    part(MOST, 2, read + r * in, w + half * 32, start == NULL ? NULL : start + half * 16,
+                    part(MOST, 2, x + r * in, w + half * 32, start == NULL ? NULL : start + half * 16,
                          y + r * out + b * 32 + half * 16, in, out);
 #endif
-            const number *from = read + r * in;
+            const bfloat16 *from = x + r * in;
             bfloat16 *to = y + r * out + b * 32;
             switch (rows - r) {
             case 1: some(1, from, w, start, to, in, out); break;

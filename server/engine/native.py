@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.errors import origin
+from model.widening import has_products
 from server.engine.library import library, processor
 from server.engine.tape import call, dense, failed, raise_if_failed
 
@@ -21,8 +22,8 @@ PAIRS = "avx512_bf16"
 """What a processor says that multiplies pairs of bfloat16."""
 FOURS = "avx512_vnni"
 """What one says that multiplies and adds four numbers of 8 bits."""
-FLOATS = {"avx2", "fma"}
-"""What one says that multiplies and adds eight floats at a time, and pairs of 8 bits: for processors without these."""
+FLOATS = frozenset({"avx2", "fma"})
+"""What one says that multiplies and adds eight floats at a time, and pairs of numbers of 8 bits."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
 """Takes queries, keys, values, output, rows, slots, offsets (all but queries contiguous, indices int64), and the
@@ -190,16 +191,16 @@ MultiplyInt8 = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
 
 @cache
 def multiply_of() -> Multiply | None:
-    """Return the compiled product in bfloat16; None where the processor or the compiler does not know it."""
+    """Return the compiled product in bfloat16; None where nobody here can compile it, or oneDNN does better."""
     known = set(processor().split())
-    found = library("multiply") if PAIRS in known or known >= FLOATS else None
+    is_better = PAIRS in known or (known >= FLOATS and not has_products())
+    found = library("multiply") if is_better else None
     if found is None:
         return None
-    function = _function(found, "multiply", num_arguments=8)
+    function = _function(found, "multiply", num_arguments=7)
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor) -> None:
-        wide = None if PAIRS in known else x.new_empty(x.shape, dtype=torch.float32)
-        call(function, (x, weight, bias, product, wide), (*x.shape, product.shape[1]))
+        call(function, (x, weight, bias, product), (*x.shape, product.shape[1]))
 
     return multiply
 

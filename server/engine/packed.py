@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from model.widening import WidenedLinear, has_products
 from server.engine.compiled import operation
 from server.engine.int8 import in_levels
 from server.engine.native import multiply_of
@@ -133,8 +134,12 @@ def pack(model: PreTrainedModel, run: Callable[[], object], *, is_int8: bool = F
         child: (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and (is_gpu or _is_packable(child, is_int8=is_int8))
+        if isinstance(child, nn.Linear)
+        and type(child) in (nn.Linear, WidenedLinear)
+        and (is_gpu or _is_packable(child, is_int8=is_int8))
     }
+    if not found:
+        return 0
     groups = [group for group in _siblings(found, run) if len(group) > 1 or not is_gpu]
     with torch.inference_mode():
         for group in groups:
@@ -147,14 +152,9 @@ def pack(model: PreTrainedModel, run: Callable[[], object], *, is_int8: bool = F
 
 def _is_packable(layer: nn.Linear, *, is_int8: bool) -> bool:
     """Tell whether there is a product with the packed weight of a layer on a CPU."""
-    weight = layer.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if layer.weight.device.type != "cpu" or layer.weight.dtype != torch.bfloat16:
         return False
-    if is_int8 or _is_in_pairs(weight):
-        return True
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped there
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return is_int8 or _is_in_pairs(layer.weight) or has_products()
 
 
 def _is_in_pairs(weight: Tensor) -> bool:

@@ -81,6 +81,15 @@ def test_what_is_not_finite_is_not_rounded_to_what_is_and_other_rows_keep_theirs
 
 
 @NEEDS_8_BITS
+def test_a_weight_that_is_no_number_gives_none():
+    weight = some(64, 100, seed=1)
+    weight[3, 40] = torch.nan
+    found = torch.ops.ballast.multiply_int8(some(3, 100, seed=0), in_levels(weight), None)
+    assert found[:, 3].isnan().all()
+    assert found.isnan().sum() == 3
+
+
+@NEEDS_8_BITS
 def test_zeros_give_the_bias():
     x, weight, bias = torch.zeros(2, 70).bfloat16(), some(32, 70, seed=1), some(32, seed=2)
     assert torch.equal(torch.ops.ballast.multiply_int8(x, in_levels(weight), bias), bias.expand(2, -1))

@@ -1,5 +1,6 @@
 """Packed weights: the same numbers."""
 
+import ctypes
 import os
 import shutil
 
@@ -9,8 +10,10 @@ from torch import nn
 from torch.nn.functional import linear
 
 from model.testing import FAMILIES, tiny_lm
+from model.widening import has_products
 from server.engine import packed
-from server.engine.library import processor
+from server.engine.int8 import READ_BYTES, in_levels
+from server.engine.library import library, processor
 from server.engine.native import FLOATS, PAIRS, multiply_of
 from server.engine.packed import BLOCK, PackedLinear, Product, in_blocks, pack
 
@@ -18,7 +21,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 NO_PRODUCT = "no compiler, or a processor without a product in bfloat16"
-HAS_ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_ONEDNN = has_products()
 
 
 @pytest.fixture(params=["multiply.c", "oneDNN"])
@@ -35,7 +38,7 @@ def who(request, monkeypatch):
 
 def test_a_processor_that_multiplies_pairs_or_floats_does():
     known = set(processor().split())
-    has_product = PAIRS in known or known >= FLOATS
+    has_product = PAIRS in known or (known >= FLOATS and not HAS_ONEDNN)
     assert (multiply_of() is not None) is (has_product and shutil.which(os.environ.get("CC", "cc")) is not None)
 
 
@@ -53,6 +56,43 @@ def test_every_row_has_its_product_and_the_same_beside_others(num_rows, num_in, 
     assert (found.double() - expected).abs().max() <= 2**-8 * expected.abs().max() + 1e-6 * size
     alone = torch.cat([torch.ops.ballast.multiply(row[None], in_blocks(weight), bias) for row in x])
     assert torch.equal(found, alone)
+
+
+@pytest.mark.skipif(not set(processor().split()) >= FLOATS, reason="a processor of another kind")
+@pytest.mark.parametrize("num_rows", [*range(1, 8), 12, 23])
+@pytest.mark.parametrize("name", ["multiply", "multiply_int8"])
+def test_without_avx512_products_are_the_same(name, num_rows, monkeypatch):
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -mno-avx512f")
+    plain = library.__wrapped__(name)
+    if plain is None:
+        pytest.skip("no compiler")
+    generator = torch.Generator().manual_seed(num_rows)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((num_rows, 70), (64, 70), (64,))
+    )
+    found, read = (
+        torch.empty(num_rows, 64, dtype=torch.bfloat16),
+        torch.empty(num_rows, 2, READ_BYTES, dtype=torch.uint8),
+    )
+    laid = in_blocks(weight) if name == "multiply" else in_levels(weight)
+    tensors = (x, laid, bias, found) if name == "multiply" else (x, laid, bias, found, read)
+    plain[name](*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int64, (num_rows, 70, 64)))
+    expected = linear(x.float(), weight.float(), bias.float())
+    error = 2**-8 if name == "multiply" else 2**-5
+    assert (found.float() - expected).abs().max() <= error * expected.abs().max()
+
+
+@pytest.mark.skipif(multiply_of() is None, reason=NO_PRODUCT)
+def test_two_threads_give_what_one_gives():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (25, 160))
+    expected = torch.ops.ballast.multiply(x, in_blocks(weight), None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(torch.ops.ballast.multiply(x, in_blocks(weight), None), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(multiply_of() is None, reason=NO_PRODUCT)
@@ -81,7 +121,7 @@ def test_a_packed_model_gives_the_same_logits(family: str):
 
 
 def test_a_weight_that_nothing_packs_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(packed, "has_products", lambda: False)
     even, odd = (nn.Linear(size, 32, dtype=torch.bfloat16) for size in (16, 15))
     model = tiny_lm().to(torch.bfloat16)
     model.some = nn.ModuleList([even, odd])
