@@ -45,11 +45,12 @@ def has_products() -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """The product, which keeps nothing in float32 for its gradients."""
+    """The product; for its gradients it keeps its input in bfloat16, and the weight as it is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x.bfloat16(), weight)
+        ctx.dtype_of_x = x.dtype
         ctx.dtype_of_bias = None if bias is None else bias.dtype
         with torch.autocast("cpu", enabled=False):
             return linear(_wide(x), _wide(weight), None if bias is None else _wide(bias)).bfloat16()
@@ -62,7 +63,7 @@ class _Product(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             gradient = gradient.float()
             if ctx.needs_input_grad[0]:
-                of_x = (gradient @ _wide(weight)).to(x.dtype)
+                of_x = (gradient @ _wide(weight)).to(ctx.dtype_of_x)
             rows = gradient.flatten(end_dim=-2)
             if ctx.needs_input_grad[1]:
                 of_weight = (rows.T @ _wide(x).flatten(end_dim=-2)).to(weight.dtype)

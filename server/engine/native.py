@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from model.errors import origin
-from model.widening import has_products
 from server.engine.library import library, processor
 from server.engine.tape import call, dense, failed, raise_if_failed
 
@@ -191,10 +190,9 @@ MultiplyInt8 = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
 
 @cache
 def multiply_of() -> Multiply | None:
-    """Return the compiled product in bfloat16; None where nobody here can compile it, or oneDNN does better."""
+    """Return the compiled product in bfloat16; None where the processor or the compiler does not know it."""
     known = set(processor().split())
-    is_better = PAIRS in known or (known >= FLOATS and not has_products())
-    found = library("multiply") if is_better else None
+    found = library("multiply") if PAIRS in known or known >= FLOATS else None
     if found is None:
         return None
     function = _function(found, "multiply", num_arguments=7)

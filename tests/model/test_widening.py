@@ -86,13 +86,15 @@ def test_gradients_through_autocast_are_those_of_a_plain_layer(shape, widened):
         assert torch.allclose(ours, theirs, rtol=0.05, atol=2e-2 * float(theirs.abs().max()))
 
 
-def test_nothing_is_kept_in_float32_for_the_gradients(widened):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_is_kept_in_float32_for_the_gradients(dtype, widened):
     layer = layer_of(32, 48, dtype=torch.bfloat16).requires_grad_(False)
     widen(layer)
-    x = some(40, 32, seed=0).bfloat16().requires_grad_()
+    x = some(40, 32, seed=0).to(dtype).requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.dtype) or tensor, lambda kept: kept
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.dtype) or tensor, lambda kept: kept),
     ):
         found = layer(x)
     assert set(kept) == {torch.bfloat16}

@@ -17,6 +17,7 @@ from model.policy import Mode
 from model.request import GenerationRequest
 from model.sampling import GREEDY
 from model.testing import FAMILIES, tiny_guarded_lm
+from model.widening import has_products
 from server.engine.compiled import COMPILER
 from server.engine.native import multiply_of
 from server.engine.paged import paged
@@ -100,7 +101,7 @@ def test_layers_that_compile_to_something_else_run_as_they_are(monkeypatch, capl
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, within its compiler
 def test_packed_and_compiled_layers_are_one_graph_for_a_row_and_one_for_many():
-    has_product = multiply_of() is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_product = multiply_of() is not None or has_products()
     if shutil.which(COMPILER) is None or not has_product:
         pytest.skip("there is no compiler, or no product in bfloat16")
     lm = tiny_guarded_lm(token_head=HEAD)

@@ -17,7 +17,7 @@ from server.engine.runner import PagedRunner
 from server.engine.tape import Tape
 from server.loading import load_model
 from server.settings import ConfigurationError, Settings
-from tests.server.test_runner import NEVER, OFTEN, SIGNALS, requests, together, told
+from tests.server.together import NEVER, OFTEN, SIGNALS, requests, together, told
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 NEEDS_8_BITS = pytest.mark.skipif(multiply_int8_of() is None, reason="no compiler, or no products in 8 bits")

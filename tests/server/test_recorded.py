@@ -17,7 +17,7 @@ from server.engine.paged import paged
 from server.engine.recorded import Recorded
 from server.engine.runner import PagedRunner
 from server.engine.tape import Tape, failed, raise_if_failed
-from tests.server.test_runner import HEAD, NEVER, OFTEN, SIGNALS, SOME, requests, together, told
+from tests.server.together import HEAD, NEVER, OFTEN, SIGNALS, SOME, requests, together, told
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
