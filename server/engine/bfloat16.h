@@ -19,3 +19,18 @@ static inline bfloat16 to_bfloat16(float value) { /* to the nearest, ties to eve
 }
 
 static inline float same(float x) { return x; }
+
+#ifdef __AVX2__
+#include <immintrin.h>
+
+static inline __m256 eight_from_bfloat16(const bfloat16 *x) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+
+static inline void eight_to_bfloat16(__m256 value, bfloat16 *x) {
+    float found[8];
+    _mm256_storeu_ps(found, value);
+    for (int n = 0; n < 8; n++) x[n] = to_bfloat16(found[n]);
+}
+#endif

@@ -56,9 +56,8 @@ static inline __attribute__((always_inline)) void part(const int rows, const int
     const __m256i upper = _mm256_set1_epi32((int32_t)0xffff0000);
     __m256 sum[MOST][4];
     for (int v = 0; v < vectors; v++) {
-        __m256i start = _mm256_setzero_si256();
-        if (bias != NULL) start = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(bias + v * 8)));
-        for (int r = 0; r < rows; r++) sum[r][v] = _mm256_castsi256_ps(_mm256_slli_epi32(start, 16));
+        const __m256 start = bias == NULL ? _mm256_setzero_ps() : eight_from_bfloat16(bias + v * 8);
+        for (int r = 0; r < rows; r++) sum[r][v] = start;
     }
     for (int64_t i = 0; i < in; i += 2, weight += 64) {
         __m256 first[4], second[4];
@@ -82,11 +81,7 @@ static inline __attribute__((always_inline)) void part(const int rows, const int
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) {
-            float found[8];
-            _mm256_storeu_ps(found, sum[r][v]);
-            for (int n = 0; n < 8; n++) y[r * out + v * 8 + n] = to_bfloat16(found[n]);
-        }
+        for (int v = 0; v < vectors; v++) eight_to_bfloat16(sum[r][v], y + r * out + v * 8);
 }
 
 /* Some rows with one block of 32 outputs. */

@@ -32,16 +32,20 @@ struct read {
     int32_t start; /* takes away what the 128 add to a sum, where they are multiplied as they are */
 };
 
+/* Return the largest of 16 numbers that were moved up by a bit, which was their sign. */
+static float largest_of_16(__m256i x) {
+    const __m128i of_8 = _mm_max_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(of_8, _mm_set1_epi8(-1))); /* there is no such maximum */
+    return from_bfloat16((bfloat16)(~_mm_extract_epi16(least, 0) & 0xffff) >> 1);
+}
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #define MOST 8 /* rows whose sums fit in registers */
 
 /* Return the largest of 32 numbers without their signs. Their bits are ordered as they are, and NaN is above all. */
 static float largest_of(__m512i x) {
     const __m512i bits = _mm512_slli_epi16(x, 1);
-    const __m256i of_16 = _mm256_max_epu16(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1));
-    const __m128i of_8 = _mm_max_epu16(_mm256_castsi256_si128(of_16), _mm256_extracti128_si256(of_16, 1));
-    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(of_8, _mm_set1_epi8(-1))); /* there is no such maximum */
-    return from_bfloat16((bfloat16)(~_mm_extract_epi16(least, 0) & 0xffff) >> 1);
+    return largest_of_16(_mm256_max_epu16(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1)));
 }
 
 /* Round one block of a row. */
@@ -107,9 +111,7 @@ static float largest_of(const bfloat16 *x) {
     __m256i of_16 = _mm256_setzero_si256();
     for (int i = 0; i < INPUTS; i += 16)
         of_16 = _mm256_max_epu16(of_16, _mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)(x + i)), 1));
-    const __m128i of_8 = _mm_max_epu16(_mm256_castsi256_si128(of_16), _mm256_extracti128_si256(of_16, 1));
-    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(of_8, _mm_set1_epi8(-1)));
-    return from_bfloat16((bfloat16)(~_mm_extract_epi16(least, 0) & 0xffff) >> 1);
+    return largest_of_16(of_16);
 }
 
 /* Round one block of a row. */
@@ -119,9 +121,8 @@ static void round_block(const bfloat16 *x, int64_t num, struct read *to) {
     const float largest = largest_of(x);
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127 / largest : 0);
     for (int i = 0; i < INPUTS; i += 8) {
-        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x + i)));
-        const __m256 value = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
         int32_t level[8];
+        const __m256 value = eight_from_bfloat16(x + i);
         _mm256_storeu_si256((__m256i *)level, _mm256_cvtps_epi32(_mm256_mul_ps(value, inverse)));
         for (int n = 0; n < 8; n++) to->level[i + n] = (int8_t)level[n];
     }
@@ -136,9 +137,8 @@ static inline __attribute__((always_inline)) void part(const int rows, const int
     const __m256i ones = _mm256_set1_epi16(1), middle = _mm256_set1_epi8((int8_t)128);
     __m256 sum[MOST][4];
     for (int v = 0; v < vectors; v++) {
-        __m256i start = _mm256_setzero_si256();
-        if (bias != NULL) start = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(bias + from + v * 8)));
-        for (int r = 0; r < rows; r++) sum[r][v] = _mm256_castsi256_ps(_mm256_slli_epi32(start, 16));
+        const __m256 start = bias == NULL ? _mm256_setzero_ps() : eight_from_bfloat16(bias + from + v * 8);
+        for (int r = 0; r < rows; r++) sum[r][v] = start;
     }
     for (int64_t b = 0; b < blocks; b++, weight++) {
         __m256i exact[MOST][4];
@@ -170,11 +170,7 @@ static inline __attribute__((always_inline)) void part(const int rows, const int
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) {
-            float found[8];
-            _mm256_storeu_ps(found, sum[r][v]);
-            for (int n = 0; n < 8; n++) y[r * out + from + v * 8 + n] = to_bfloat16(found[n]);
-        }
+        for (int v = 0; v < vectors; v++) eight_to_bfloat16(sum[r][v], y + r * out + from + v * 8);
 }
 
 /* Some rows with 32 outputs, in two parts where sums of all would not fit in registers. */

@@ -66,6 +66,8 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     assert (shares["harmless answers stopped"]["n"], shares["caught at all"]["n"]) == (1, 2)
     assert "data:image/png" in (out / "report.html").read_text()
     kept = (out / "direct.jsonl").read_text()
+    assert main([*words, "--out", str(out)]) == 0
+    assert (out / "direct.jsonl").read_text() == kept
     assert main([*words[:2], "--api-key", "secret", "--target", f"hub:{model}", "--out", str(tmp_path / "plain")]) == 0
     printed = capfd.readouterr()
     assert "| direct | direct | nothing acts | 2 |" in printed.out
@@ -84,6 +86,8 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     assert "| requests | Own, harmless | over block | over block | 1 |" in printed
     assert main(["compare", str(tmp_path / "plain"), str(out)]) == 0
     assert "| direct | direct | both | none | 2 |" in capfd.readouterr().out
+    assert main([*words[:2], "--api-key", "secret", "--target", f"hub:{model}", "--out", str(out)]) == 1
+    assert "holds a run with another target, served_model, measures, attempts" in capfd.readouterr().err
     (out / "direct.jsonl").write_text(kept.splitlines(keepends=True)[0])
     judge = ["--judge", str(tmp_path / "checkpoint"), "--judge-model", str(model)]
     assert main(["report", str(out), *judge]) == 1
