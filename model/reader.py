@@ -79,7 +79,8 @@ class Reader:
     def feed(self, token_ids: Sequence[int], *, turned_at: int | None = None, must_assess: bool = False) -> Reading:
         """Feed new tokens, of the request, of the response or of both, and assess them where that is due.
 
-        Several response tokens at once are given ones: each is assessed, whatever the schedule, `[CLS]` by rule R2.
+        Several response tokens at once are given ones: each is assessed, whatever the schedule, `[CLS]` by rule R2. Where
+        the token head alone decides on responses, `[CLS]` keeps to the schedule, as if they were generated.
 
         Args:
             token_ids: the new tokens, at least one.
@@ -148,12 +149,19 @@ class Reader:
             return []
         if self._follows_r1:
             return [number for number in numbers if number <= self._lm.windows.r1]
-        if len(numbers) > 1 or must_assess:
-            found = list(numbers)
-        else:
-            found = [n for n in numbers if is_due(self._schedule, n, self._newest_due, is_suspicious=is_suspicious)]
-        self._newest_due = found[-1] if found else self._newest_due
+        asks_all = self._decides and (len(numbers) > 1 or must_assess)
+        found = []
+        for number in numbers:
+            if asks_all or is_due(self._schedule, number, self._newest_due, is_suspicious=is_suspicious):
+                found.append(number)
+                self._newest_due = number
         return found
+
+    @property
+    def _decides(self) -> bool:
+        """Whether what is assessed by schedule has a say on the response, and is not only read by later tokens."""
+        has_both = self._lm.cls is not None and self._lm.head is not None
+        return not has_both or self._lm.cls_config.response_share > 0.0
 
     @property
     def _follows_r1(self) -> bool:

@@ -34,8 +34,8 @@ class ClsReading:
 
         Args:
             length: tokens of the response.
-            is_given: assess each token, as is done with a response that a client sends; otherwise those of the
-                schedule, as while a harmless one is generated.
+            is_given: assess each token, as is done with a response that a client sends where `[CLS]` has a share in
+                its risk; otherwise those of the schedule, as while a harmless one is generated.
         """
         windows = Windows(*self.config.windows)
         numbers = range(1, length + 1) if is_given else positions(parse(self.config.schedule), length)

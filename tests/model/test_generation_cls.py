@@ -248,6 +248,28 @@ def test_every_token_of_a_prefill_is_assessed_whatever_the_schedule(ask, make):
     assert covered(lm)[:13] == [0, *range(1, 13)]
 
 
+def test_where_the_token_head_decides_alone_cls_reads_a_prefill_as_scheduled(ask):
+    lm = both("abcdefghijkl and on", cls=replace(CLS, response_share=0.0))
+    answer = ask(lm, prefill="abcdefghijkl", schedule=Periodic(5), **SCORE)
+    assert covered(lm) == [0, 5, 10, 15]
+    assert answer.finish.num_assessments == 1 + len("abcdefghijkl and on")  # the token head's
+
+
+@pytest.mark.parametrize("pieces", [(24,), (7, 17), (1,) * 24])
+def test_where_the_token_head_decides_alone_what_is_given_is_read_like_what_is_generated(pieces: tuple[int, ...]):
+    never = {"request": NEVER, "response": NEVER}
+    lm = tiny_guarded_lm(token_head=TokenHeadConfig((1, -1), 32, 0), cls=replace(CLS, response_share=0.0), **never)
+    prompt = lm.chat.encode([Message("user", "tell me"), Message("assistant", "a" * 24)], continue_final=True)
+    solo, reader = Solo(lm, prompt), Reader(lm, prompt, Annealed(), watches_request=True, watches_response=True)
+    solo.complete(reader.feed(prompt.request))
+    found, rest = [], list(prompt.prefill)
+    for size in pieces:
+        found += solo.complete(reader.feed(rest[:size])).response
+        rest = rest[size:]
+    scored = score(lm, prompt)
+    assert [a.risk for a in scored.assessments] == pytest.approx([probability(logit) for _, logit in found], abs=1e-5)
+
+
 @pytest.mark.parametrize("make", [{"token_head": None}, {}])
 def test_a_refusal_holds_nothing_of_the_response_before_it(make):
     lm = tiny_guarded_lm(cls=CLS, **make)
