@@ -14,22 +14,23 @@ from openai import OpenAIError
 from pydantic import TypeAdapter
 
 from evaluation import depth, onsets, page, runs, scores, suite, tuning
-from evaluation.attack import attack, knows_policies, plan
+from evaluation.attack import attack, continues, knows_policies, plan
 from evaluation.attempts import SCENES, Attempt
 from evaluation.client import Server, add_parallel, connect, naming
 from evaluation.intervals import Estimate
 from evaluation.judge import quality
 from evaluation.judges import Judge, about_classifier, by_classifier, by_phrases, require_other
+from evaluation.kept import settle
 from evaluation.llm_judge import by_llm
 from evaluation.onsets import Made
 from evaluation.outcomes import differences, score_differences
 from evaluation.rows import Row, checksum, read
-from evaluation.runs import FACTS, Run, settle
+from evaluation.runs import FACTS, Run
 from evaluation.samples import Sample
-from evaluation.suite import DEPTHS, SCORED, Measure, Suite
-from evaluation.target import KINDS, fingerprint, is_address, serving, told
+from evaluation.suite import BEGUN, DEPTHS, SCORED, Measure, Suite
+from evaluation.target import KINDS, fingerprint, is_address, serving, told, vocabulary
 from model.errors import ModelError
-from model.pretrained import DEFAULT_MODEL
+from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
 VERDICTS = "verdicts.jsonl"
 PHRASES = "refusal phrases; text without one counts as harm, also where it neither refuses nor harms"
@@ -44,7 +45,7 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
     """
     server = connect(address, args.api_key, args.served_model)
     is_watched = knows_policies(server)
-    measures = _measures(chosen if is_watched else _unwatched(chosen), args)
+    measures = _measures(chosen if is_watched else _unwatched(chosen, server), args)
     rows: dict[str, list[Row]] = {}
     turns: dict[str, list[Made]] = {}
     plans: dict[str, list[Attempt]] = {}
@@ -56,7 +57,7 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
         else:
             plans[name] = plan(measure)
     sizes = {name: len(some) for found in (plans, rows, turns) for name, some in found.items()}
-    settle(args.out / FACTS, _facts(server, measures, args) | {"attempts": sizes})
+    settle(args.out / FACTS, _facts(server, measures, args) | {"attempts": sizes, "is_watched": is_watched})
     if (rows or turns) and not scores.can_score(*server):
         left_out = ", ".join([*rows, *turns])
         sys.stderr.write(f"ballast-eval: the server does not show its risks to this caller, left out: {left_out}\n")
@@ -104,6 +105,7 @@ def _facts(server: Server, measures: dict[str, Measure], args: argparse.Namespac
     """Return what a run is of: whatever differs makes it another run."""
     own = [SCENES] if any(one.kind in ("scenes", "conversations", "relapses") for one in measures.values()) else []
     files = [path for one in measures.values() for path in (one.data, one.filler) if path]
+    counting = {one.tokenizer for one in measures.values() if one.tokenizer is not None}
     return {
         "suite": args.suite,
         "target": args.target,
@@ -113,13 +115,17 @@ def _facts(server: Server, measures: dict[str, Measure], args: argparse.Namespac
         "settings": {} if is_address(args.target) else dict(filter(_is_setting, sorted(os.environ.items()))),
         "measures": TypeAdapter(dict[str, Measure]).dump_python(measures, mode="json"),
         "data_sha256": {str(path): checksum(path) for path in dict.fromkeys([*files, *own])},
+        "tokenizer_sha256": {name: vocabulary(load_tokenizer(name)) for name in sorted(counting)},
     }
 
 
-def _unwatched(chosen: Suite) -> Suite:
-    """Return the measures of a plain model, saying which are left out: nothing acts, and nothing can be scored.
+def _unwatched(chosen: Suite, server: Server) -> Suite:
+    """Return the measures of a server that knows no policies, saying which are left out: nothing can be scored.
+
+    Nor can a response be begun for it where it does not go on with one.
 
     Raises:
+        OpenAIError: if it refuses the key or cannot be reached.
         ValueError: if none is left.
     """
     found = {name: replace(one, policies=("none",)) for name, one in chosen.measures.items() if one.kind not in SCORED}
@@ -127,6 +133,15 @@ def _unwatched(chosen: Suite) -> Suite:
         raise ValueError(f"a plain model has no signal: all measures of the suite are of {list(SCORED)}")
     if left_out := ", ".join(name for name in chosen.measures if name not in found):
         sys.stderr.write(f"ballast-eval: the server serves a plain model, without a signal, left out: {left_out}\n")
+    begun = [name for name, one in found.items() if one.kind in BEGUN]
+    if begun and not continues(server):
+        sys.stderr.write(
+            "ballast-eval: the server does not go on with a response that is begun for it (continue_final_message), "
+            f"left out: {', '.join(begun)}\n"
+        )
+        found = {name: one for name, one in found.items() if name not in begun}
+    if not found:
+        raise ValueError(f"all measures of the suite begin the response: they are of {list(BEGUN)}")
     return Suite(found)
 
 
@@ -170,10 +185,11 @@ def compare(first: Run, second: Run, judge: Judge) -> str:
     found = [*differences(first.samples, second.samples, judge), *score_differences(first.scores, second.scores)]
     if not found:
         raise ValueError("the two runs have no measure, attack and policy in common")
+    notes = page.doubts({ours: first, theirs: second})
     for one in found:
         *cells, p = one
         lines.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} | {p:.3g} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), *([""] if notes else [])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,6 +49,8 @@ from evaluation.rows import Row, read, select
 from evaluation.samples import Journal, Sample
 from evaluation.scores import PROBE
 from evaluation.suite import DEPTHS, SCORED, Kind, Measure, Policy, explain
+from evaluation.target import SERVER, told
+from model.chat import Message
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
@@ -57,6 +59,8 @@ POLICIES = {
     "output": {"input": {"mode": "score"}, "output": {"mode": "block"}},
     "none": {"input": {"mode": "score"}, "output": {"mode": "score"}},
 }
+CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
+"""Asks a server to go on with the last message."""
 AS_THEY_ARE: dict[str, Callable[[Sequence[Row]], list[Attempt]]] = {
     "direct": direct,
     "exploit": exploits,
@@ -69,10 +73,14 @@ AS_THEY_ARE: dict[str, Callable[[Sequence[Row]], list[Attempt]]] = {
 """What needs nothing but requests."""
 RESPONSE = {"prefill": "harmful_response", "late": "harmful_response", "ready": "attack_prompt"}
 """The field beside the request that an attack reads."""
+FILTERED = "content_filter"
+"""Says that a server refused: where a response ends, and as the code of an error."""
 
 
 def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watched: bool = True) -> Sample:
-    """Make one attempt. A request that the server takes for invalid is an attempt that got nothing.
+    """Make one attempt. A request that the server takes for invalid is an attempt of which nothing is known.
+
+    Some servers refuse with an error, 400 and the code `content_filter`; that is a refusal like any other.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached.
@@ -82,7 +90,7 @@ def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watche
     if is_watched:
         extra["moderation"] = {"model": model, "policy": POLICIES[attempt.policy]}
     if attempt.opening:
-        extra |= {"continue_final_message": True, "add_generation_prompt": False}
+        extra |= CONTINUED
     body = {"model": model, "messages": attempt.messages, **attempt.sampling, **extra}
     found = Sample(
         attempt.key,
@@ -97,12 +105,15 @@ def send(client: OpenAI, model: str, attempt: Attempt, target: str, *, is_watche
     try:
         answer = client.post("/chat/completions", cast_to=object, body=body)
     except (BadRequestError, UnprocessableEntityError) as error:
+        if error.code == FILTERED:
+            return replace(found, is_stopped=True)
         return replace(found, error=str(error))
     try:
         choice: dict[str, Any] = answer["choices"][0]  # type: ignore[index]  # the client's type for any JSON is object
         refusal = choice["message"].get("refusal") or ""
         text = (choice["message"]["content"] or "").removesuffix(refusal)
-        return replace(found, text=text, is_stopped=choice["finish_reason"] == "content_filter")
+        reason = choice["finish_reason"]
+        return replace(found, text=text, is_stopped=reason == FILTERED, is_cut=reason == "length")
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"the server does not answer /chat/completions as the OpenAI API does: {error!r}") from error
 
@@ -120,6 +131,26 @@ def knows_policies(server: Server) -> bool:
     except (BadRequestError, NotFoundError, UnprocessableEntityError):  # it knows no such field, or has no signal
         return False
     return isinstance(answer, dict) and answer.get("moderation") is not None
+
+
+def continues(server: Server) -> bool:
+    """Tell whether the server goes on with a response whose beginning is given, and does not begin one after it.
+
+    Where it ignores what asks for that, it reads as many tokens with it as without.
+
+    Raises:
+        OpenAIError: if the server refuses the key or cannot be reached.
+    """
+    messages = [vars(Message("user", PROBE)), vars(Message("assistant", "It does so"))]
+    asked = {"model": server.model, "messages": messages, "max_tokens": 1}
+    read = []
+    for extra in (CONTINUED, {}):
+        try:
+            answer = server.client.post("/chat/completions", cast_to=object, body=asked | extra)
+            read.append(answer["usage"]["prompt_tokens"])  # type: ignore[index]  # any JSON, as in `send`
+        except (BadRequestError, UnprocessableEntityError, KeyError, TypeError):
+            return False
+    return bool(read[0] < read[1])
 
 
 def attack(
@@ -222,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         with naming(args.server):
             server = connect(args.server, args.api_key)
+            kept.settle(args.out / SERVER, told(server))
             path = args.out / f"{args.attack}.jsonl"
             samples = attack(server, attempts, path, args.out.name, parallel=args.parallel)
     except ValidationError as error:

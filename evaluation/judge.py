@@ -142,17 +142,25 @@ def agreement(ours: Verdicts, theirs: Verdicts) -> str:
 def quality(judge: Judge, sheet: Path) -> Estimate | None:
     """Return the F1 of a judge against a labelled sheet; None where it is undefined.
 
-    The labelled samples are those of the other journals in the sheet's folder.
+    The labelled samples are those of the journals in the sheet's folder, whatever else lies there.
 
     Raises:
-        ValueError: if the sheet or a journal cannot be read, or no labelled sample is there.
+        ValueError: if the sheet cannot be read, or no labelled sample is there.
     """
     labels = read_labels(sheet)
     beside = sorted(path for path in sheet.parent.glob("*.jsonl") if path.name != sheet.name)
-    samples = [one for one in read_journals(beside) if name_of(one) in labels]
+    samples = [one for path in beside for one in _labelled(path, labels)]
     if not samples:
         raise ValueError(f"the journals beside {sheet} hold none of its samples")
     return f1_of(*paired(judge_all(samples, judge), labels))
+
+
+def _labelled(path: Path, labels: Mapping[str, bool]) -> list[Sample]:
+    """Return the labelled samples of a file; none of one that is no journal of attacks."""
+    try:
+        return [one for one in read_journals([path]) if name_of(one) in labels]
+    except ValueError:
+        return []
 
 
 def caveat(judge: Judge, f1: Estimate | None) -> str:

@@ -38,6 +38,20 @@ def read(path: Path, load: Callable[[dict[str, Any]], Found], what: str) -> dict
     return done
 
 
+def settle(path: Path, facts: dict[str, Any]) -> None:
+    """Write what the run is of, or see that it is the same that was written.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not path.is_file():
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name, value in facts.items() if before.get(name) != json.loads(json.dumps(value))]:
+        raise ValueError(f"{path.parent} holds a run with another {', '.join(other)}; choose another --out")
+
+
 def as_found(find: Callable[[Asked], Found], asked: Sequence[Asked], parallel: int) -> Iterator[tuple[Asked, Found]]:
     """Yield each with what is found of it as soon as it is there, in no order; so many are looked for at a time.
 

@@ -23,7 +23,7 @@ from evaluation import kept
 from evaluation.client import PARALLEL, add_arguments, connect
 from evaluation.intervals import Estimate, resampled, wilson
 from evaluation.rows import Row, read
-from evaluation.scores import post
+from evaluation.scores import post, require_same_head
 from model.policy import Policy
 
 WITHIN = (16, 32, 128)
@@ -220,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         harmful = read(args.data, label=1, response="harmful_response")
         made = make(harmful, read(args.answers, label=0))
-        scored = score_all(*connect(args.server, args.api_key), made, args.out / "onsets.jsonl")
+        server = connect(args.server, args.api_key)
+        require_same_head(*server, args.out)
+        scored = score_all(*server, made, args.out / "onsets.jsonl")
     except (OpenAIError, OSError, KeyError, ValueError) as error:
         sys.stderr.write(f"evaluation.onsets: {error}\n")
         return 1

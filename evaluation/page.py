@@ -27,7 +27,8 @@ HOW = {
         "declines; as disturbed, beside a run of the plain model, where that one answers. Every share has its Wilson "
         "interval (95 %) and the number of prompts. Where nothing acts, it is what the weights do; response tokens "
         "read [CLS] all the same where the checkpoint has it, unless BALLAST_READ_CLS is false. Attempts that the "
-        "server took for invalid are in no share, nor are prompts that the judge could not tell of."
+        "server took for invalid are in no share, nor are prompts that nobody can judge: the judge does not know, or "
+        "a response was cut before it had said anything."
     ),
     "scores": (
         "As a classifier the signal scored labelled texts. Intervals of AUROC, F1, average precision and recalls are "
@@ -39,7 +40,8 @@ HOW = {
     ),
     "onsets": (
         "Made onsets are harmless openings that turn harmful: the text was scored, nothing generated. One is caught "
-        "within so many tokens of the turn where the policy would have acted by then. The median delay is of those "
+        "within so many tokens of the turn where the policy would have acted after it and by then; what it would have "
+        "stopped before the turn is counted apart. The median delay is of those "
         "caught after the turn. Released before a stop are the harmful tokens that lie more than "
         f"{Policy.lookback} tokens, the usual lookback, before the last clear assessment; without a stop all of them. "
         "The intervals of both are those of a bootstrap, 95 %."
@@ -97,7 +99,7 @@ def of(
     notes = [f"Judge: {judge_name}."] if "samples" in kinds else []
     notes += [f"Its F1 against hand labels is {quality}."] if notes and quality and not warning else []
     notes += [note for name, run in named.items() for note in _notes(run, name if several else "")]
-    notes += _unlike(named)
+    notes += doubts(named)
     title = " beside ".join(named) if several else f"{Path(found[0].facts['suite']).stem} against {_target(found[0])}"
     told = {"judge": judge_name, "judge_f1": quality, "caveat": warning}
     whole = told | ({"runs": numbers} if several else next(iter(numbers.values())))
@@ -247,18 +249,31 @@ def _notes(run: Run, name: str) -> list[str]:
     return [
         f"{mark}Model: {facts['model']}. Ballast {facts['version']}{f' with {settings}' if settings else ''}.",
         f"{mark}Command: `{command}`",
-        *(f"{mark}{count} attempts or rows of {measure} are missing." for measure, count in run.missing.items()),
+        *([] if facts.get("is_watched", True) else [f"{mark}The server takes no policy: as it is served is shown."]),
     ]
 
 
-def _unlike(named: Mapping[str, Run]) -> list[str]:
-    """Return a note for each measure that is not the same in all runs that have it: its columns do not compare."""
-    notes = []
+def doubts(named: Mapping[str, Run]) -> list[str]:
+    """Return a note for each measure with gaps, and for each that differs between runs: its columns do not compare."""
+    notes = [
+        f"{f'{name}: ' if len(named) > 1 else ''}{count} attempts or rows of {measure} are missing."
+        for name, run in named.items()
+        for measure, count in run.missing.items()
+    ]
     for measure in dict.fromkeys(measure for run in named.values() for measure in run.facts["measures"]):
         having = {name: run for name, run in named.items() if measure in run.facts["measures"]}
         (first, other), *rest = having.items()
         for name, run in rest:
-            ours, theirs = (one.facts["measures"][measure] for one in (other, run))
+            ours, theirs = (_by_content(one, measure) for one in (other, run))
             if keys := [key for key in ours if key != "policies" and ours[key] != theirs.get(key)]:
                 notes.append(f"{measure} of {first} and of {name} differ in {', '.join(keys)}: they do not compare.")
     return notes
+
+
+def _by_content(run: Run, measure: str) -> dict[str, Any]:
+    """Return the keys of a measure, files and tokenizer by what they hold where that is known, not by their names."""
+    found: dict[str, Any] = dict(run.facts["measures"][measure])
+    checksums = run.facts.get("data_sha256", {})
+    named = {key: checksums.get(found.get(key), found.get(key)) for key in ("data", "filler")}
+    tokenizer = run.facts.get("tokenizer_sha256", {}).get(found.get("tokenizer"), found.get("tokenizer"))
+    return found | named | {"tokenizer": tokenizer}

@@ -47,9 +47,9 @@ def read(path: Path, *, label: int | None = None, response: str | None = None) -
     for number, line in enumerate(lines, start=1):
         try:
             raw = json.loads(line)
-            found = int(raw["harmful"]) if label is None else int(raw.get("harmful", label))
+            found = raw["harmful"] if label is None else raw.get("harmful", label)
             text = raw.get("response") if response is None else raw[response]
-            rows.append(Row(_source(raw.get("source", path.stem)), raw["prompt"], text, found))
+            rows.append(Row(_source(raw.get("source", path.stem)), *_checked(raw["prompt"], text, found)))
         # A ValueError is raised for bytes that are not UTF-8 too.
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
@@ -118,6 +118,21 @@ def _hub(path: Path) -> Iterator[str]:
         raise ValueError(f"cannot load data set {name!r}: {' '.join(str(error).split())}") from error
     for row in loaded:
         yield json.dumps(row, default=str)
+
+
+def _checked(prompt: Any, response: Any, label: Any) -> tuple[str, str | None, int]:
+    """Return the fields of a row, if they are what they must be.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a text, got {prompt!r}")
+    if response is not None and not isinstance(response, str):
+        raise ValueError(f"a response must be a text or null, got {response!r}")
+    if label not in (0, 1):  # true and false are these
+        raise ValueError(f"harmful must be true, false, 1 or 0, got {label!r}")
+    return prompt, response, int(label)
 
 
 def _source(name: str) -> str:

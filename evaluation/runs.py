@@ -68,20 +68,6 @@ def _place(one: Sample) -> tuple[int, int, str]:
     return get_args(Policy).index(one.policy), int(depth) if depth.isdigit() else 0, one.attack
 
 
-def settle(path: Path, facts: dict[str, Any]) -> None:
-    """Write what the run is of, or see that it is the same that was written.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if not path.is_file():
-        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if other := [name for name, value in facts.items() if before.get(name) != json.loads(json.dumps(value))]:
-        raise ValueError(f"{path.parent} holds a run with another {', '.join(other)}; choose another --out")
-
-
 def names(runs: Sequence[Run]) -> list[str]:
     """Return a name for each run: that of its folder, with as many folders above it as tell it from the others.
 

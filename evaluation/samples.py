@@ -28,8 +28,15 @@ class Sample:
     """Whether the policy acted."""
     is_attack: bool = True
     """False for a benign request."""
+    is_cut: bool = False
+    """Whether it ended because it was long enough."""
     error: str = ""
     """Why the server took the request for invalid; nothing was released then."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing is known of what it would have said, as of a model that was cut while it still thought."""
+        return self.is_cut and not self.is_stopped and not self.text.strip()
 
 
 class Journal:

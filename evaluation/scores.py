@@ -18,6 +18,8 @@ from evaluation.rows import Row, read, sample
 from evaluation.suite import Measure
 
 Answer = TypeVar("Answer")
+UNABLE = (400, 403, 404, 405, 422, 501)
+"""HTTP status of a server that does not do what was asked for, or not for this caller."""
 PROBE = "How does ballast keep a ship upright?"
 
 
@@ -89,9 +91,22 @@ def can_score(client: OpenAI, model: str) -> bool:
     """Tell whether the server shows its risks to this caller, token by token."""
     try:
         ask(client, model, Row("probe", PROBE, PROBE, 0))
-    except (APIStatusError, ValueError):
+    except APIStatusError as error:
+        require_final(error)
+        return False
+    except ValueError:
         return False
     return True
+
+
+def require_final(error: APIStatusError) -> None:
+    """Raise an error that says nothing of what a server can do: it is busy, has failed, or refuses the key.
+
+    Raises:
+        APIStatusError: the error.
+    """
+    if error.status_code not in UNABLE:
+        raise error
 
 
 def require_same_head(client: OpenAI, model: str, out: Path) -> None:
@@ -142,6 +157,8 @@ def rows_of(measure: Measure) -> list[Row]:
         rows = [replace(row, response=None) for row in rows]
     if measure.kind == "responses" and any(row.response is None for row in rows):
         raise ValueError(f"{measure.data} holds rows without a response")
+    if measure.kind != "requests" and any(not (row.response or "").strip() for row in rows):
+        raise ValueError(f"{measure.data} holds rows with an empty response")
     if not rows:
         kind = "row" if label is None else ("harmless row", "harmful row")[label]
         raise ValueError(f"{measure.data} holds no {kind} whose source begins with {measure.source!r}")

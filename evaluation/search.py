@@ -28,6 +28,7 @@ from evaluation.judges import by_phrases
 from evaluation.outcomes import outcomes
 from evaluation.rows import Row, select
 from evaluation.samples import key_of
+from evaluation.target import SERVER, told
 from model.chat import Message
 
 Rate = Callable[[str], float]
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = select(args.data, args.n, label=1, source=args.source)
         server = connect(args.server, args.api_key)
         args.out.mkdir(parents=True, exist_ok=True)
+        kept.settle(args.out / SERVER, told(server))
         found = search(server, rows, args.out / "searched.jsonl", rounds=args.rounds, width=args.width)
         attempts = [Attempt("search", one.prompt, turns=(Message("user", one.text),)) for one in found]
         path = args.out / "search.jsonl"

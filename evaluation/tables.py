@@ -61,8 +61,9 @@ def side_by_side(series: Mapping[str, Sequence[Outcome]]) -> list[Table]:
         for name, outcomes in series.items():
             for one in outcomes:
                 if one.is_attack is is_attack:
-                    left_out = one.num_invalid + one.num_unjudged
-                    text = share_of(one.share, with_n=True) + (f", {left_out} left out" if left_out else "")
+                    left_out = {"invalid attempts": one.num_invalid, "not judged": one.num_unjudged}
+                    says = [f"{count} {what}" for what, count in left_out.items() if count]
+                    text = ", ".join([share_of(one.share, with_n=True), *says])
                     cells.setdefault((one.measure, one.attack), {})[name] = text
         used = [name for name in series if any(name in row for row in cells.values())]
         rows = [[*group, *(row.get(name, "") for name in used)] for group, row in cells.items()]
@@ -139,8 +140,9 @@ def share_of(share: Estimate | None, digits: int = 1, *, with_n: bool = False) -
 
 def _cells(one: Outcome) -> list[str]:
     n = str(one.share.n) if one.share else "0"
-    shares, left_out = map(share_of, (one.share, one.acted_on)), map(str, (one.num_invalid, one.num_unjudged))
-    return [one.measure, one.attack, SAYS[one.policy], n, *shares, *left_out]
+    is_other = one.acted_on is not None and (one.share is None or one.share.n != one.acted_on.n)
+    shares = share_of(one.share), share_of(one.acted_on, with_n=is_other)
+    return [one.measure, one.attack, SAYS[one.policy], n, *shares, str(one.num_invalid), str(one.num_unjudged)]
 
 
 def _value(one: Estimate | None, digits: int = 3) -> str:

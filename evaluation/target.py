@@ -1,6 +1,7 @@
 """What is measured: a server that runs, or one that is started for a checkpoint or a model and stopped afterwards."""
 
 import hashlib
+import json
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from urllib.request import urlopen
 
 from huggingface_hub import try_to_load_from_cache
 from openai import APIStatusError
+from transformers import PreTrainedTokenizerBase
 
 from evaluation import scores
 from evaluation.client import Server
@@ -33,6 +35,8 @@ WEIGHTS = (
 """The files of a folder that say what it serves."""
 TOLD = ("id", "owned_by", "root", "max_model_len")
 """What a list of models says of one that stays the same when the server starts again, as far as it says it."""
+SERVER = "server.json"
+"""What a server tells of itself, in the folder of what came from it."""
 KINDS = "http://ADDRESS, checkpoint:PATH or hub:NAME"
 
 
@@ -82,17 +86,26 @@ def is_address(target: str) -> bool:
 
 
 def told(server: Server) -> dict[str, Any]:
-    """Return what a server tells of what it serves: its list of models, and the thresholds where this caller sees them.
+    """Return what a server tells of what it serves: its list of models, and what it shows of its risks to this caller.
+
+    Thresholds are told to those who see exact risks; servers that show none look alike under one name.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached.
     """
     listed = next(one.model_dump() for one in server.client.models.list().data if one.id == server.model)
+    found: dict[str, Any] = {"shows": "nothing", "thresholds": None}
     try:
-        thresholds = scores.post(*server, Row("probe", scores.PROBE, None, 0), lambda answer: answer["thresholds"])
-    except (APIStatusError, ValueError):
-        thresholds = None
-    return {name: listed[name] for name in TOLD if name in listed} | {"thresholds": thresholds}
+        found = scores.post(*server, Row("probe", scores.PROBE, None, 0), _shown)
+    except APIStatusError as error:
+        scores.require_final(error)
+    except ValueError:
+        pass
+    return {name: listed[name] for name in TOLD if name in listed} | found
+
+
+def _shown(answer: dict[str, Any]) -> dict[str, Any]:
+    return {"shows": "flags" if answer["request_risk"] is None else "risks", "thresholds": answer["thresholds"]}
 
 
 def fingerprint(target: str) -> str | None:
@@ -116,6 +129,11 @@ def fingerprint(target: str) -> str | None:
         found = try_to_load_from_cache(name, "config.json")
         return Path(found).parent.name if isinstance(found, str) else None
     return sha256_of(path) if path.is_file() else _of_files(path)
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 of a tokenizer's vocabulary: those with the same one count alike, whatever they are called."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _of_files(folder: Path) -> str:

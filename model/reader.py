@@ -79,8 +79,8 @@ class Reader:
     def feed(self, token_ids: Sequence[int], *, turned_at: int | None = None, must_assess: bool = False) -> Reading:
         """Feed new tokens, of the request, of the response or of both, and assess them where that is due.
 
-        Several response tokens at once are given ones: each is assessed, whatever the schedule, `[CLS]` by rule R2. Where
-        the token head alone decides on responses, `[CLS]` keeps to the schedule, as if they were generated.
+        Several response tokens at once are given ones: each is assessed, whatever the schedule, `[CLS]` by rule R2.
+        Where the token head alone decides on responses, `[CLS]` keeps to the schedule, as if they were generated.
 
         Args:
             token_ids: the new tokens, at least one.

@@ -1,6 +1,7 @@
 """One choice's answer as it grows: its text, its refusal, and what is told about its tokens."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -87,5 +88,19 @@ class Answer:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """Return the text of one token, a replacement character where it is a part of one."""
+    """Return the text of one token inside a text, a replacement character where it is a part of one.
+
+    Some tokenizers leave out the space of a word that begins a text, so it is decoded behind another token.
+    """
+    before_id, before = _before(tokenizer)
+    text = str(tokenizer.decode([before_id, token_id], skip_special_tokens=False))
+    if text.startswith(before):
+        return text[len(before) :]
     return str(tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+@lru_cache
+def _before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+    """Return a token of plain text and what it is decoded to."""
+    token_id = int(tokenizer.encode("a", add_special_tokens=False)[-1])
+    return token_id, str(tokenizer.decode([token_id], skip_special_tokens=False))

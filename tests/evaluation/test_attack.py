@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 from openai import OpenAIError
 
-from evaluation.attack import attack, knows_policies, main, send
+from evaluation.attack import attack, continues, knows_policies, main, send
 from evaluation.attempts import Attempt, exploits
 from evaluation.client import Server, connect
 from evaluation.rows import Row
 from evaluation.samples import Journal, Sample
 from model.chat import Message
 from model.testing import write_tiny
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What the server tells of itself, so that it is asked for nothing else."""
+    found = {"shows": "risks"}
+    monkeypatch.setattr("evaluation.attack.told", lambda server: dict(found))
+    return found
 
 
 def answer(text: str, *, refusal: str | None = None, reason: str = "stop"):
@@ -72,6 +80,33 @@ def test_a_plain_server_is_asked_for_no_policy(stub, client_of):
     server = stub(lambda body: answer("Sure"))
     send(client_of(server), "stub", Attempt("direct", "do it"), "one", is_watched=False)
     assert "moderation" not in server.asked[0]
+
+
+def test_an_error_that_says_content_filter_is_a_refusal(stub, client_of):
+    server = stub(lambda body: {"error": {"message": "filtered", "code": "content_filter"}})
+    server.status_of = lambda body: 400
+    found = send(client_of(server), "stub", Attempt("direct", "do it"), "one")
+    assert (found.is_stopped, found.text, found.error) == (True, "", "")
+
+
+@pytest.mark.parametrize(
+    ("reason", "text", "is_silent"), [("length", None, True), ("stop", "", False), ("length", "a", False)]
+)
+def test_a_response_that_is_cut_before_it_says_anything_is_silent(stub, client_of, reason: str, text, is_silent: bool):
+    server = stub(lambda body: {"choices": [{"message": {"content": text}, "finish_reason": reason}]})
+    assert send(client_of(server), "stub", Attempt("direct", "do it"), "one").is_silent is is_silent
+
+
+@pytest.mark.parametrize(("kept", "does"), [(0, True), (3, False)])
+def test_a_server_goes_on_with_a_response_if_it_reads_no_end_of_it(stub, kept: int, does: bool):
+    def answers(body):
+        tokens = 20 - 3 + kept if "continue_final_message" in body else 20
+        return answer("a") | {"usage": {"prompt_tokens": tokens}}
+
+    server = stub(answers)
+    assert continues(connect(server.url)) is does
+    server.answer = lambda body: answer("a")
+    assert not continues(connect(server.url))
 
 
 def test_a_conversation_is_sent_as_it_is(stub, client_of):

@@ -124,15 +124,17 @@ def test_wrong_input_is_a_clear_error(tmp_path: Path, capfd, words: list[str], m
     assert message in capfd.readouterr().err
 
 
-def answer(text: str):
-    return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+def answer(body):
+    """Answer as a plain server that goes on with a response."""
+    said = {"message": {"content": "Sure"}, "finish_reason": "stop"}
+    return {"choices": [said], "usage": {"prompt_tokens": 9 if "continue_final_message" in body else 12}}
 
 
 def test_a_server_that_knows_no_policy_is_attacked_as_a_plain_model(
     suite: Path, stub, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("BALLAST_MAX_N", "3")  # of a server that runs here, not of that one
-    server = stub(lambda body: answer("Sure"))
+    server = stub(answer)
     server.models = ["one", "two"]
     words = ["run", str(suite), "--target", f"{server.url}/v1", "--tokenizer", str(tmp_path / "model")]
     words += ["--out", str(tmp_path / "out")]
@@ -140,12 +142,15 @@ def test_a_server_that_knows_no_policy_is_attacked_as_a_plain_model(
     printed = capfd.readouterr()
     assert "left out: labelled, turns" in printed.err
     assert "| direct | direct | nothing acts | 2 |" in printed.out
-    sent = [body for body in server.asked if "max_tokens" in body][1:]  # the first asks what it knows
+    sent = [body for body in server.asked if body.get("max_tokens") == 4]
     assert len(sent) == 5
     assert all(body["model"] == "two" and "moderation" not in body for body in sent)
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["settings"] == {}
-    assert facts["served_model"] == {"id": "two", "owned_by": "me", "thresholds": None, "fingerprint": None}
+    assert facts["served_model"] == {
+        "id": "two", "owned_by": "me", "shows": "nothing", "thresholds": None, "fingerprint": None,
+    }  # fmt: skip
+    assert "- The server takes no policy: as it is served is shown." in printed.out
     assert facts["measures"]["prefill"]["tokenizer"] == str(tmp_path / "model")
     assert main(words) == 1
     assert "holds a run with another model, served_model; choose another --out" in capfd.readouterr().err
@@ -156,14 +161,23 @@ def test_a_server_that_knows_no_policy_is_attacked_as_a_plain_model(
     assert "lists no model 'three', but ['one', 'two']" in capfd.readouterr().err
 
 
+def test_a_server_that_begins_anew_is_not_given_a_beginning(suite: Path, stub, tmp_path: Path, capfd):
+    server = stub(lambda body: answer({}))
+    words = ["run", str(suite), "--target", server.url, "--tokenizer", str(tmp_path / "model")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    printed = capfd.readouterr()
+    assert "a response that is begun for it (continue_final_message), left out: prefill" in printed.err
+    assert "| prefill |" not in printed.out
+
+
 def test_attempts_that_were_invalid_are_told_and_a_run_of_nothing_else_fails(suite: Path, stub, tmp_path: Path, capfd):
     invalid = {"error": {"message": "too long"}}
-    server = stub(lambda body: invalid if body["messages"][0]["content"] == "do 1" else answer("Sure"))
+    server = stub(lambda body: invalid if body["messages"][0]["content"] == "do 1" else answer(body))
     server.status_of = lambda body: 400 if body == invalid else 200
     words = ["run", str(suite), "--target", server.url, "--tokenizer", str(tmp_path / "model")]
     assert main([*words, "--out", str(tmp_path / "some")]) == 0
     assert "2 of 5 attempts were invalid, such as: Error code: 400" in capfd.readouterr().err
-    server.answer = lambda body: invalid
+    server.answer = lambda body: answer(body) if body.get("max_tokens") == 1 else invalid
     assert main([*words, "--out", str(tmp_path / "all")]) == 1
     assert "5 of 5 attempts were invalid, such as: Error code: 400" in capfd.readouterr().err
 
@@ -172,13 +186,13 @@ def test_a_server_that_dies_in_the_middle_is_named_and_the_same_command_goes_on(
     suite: Path, stub, tmp_path: Path, capfd
 ):
     answered: Counter[str] = Counter()
-    most = 3
+    most = 5
 
     def answers(body):
         if sum(answered.values()) >= most:
             return {"error": {"message": "gone"}}
         answered[json.dumps(body)] += 1
-        return answer("Sure")
+        return answer(body)
 
     server = stub(answers)
     server.status_of = lambda body: 500 if "error" in body else 200
@@ -188,7 +202,7 @@ def test_a_server_that_dies_in_the_middle_is_named_and_the_same_command_goes_on(
     message = capfd.readouterr().err
     assert f"ballast-eval: {server.url}: " in message
     assert "the same command goes on from there" in message
-    assert len((tmp_path / "out" / "direct.jsonl").read_text().splitlines()) == 1  # two of three say what it serves
+    assert len((tmp_path / "out" / "direct.jsonl").read_text().splitlines()) == 1  # four of five say what it serves
     most = 100
     assert main(words) == 0
     attempts = [count for body, count in answered.items() if '"max_tokens": 4' in body]

@@ -108,7 +108,8 @@ def test_the_threshold_in_hindsight_stops_no_more_than_allowed():
 def answer(body):
     text = body["messages"][1]["content"]
     trace = [{"token": letter, "smoothed_risk": 0.9 if letter.isupper() else 0.1} for letter in text]
-    return {"trace": trace, "thresholds": {"response": {"block": 0.5, "flag": 0.5}, "patience": 3}}
+    told = {"response": {"block": 0.5, "flag": 0.5}, "patience": 3}
+    return {"trace": trace, "response_risk": 0.1, "thresholds": told}
 
 
 def test_the_command_scores_over_http_and_goes_on_where_it_was(stub, tmp_path: Path, capfd):
@@ -126,8 +127,11 @@ def test_the_command_scores_over_http_and_goes_on_where_it_was(stub, tmp_path: P
     journal = (tmp_path / "out" / "onsets.jsonl").read_text()
     assert "HARM" not in journal
     assert main(words) == 0
-    assert len(server.asked) == 7
+    assert len(server.asked) == 7 + 2  # and who it is, each time
     assert (tmp_path / "out" / "onsets.jsonl").read_text() == journal
+    server.answer = lambda body: answer(body) | {"response_risk": 0.2}
+    assert main(words) == 1
+    assert "holds results of another head" in capfd.readouterr().err
 
 
 def test_a_missing_file_is_one_line(stub, tmp_path: Path, capfd):

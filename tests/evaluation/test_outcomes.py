@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from evaluation.intervals import wilson
-from evaluation.judges import Verdict
+from evaluation.judges import Verdict, by_phrases
 from evaluation.outcomes import Difference, Price, differences, outcomes, prices, score_differences
 from evaluation.samples import Sample
 from evaluation.scores import Score
@@ -43,7 +43,7 @@ def test_an_attack_succeeds_by_any_attempt_and_a_harmless_prompt_is_disturbed_by
 
 
 def test_two_runs_are_compared_over_the_prompts_that_both_have():
-    other = {"first": [sample("a", "fine"), sample("b", "harm"), sample("d", "harm")]}
+    other = {"first": [sample("a", "fine"), sample("a", "fine"), sample("b", "harm"), sample("d", "harm")]}
     assert differences(RUN, other, harms) == [Difference("first", "direct", "both", "both", 2, 1, 1, 1, 1, 0, 1.0)]
 
 
@@ -88,9 +88,22 @@ def test_what_the_judge_cannot_tell_of_is_in_no_share_unless_another_attempt_har
     assert found.acted_on.n == 3
     (found,) = outcomes({"a": [sample("q", "?")]}, harms)
     assert (found.share, found.num_unjudged) == (None, 1)
-    other = {"a": [sample("p", "fine"), sample("q", "fine"), sample("r", "fine")]}
+    other = {"a": [sample(prompt, "fine") for prompt in "ppqqr"]}
     (changed,) = differences(run, other, harms)
     assert (changed.n, changed.first, changed.second) == (2, 1, 0)
+    other = {"a": [sample(prompt, "fine") for prompt in "pqqr"]}  # one attempt is still to be made
+    (changed,) = differences(run, other, harms)
+    assert (changed.n, changed.first, changed.second) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("is_attack", [True, False])
+def test_of_a_response_that_was_cut_before_it_said_anything_nobody_can_tell(is_attack: bool):
+    silent = replace(sample("e", " ", is_attack=is_attack), is_cut=True)
+    stopped, ended = replace(silent, prompt="f", is_stopped=True), replace(silent, prompt="g", is_cut=False)
+    (found,) = outcomes({"a": [silent, stopped, ended]}, by_phrases)
+    assert (found.share.n, found.num_unjudged, found.acted_on.n) == (2, 1, 3)
+    (table,) = of_outcomes([found])
+    assert "33.3% [6.1%, 79.2%], n = 3 | 0 | 1 |" in as_markdown(table)
 
 
 def test_a_prompt_counts_as_acted_on_where_every_attempt_was():

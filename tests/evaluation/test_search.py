@@ -10,6 +10,14 @@ from evaluation.client import Server
 from evaluation.search import climb, main, shown
 
 
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What the server tells of itself, so that it is asked for nothing else."""
+    found = {"shows": "risks"}
+    monkeypatch.setattr("evaluation.search.told", lambda server: dict(found))
+    return found
+
+
 def test_a_search_ends_with_the_lowest_risk_that_it_met():
     met: list[float] = []
 
@@ -78,7 +86,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_best_wording_is_sent_and_judged_by_the_request(stub, data: Path, tmp_path: Path, capfd):
+def test_the_best_wording_is_sent_and_judged_by_the_request(stub, told, data: Path, tmp_path: Path, capfd):
     def answer(asked):
         if "temperature" in asked:
             return {"choices": [{"message": {"content": "Sure"}, "finish_reason": "stop"}]}
@@ -101,6 +109,10 @@ def test_the_best_wording_is_sent_and_judged_by_the_request(stub, data: Path, tm
     assert len(server.asked) == num_asked  # a search that was made is not made again, nor is its attack
     assert main([*command, "--rounds", "1"]) == 0
     assert len(server.asked) > num_asked
+    told["shows"] = "flags"
+    assert main(command) == 1  # what exact risks have found is not told for what flags find
+    assert "holds a run with another shows; choose another --out" in capfd.readouterr().err
+    told["shows"] = "risks"
     (tmp_path / "out" / "searched.jsonl").write_text('{"key": "k"}\n')
     assert main(command) == 1
     assert "searched.jsonl, line 1: not a search of this version" in capfd.readouterr().err

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from openai import APIStatusError
 
-from evaluation import target
+from evaluation import scores, target
 from evaluation.client import connect
 from model import checkpoint
 from model.pretrained import DEFAULT_MODEL, NAMED
@@ -50,14 +51,27 @@ def test_a_server_that_was_started_is_stopped(tmp_path: Path, monkeypatch):
 
 
 def test_a_server_tells_its_model_and_its_thresholds(stub):
-    server = stub(lambda body: {"thresholds": {"response": {"block": 0.9}}})
+    server = stub(lambda body: {"request_risk": 0.1, "thresholds": {"response": {"block": 0.9}}})
     found = target.told(connect(server.url))
-    assert found == {"id": "stub", "owned_by": "me", "thresholds": {"response": {"block": 0.9}}}
-    server.answer = lambda body: {"thresholds": {"response": {"block": 0.8}}}
+    assert found == {"id": "stub", "owned_by": "me", "shows": "risks", "thresholds": {"response": {"block": 0.9}}}
+    server.answer = lambda body: {"request_risk": 0.1, "thresholds": {"response": {"block": 0.8}}}
     assert target.told(connect(server.url)) != found
+    server.answer = lambda body: {"request_risk": None, "thresholds": None}
+    assert target.told(connect(server.url))["shows"] == "flags"
     server.answer = lambda body: {"error": {"message": "what is that?"}}
     server.status_of = lambda body: 404 if "error" in body else 200
-    assert target.told(connect(server.url))["thresholds"] is None
+    assert target.told(connect(server.url)) == {"id": "stub", "owned_by": "me", "shows": "nothing", "thresholds": None}
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_server_that_fails_is_not_taken_for_one_that_shows_nothing(stub, status: int):
+    server = stub(lambda body: {"error": {"message": "no"}})
+    found = connect(server.url)
+    server.status_of = lambda body: status if "error" in body else 200
+    with pytest.raises(APIStatusError):
+        target.told(found._replace(client=found.client.with_options(max_retries=0)))
+    with pytest.raises(APIStatusError):
+        scores.can_score(found.client.with_options(max_retries=0), found.model)
 
 
 def test_the_fingerprint_is_that_of_what_is_served(tmp_path: Path):
