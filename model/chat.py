@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError as JinjaError
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from model.errors import TemplateError
 
@@ -157,16 +157,26 @@ class ChatTemplate:
         return start if start < len(request) else 0  # the template left the text out
 
     def _find_control_tokens(self) -> list[str]:
-        """Return the special tokens that shape a conversation: the tokenizer's named ones and the template's.
+        """Return the tokens that shape a conversation: the tokenizer's named ones, and the template's.
 
-        Others, such as the `<filename>` of a model for code, are ordinary words to a client.
+        The template's are the special ones that stand in it or in what it makes, and of the others those that come with
+        every turn, for some models do not call the marks of a turn special. Others again, such as the `<filename>` of a
+        model for code, are ordinary words to a client.
         """
-        shown = self.source
-        for roles in (("user", "assistant", "user"), ("system", "user")):
+        made = {}
+        for roles in (("user",), ("user", "assistant", "user"), ("system", "user")):
             with contextlib.suppress(TemplateError):  # a template may know no system message
-                shown += self._render([Message(role, "a") for role in roles])
-        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        return sorted({*self._tokenizer.all_special_tokens, *(token for token in added if token in shown)} - {""})
+                made[len(roles)] = self._render([Message(role, "a") for role in roles])
+        shown = self.source + "".join(made.values())
+
+        def shapes(token: AddedToken) -> bool:
+            if token.special:
+                return token.content in shown
+            is_word = not token.content.strip() or token.content.strip().isalnum()
+            return not is_word and made.get(1, "").count(token.content) < made.get(3, "").count(token.content)
+
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if shapes(token)]
+        return sorted({*self._tokenizer.all_special_tokens, *added} - {""})
 
     def _refuse_control_tokens(self, content: str) -> None:
         """Refuse text that would become a control token, such as the end of a turn.

@@ -10,7 +10,7 @@ CONTEXT_TOKENS = 6
 
 
 class Detokenizer:
-    """Turns a growing list of ids into text; the work per token does not grow with the list.
+    """Turns a growing list of ids into text; the work per token grows only with what is not yet a whole character.
 
     Args:
         tokenizer: the model's tokenizer.

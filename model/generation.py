@@ -62,6 +62,7 @@ class Generation:
         self._num_prefill = len(request.prompt.prefill)
         self._draft = Holdback(lm.tokenizer, self._prompt_ids, request.stop, min_tokens=request.sampling.min_tokens)
         self._trace = Trace(smoothing=lm.config.smoothing if lm.config else 1.0)
+        self._turned_at: int | None = None  # tokens before the first suspicious one of the current run
         self._response_risk: float | None = None
         self._request_head = NO_WORK
         self._response_head = NO_WORK
@@ -137,7 +138,7 @@ class Generation:
         self._redraw, self._is_redrawn = None, True
         self._response_risk = self._overall_risk()
         self._num_withdrawn += self._draft.crop(0)
-        self._trace = replace(self._trace, assessments=[])
+        self._trace, self._turned_at = replace(self._trace, assessments=[]), None
         self._reader.restart()
         return self._draw(redraw.logits, forbidden=redraw.opening[0])
 
@@ -165,8 +166,8 @@ class Generation:
 
     def _step(self, token_id: int, *, must_assess: bool = False) -> Generator[Pass, Passed, tuple[Step, Decision]]:
         """Feed the newest token, assess it where that is due, and decide."""
-        turned_at = self._policy.turned_at(self._trace)
-        step = self._noted((yield from self._reader.feed([token_id], turned_at=turned_at, must_assess=must_assess)))
+        feed = self._reader.feed([token_id], turned_at=self._turned_at, must_assess=must_assess)
+        step = self._noted((yield from feed))
         for position, logit in step.response:
             self._add(position, logit)
         return step, self._policy.decide(self._trace, self._length)
@@ -177,7 +178,7 @@ class Generation:
             if self._reader.length < self._length:  # the newest token has not been fed
                 yield from self._step(self._draft.token_ids[-1], must_assess=True)
             else:
-                step = yield from self._reader.assess_newest(turned_at=self._policy.turned_at(self._trace))
+                step = yield from self._reader.assess_newest(turned_at=self._turned_at)
                 self._add(*self._noted(step).response[0])
         return self._policy.decide(self._trace, self._length, is_final=True)
 
@@ -258,6 +259,10 @@ class Generation:
     def _add(self, position: int, logit: float) -> None:
         """Append an assessment to the trace and note its risk at its token."""
         assessment = self._trace.add(position, logit)
+        if not self._policy.is_suspicious(assessment):
+            self._turned_at = None
+        elif self._turned_at is None:
+            self._turned_at = position - 1
         if position > self._num_prefill and self._policy.output is not Mode.OFF:
             self._draft.set_risk(position - self._num_prefill - 1, assessment.risk)
 

@@ -128,11 +128,6 @@ class Policy:
             run += 1
         return run
 
-    def turned_at(self, trace: Trace) -> int | None:
-        """Return how many tokens stand before the first suspicious one of the current run; None without a run."""
-        run = self.num_trailing_suspicious(trace)
-        return trace.assessments[-run].position - 1 if run else None
-
     def _releasable(self, trace: Trace, run: int) -> int:
         last_clear = trace.assessments[-run - 1].position if len(trace.assessments) > run else 0
         return max(0, last_clear - self.lookback)

@@ -80,6 +80,8 @@ _SEED_STRIDE = 1_000_003
 
 GREEDY = SamplingParams(temperature=0.0)
 
+LEAST_TEMPERATURE = 1e-30
+"""Any lower one draws the same: the most likely token."""
 FIRST = (64, 1024)
 """Tokens that are put in order for `top_p`, more only where these are not enough: to order all takes milliseconds."""
 
@@ -123,8 +125,9 @@ def adjust(
     if output and (params.presence_penalty or params.frequency_penalty):
         counts = torch.bincount(torch.tensor(output), minlength=logits.numel())  # (V,)
         logits -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
-    for token_id, bias in params.logit_bias.items():
-        logits[token_id] += bias
+    if params.logit_bias:
+        biases = torch.tensor([*params.logit_bias.values()], dtype=torch.float32)
+        logits.index_add_(0, torch.tensor([*params.logit_bias]), biases)
     if len(output) < params.min_tokens:
         logits[sorted(eos_ids)] = -math.inf
     return logits
@@ -140,7 +143,8 @@ def filtered_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     Returns:
         Probabilities (V,) that sum to 1, with zeros where a filter removed a token.
     """
-    logits = (logits - logits.max()) / params.temperature  # (V,); no temperature, however small, overflows
+    # (V,); no temperature, however small, overflows, and none is 0 in float32
+    logits = (logits - logits.max()) / max(params.temperature, LEAST_TEMPERATURE)
     if 0 < params.top_k < logits.numel():
         logits = logits.masked_fill(~_largest(logits, params.top_k), -math.inf)
     probabilities = torch.softmax(logits, dim=-1)

@@ -46,7 +46,7 @@ async def admit(service: Service, lm: GuardedLM, access: Access, body: ChatReque
         raise invalid("safety.trace", "safety.trace is only for callers who may see exact risks", code="not_allowed")
     continue_final = _continue_final(body)
     prompt = await encode(lm, body.messages, continue_final=continue_final)
-    max_tokens = _max_tokens(lm, prompt, body)
+    max_tokens = _max_tokens(lm, prompt, body, service.engine.longest)
     if sampling.min_tokens > max_tokens:
         raise invalid("min_tokens", f"min_tokens {sampling.min_tokens} is over the {max_tokens} tokens of the answer")
     return [
@@ -124,8 +124,12 @@ def _num_choices(service: Service, body: ChatRequest) -> int:
     return num
 
 
-def _max_tokens(lm: GuardedLM, prompt: EncodedPrompt, body: ChatRequest) -> int:
-    """Return how many tokens the answer may have: as asked under either name, else what the context has left."""
+def _max_tokens(lm: GuardedLM, prompt: EncodedPrompt, body: ChatRequest, longest: int) -> int:
+    """Return how many tokens the answer may have: as asked under either name, else what there is room for.
+
+    That is what the context has left, or the engine's cache, which holds `longest` tokens of one sequence. A prompt
+    that is too long for the cache is left to the engine to refuse.
+    """
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         message = f"max_completion_tokens {new} and its old name max_tokens {old} must not differ"
@@ -144,7 +148,7 @@ def _max_tokens(lm: GuardedLM, prompt: EncodedPrompt, body: ChatRequest) -> int:
             f"and {field} asks for {asked} more",
             param=field,
         )
-    return asked or room
+    return asked or max(1, min(room, longest - num_prompt))
 
 
 def _sampling(body: ChatRequest) -> SamplingParams:

@@ -42,12 +42,12 @@ class KeyRing:
         self._entries = [
             (
                 _digest(entry.key.get_secret_value().encode()),
-                Access(entry.name, entry.may_loosen, entry.expose_risk or settings.default_exposure),
+                Access(entry.name, entry.may_loosen, entry.expose_risk or settings.expose_risk or "flag"),
             )
             for entry in settings.api_keys
         ]
         self._is_loopback = settings.is_loopback
-        self._local = Access("", may_loosen=True, expose_risk=settings.default_exposure)
+        self._local = Access("", may_loosen=True, expose_risk=settings.expose_risk or "full")
         self._anyone = Access("", may_loosen=False, expose_risk=settings.expose_risk or "flag")
 
     def access(self, headers: Headers) -> Access:

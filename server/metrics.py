@@ -1,7 +1,8 @@
 """What an operator sees at `/metrics`. Units are in the names; every label has few values.
 
 Label values: `endpoint` is a route's template, or unmatched for a path of no route, `side` input or output,
-`action` none, refused or rolled_back, `risk` request or response, `name` block or flag.
+`action` none, refused, rolled_back or redrawn, `risk` request or response, `name` block, flag, or redraw where a
+refusal may be drawn again.
 """
 
 import time
@@ -125,7 +126,8 @@ class Metrics:
         for risk, thresholds in (("request", config.request), ("response", config.response)):
             self.threshold.labels(risk, "block").set(thresholds.block)
             self.threshold.labels(risk, "flag").set(thresholds.flag)
-        self.threshold.labels("request", "redraw").set(config.redraw_below)
+        if config.redraw_below > 0.0:
+            self.threshold.labels("request", "redraw").set(config.redraw_below)
 
     def observe_request(self, endpoint: str, status: int, finish_reason: str, seconds: float) -> None:
         """Count one HTTP exchange."""

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +19,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from model.policy import Mode
 from model.schedule import parse
@@ -28,6 +36,8 @@ DEFAULT_MODEL = "smollm2-135m"
 """As `model.pretrained.DEFAULT_MODEL`; importing that would load torch before `--help` can answer."""
 
 PREFIX = "BALLAST_"
+LINK = re.compile(r"BALLAST_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_.*)")
+"""Variables that Kubernetes sets beside a Service called `ballast`, with `BALLAST_PORT`, to a URL, among them."""
 OTHER_VARIABLES = ("BALLAST_CONFIG", "BALLAST_CACHE")
 """Variables that are no settings: the settings file, and where `model.pretrained` keeps converted weights."""
 
@@ -130,7 +140,7 @@ class Settings(BaseSettings):
         True, "Safety", "draw a refusal of the model's own again at harmless requests, if the checkpoint says so"
     )
     expose_risk: Exposure | None = setting(
-        None, "Safety", "what callers see of the risks", "full on a loopback address, else flag"
+        None, "Safety", "what callers see of the risks", "full without keys on a loopback address, else flag"
     )
     refusal_in_content: bool = setting(True, "Safety", "put a refusal's text in content too")
     moderation_aliases: Names = setting(
@@ -185,11 +195,6 @@ class Settings(BaseSettings):
         """Whether only this machine can reach the server."""
         return is_loopback_name(self.host)
 
-    @property
-    def default_exposure(self) -> Exposure:
-        """What a caller sees of the risks, if its key does not say."""
-        return self.expose_risk or ("full" if self.is_loopback else "flag")
-
     @classmethod
     def settings_customise_sources(
         cls,
@@ -200,6 +205,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources: values given, then the environment. `load` adds flags and the file."""
+        if isinstance(env_settings, EnvSettingsSource):
+            env_settings.env_vars = {
+                name: value for name, value in env_settings.env_vars.items() if not _is_link(name, value)
+            }
         return init_settings, env_settings
 
 
@@ -213,16 +222,22 @@ def is_loopback_name(host: str) -> bool:
         return False
 
 
+def _is_link(name: str, value: str | None) -> bool:
+    """Tell whether a variable is not meant for us, but says where a Service called `ballast` is."""
+    return bool(LINK.fullmatch(name.upper())) or (name.upper() == "BALLAST_PORT" and "://" in (value or ""))
+
+
 def load(flags: Mapping[str, Any], file: str | None = None) -> Settings:
     """Return the settings that flags, environment and file give together.
 
     Raises:
         ConfigurationError: on an unknown name, with the nearest known one, or a wrong value.
     """
-    check_variables(os.environ)
     path = file or os.environ.get("BALLAST_CONFIG")
     given = _read(Path(path)) if path else {}
-    set_there = {name.upper().split("__")[0] for name, value in os.environ.items() if value}
+    variables = {name: value for name, value in os.environ.items() if not _is_link(name, value)}
+    check_variables(variables)
+    set_there = {name.upper().split("__")[0] for name, value in variables.items() if value}
     values = {name: value for name, value in given.items() if PREFIX + name.upper() not in set_there}
     try:
         return Settings(**{**values, **flags})

@@ -59,6 +59,11 @@ class Engine(Protocol):
         """Where in its life the engine is."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation that there is room for, its answer included; only once it is ready."""
+        ...
+
     async def start(self) -> None:
         """Load and warm up; return when the first request can be served."""
         ...

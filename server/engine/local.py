@@ -103,6 +103,12 @@ class LocalEngine:
             await asyncio.to_thread(self._thread.join)
         self._state = EngineState.STOPPED
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation that there is room for; see `Engine.longest`."""
+        assert self._worker is not None
+        return self._worker.runner.longest
+
     def submit(self, request_id: str, request: GenerationRequest) -> Items[Event]:
         """Queue a request and return its events; see `Engine.submit`."""
         admit(self.lm, request)
@@ -155,7 +161,7 @@ class LocalEngine:
             ContextLengthError: saying how much it holds.
         """
         num_prompt = len(prompt.request) + len(prompt.prefill)
-        if self._worker is not None and num_prompt + max_tokens > (room := self._worker.runner.longest):
+        if self._worker is not None and num_prompt + max_tokens > (room := self.longest):
             raise ContextLengthError(
                 f"the server has room for {room} tokens of a conversation, but the messages have {num_prompt} and "
                 f"max_tokens asks for {max_tokens} more",

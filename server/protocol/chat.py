@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from model.sampling import RANGES
 from server.protocol.moderation import Moderation
-from server.protocol.shared import RequestModel, Salt, Text, TextPart
+from server.protocol.shared import MOST_ITEMS, RequestModel, Salt, Text, TextPart
 
 
 def _content_kind(value: Any) -> str:
@@ -23,7 +23,9 @@ def _content_kind(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[Text, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")], Discriminator(_content_kind)
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_ITEMS), Tag("(parts)")],
+    Discriminator(_content_kind),
 ]
 """A string, or a list of text parts. Tags in parentheses are left out of a field's name in errors."""
 
@@ -78,6 +80,9 @@ class ChatMessage(RequestModel):
         return f"{content}\n\n{self.refusal}" if content else self.refusal
 
 
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)]
+
+
 class StreamOptions(RequestModel):
     """Options of a stream."""
 
@@ -94,10 +99,14 @@ class SafetyOptions(RequestModel):
     """Report the risk of every released token."""
 
 
-def _token_ids(bias: dict[str, float]) -> dict[str, float]:
-    if len(bias) > MOST_BIASED_TOKENS:
+def _few(bias: Any) -> Any:
+    if isinstance(bias, dict) and len(bias) > MOST_BIASED_TOKENS:
         message = f"must have at most {MOST_BIASED_TOKENS} entries, got {len(bias)}"
         raise PydanticCustomError("invalid_value", "{message}", {"message": message})
+    return bias
+
+
+def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_TOKEN_ID):
             raise PydanticCustomError("invalid_value", "must have token ids, as strings of digits, for keys")
@@ -130,7 +139,7 @@ def _within(name: str) -> Any:
 LogitBias = Annotated[float, Field(json_schema_extra={"minimum": -100, "maximum": 100})]
 Stop = Annotated[
     list[Annotated[Text, AfterValidator(_not_empty)]],
-    Field(max_length=MOST_STOPS),
+    Field(fail_fast=True, max_length=MOST_STOPS),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 
@@ -157,7 +166,7 @@ class ChatRequest(RequestModel):
 
     model: str
     """Name of the served model, as `/v1/models` gives it."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     """The conversation so far."""
     stream: bool | None = None
     """Send the answer as server-sent events while it is generated."""
@@ -185,7 +194,7 @@ class ChatRequest(RequestModel):
     """Taken from a token's logit as many times as the answer holds it; 0 unless given."""
     repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
     """Over 1, tokens of the messages and the answer so far become less likely; 1 unless given."""
-    logit_bias: Annotated[dict[str, LogitBias], AfterValidator(_token_ids)] | None = None
+    logit_bias: Annotated[dict[str, LogitBias], BeforeValidator(_few), AfterValidator(_token_ids)] | None = None
     """Added to the logits of the tokens with these ids."""
     seed: int | None = None
     """Equal seeds draw equal answers to equal requests."""

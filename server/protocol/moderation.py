@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from server.protocol.shared import RequestModel, ResponseModel, Salt, Text, TextPart
+from server.protocol.shared import MOST_ITEMS, RequestModel, ResponseModel, Salt, Text, TextPart
 
 UNSAFE = "unsafe"
 """Our category: the one that the safety signal judges."""
@@ -99,8 +99,8 @@ def _input_kind(value: Any) -> str:
 
 Input = Annotated[
     Annotated[Text, Tag("(text)")]
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS), Tag("(texts)")]
-    | Annotated[list[TextPart], Tag("(parts)")],
+    | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS), Tag("(texts)")]
+    | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_ITEMS), Tag("(parts)")],
     Discriminator(_input_kind),
 ]
 """A text, a list of texts, or one text in parts. Tags in parentheses stay out of error messages."""

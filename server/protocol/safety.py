@@ -1,10 +1,8 @@
 """Shapes of the `safety` object and of `/v1/safety/score`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from server.protocol.chat import ChatMessage
+from server.protocol.chat import Messages
 from server.protocol.shared import RequestModel, ResponseModel, Salt
 
 
@@ -13,7 +11,7 @@ class ScoreRequest(RequestModel):
 
     model: str
     """Name of the served model, as `/v1/models` gives it."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     """A last message of the assistant's is the response that is scored."""
     trace: bool | None = None
     """Report the risk at every token of the response."""

@@ -30,6 +30,9 @@ def _encodable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 """A string that is valid Unicode; JSON escapes can spell others."""
+MOST_ITEMS = 2048
+"""Messages of a conversation, or parts of one: each is checked in the one thread that serves everybody. For the same
+reason the first wrong item of a list is the last that is looked at (`fail_fast`)."""
 Salt = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 """Work on prompts that begin alike is shared only with requests of the same salt, or all without one."""
 

@@ -4,7 +4,7 @@ import uuid
 
 from fastapi import APIRouter, Request
 
-from model.errors import InvalidRequest
+from model.errors import InvalidRequest, TemplateError
 from model.guarded_lm import GuardedLM
 from server.admission import encode
 from server.departure import unless_gone
@@ -43,14 +43,17 @@ async def _risks(service: Service, lm: GuardedLM, name: str, texts: list[str], c
     """Return the request risk of each text, one after the other so that one call takes one turn."""
     risks = []
     for index, text in enumerate(texts):
-        prompt = await encode(lm, [ChatMessage(role="user", content=text)], continue_final=False)
+        field = f"input[{index}]" if len(texts) > 1 else "input"
         try:
+            prompt = await encode(lm, [ChatMessage(role="user", content=text)], continue_final=False)
             trace = await service.engine.score(f"{name}-{index}", prompt, cache_salt=cache_salt)
+        except TemplateError as error:
+            raise invalid(field, str(error)) from error
         except InvalidRequest as error:
-            field = "input" if error.param == "messages" else error.param
-            raise invalid(field, str(error), code=as_api_error(error).code or "invalid_value") from error
+            param = field if error.param == "messages" else error.param
+            raise invalid(param, str(error), code=as_api_error(error).code or "invalid_value") from error
         if trace.num_failures:
-            raise HeadFailed(trace.num_failures, param=f"input[{index}]" if len(texts) > 1 else "input")
+            raise HeadFailed(trace.num_failures, param=field)
         assert trace.request_risk is not None
         risks.append(trace.request_risk)
     return risks

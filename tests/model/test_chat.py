@@ -1,4 +1,5 @@
 import hashlib
+import re
 
 import pytest
 from hypothesis import given
@@ -149,6 +150,21 @@ def test_a_marker_that_the_template_puts_together_is_a_control_token():
     tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
     with pytest.raises(TemplateError, match=r"control token <\|user\|>"):
         ChatTemplate(tokenizer).encode([Message("user", "fine<|user|>")])
+
+
+def test_a_marker_of_turns_is_a_control_token_though_the_tokenizer_does_not_call_it_special():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(
+        [AddedToken(text, special=False) for text in ("<|user|>", "<|assistant|>", "<think>", "\n", "a")]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endfor %}<|assistant|><think>"
+    )
+    chat = ChatTemplate(tokenizer)
+    for marker in ("<|user|>", "<|assistant|>"):
+        with pytest.raises(TemplateError, match=re.escape(f"control token {marker}")):
+            chat.encode([Message("user", f"fine{marker}")])
+    assert chat.encode([Message("user", "a line,\nand <think> too")])
 
 
 def test_a_prefill_cannot_open_a_turn_of_the_user():

@@ -51,7 +51,7 @@ def test_temperature_is_an_exponent():
     assert filtered((0.5, 0.3, 0.2), temperature=0.5) == pytest.approx([25 / 38, 9 / 38, 4 / 38])
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 1e-50, 1e-300])
 def test_a_temperature_near_zero_leaves_the_most_likely_token(temperature: float):
     assert filtered((0.3, 0.5, 0.2), temperature=temperature) == [0.0, 1.0, 0.0]
 

@@ -3,7 +3,9 @@ import socket
 import openai
 import pytest
 from pydantic import SecretStr
+from starlette.datastructures import Headers
 
+from server.auth import KeyRing
 from server.settings import ApiKey, Settings
 
 KEYS = [
@@ -54,6 +56,22 @@ def test_the_client_gets_in_with_its_key_and_raises_without(locked):
     assert locked.client("app-key").models.list().data[0].id == "tiny"
     with pytest.raises(openai.AuthenticationError):
         locked.client("other").models.list()
+
+
+def test_a_key_that_does_not_say_sees_flags_alone_though_the_address_is_local(locked):
+    body = ask(locked, "app-key", "/v1/safety/score").json()
+    assert (body["request_risk"], body["flagged"]["request"], body["thresholds"]) == (None, True, None)
+    metrics = locked.http.get("/metrics", headers={"authorization": "Bearer app-key"})
+    assert metrics.status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "exposure"),
+    [("127.0.0.1", "full"), ("::1", "full"), ("localhost", "full"), ("0.0.0.0", "flag"), ("me", "flag")],
+)
+def test_without_keys_exact_risks_are_for_callers_on_a_loopback_address(host, exposure):
+    assert KeyRing(Settings(host=host)).access(Headers({"host": "127.0.0.1:8000"})).expose_risk == exposure
+    assert KeyRing(Settings(host=host, expose_risk="none")).access(Headers({"host": "127.0.0.1"})).expose_risk == "none"
 
 
 def test_metrics_can_be_open(serve):

@@ -1,3 +1,4 @@
+import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
@@ -26,6 +27,18 @@ def test_n_choices_come_back_in_order(polite):
     choices = polite.chat("hello", n=3).choices
     assert [choice.index for choice in choices] == [0, 1, 2]
     assert {choice.message.content for choice in choices} == {"good day."}
+
+
+def test_an_answer_without_a_limit_is_as_long_as_the_cache_has_room_for(serve, monkeypatch):
+    server = serve("a" * 400)
+    monkeypatch.setattr("server.engine.local.LocalEngine.longest", 100)
+    usage = server.chat("hello").usage
+    assert usage.total_tokens == 100
+    with pytest.raises(openai.BadRequestError, match="the server has room for 100 tokens of a conversation"):
+        server.chat("hello", max_tokens=100)
+    with pytest.raises(openai.BadRequestError, match="the messages have 1") as raised:
+        server.chat("h" * 120)
+    assert raised.value.param == "messages"
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])

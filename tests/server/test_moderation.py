@@ -172,6 +172,9 @@ def test_one_string_and_one_list_of_parts_are_one_text_each(polite):
         (["a", 7], "input[1]"),
         ("\ud800", "input"),
         ("a" * 600, "input"),
+        ("<|im_end|>", "input"),
+        (["a", "<|im_end|>"], "input[1]"),
+        (["a", "a" * 600], "input[1]"),
     ],
 )
 def test_input_that_cannot_be_moderated_is_a_400_that_names_it(polite, text, param):

@@ -3,7 +3,7 @@ import pytest
 from model.pretrained import DEFAULT_MODEL
 from server import __main__ as command
 from server import flags, settings
-from server.settings import ConfigurationError, Settings
+from server.settings import ConfigurationError, Settings, load
 
 
 @pytest.fixture
@@ -160,12 +160,17 @@ def test_no_more_choices_are_asked_for_than_may_run_and_wait(changes, most):
     assert Settings(**changes).most_choices == most
 
 
-@pytest.mark.parametrize(
-    ("host", "exposure"),
-    [("127.0.0.1", "full"), ("::1", "full"), ("localhost", "full"), ("0.0.0.0", "flag"), ("me", "flag")],
-)
-def test_exact_risks_are_exposed_on_loopback_only_by_default(host, exposure):
-    assert Settings(host=host).default_exposure == exposure
+def test_what_kubernetes_says_of_a_service_called_ballast_is_no_setting(monkeypatch):
+    links = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80", "PORT": "tcp://10.0.0.1:80"}
+    links |= {"PORT_80_TCP": "tcp://10.0.0.1:80", "PORT_80_TCP_ADDR": "10.0.0.1"}
+    for name, value in links.items():
+        monkeypatch.setenv(f"BALLAST_{name}", value)
+    assert load({}).port == 8000
+    monkeypatch.setenv("BALLAST_PORT", "8001")
+    assert load({}).port == 8001
+    monkeypatch.setenv("BALLAST_SERVICE_PROT", "80")
+    with pytest.raises(ConfigurationError, match="unknown variable BALLAST_SERVICE_PROT"):
+        load({})
 
 
 def test_wrong_settings_end_the_command_with_one_line_and_code_2(capsys):

@@ -1,6 +1,9 @@
 """Wrong input gets a 400 that names the field, and the next request is served."""
 
 import pytest
+from pydantic import ValidationError
+
+from server.protocol.chat import ChatRequest
 
 JSON = {"content-type": "application/json"}
 USER = {"role": "user", "content": "hello"}
@@ -63,6 +66,7 @@ def test_a_value_that_cannot_be_honoured_is_a_400_that_names_its_field(polite, f
         ({"messages": []}, "messages must have at least 1 item, got 0"),
         ({"messages": "hello"}, "messages must be a list, got a string"),
         ({"messages": ["hello"]}, "messages[0] must be an object, got a string"),
+        ({"messages": [USER] * 2049}, "messages must have at most 2048 items, got 2049"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be a string or a list, got 5"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0] must be an object, got a string"),
         (
@@ -361,3 +365,17 @@ def test_what_would_slow_every_token_is_capped(polite, field, value, limit):
 def test_a_token_id_of_a_thousand_digits_is_a_400(polite):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "logit_bias": {"9" * 5000: 1}}
     assert polite.http.post("/v1/chat/completions", json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": [{"tool_cals": 1}] * 2000},
+        {"messages": [{"role": "user", "content": [{"a": 1}] * 2000}]},
+        {"stop": ["\ud800"] * 2000},
+    ],
+)
+def test_the_first_wrong_item_of_a_list_is_the_last_that_is_looked_at(wrong):
+    with pytest.raises(ValidationError) as raised:
+        ChatRequest.model_validate({"model": "tiny", "messages": [USER], **wrong})
+    assert raised.value.error_count() == 1
