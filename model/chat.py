@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ class ChatTemplate:
             template = template.get("default")
         self.source: str = template if isinstance(template, str) and template else FALLBACK_TEMPLATE
         self._control_tokens = self._find_control_tokens()
+        self.takes_system = self._takes("system", "user")
 
     @property
     def fingerprint(self) -> str:
@@ -100,6 +101,15 @@ class ChatTemplate:
             prefill = whole[len(request) :] if is_clean else self._ids(messages[-1].content)
         content = self._content(asked, rendered) if self._marks_content else ()
         return EncodedPrompt(request, prefill, self._query_start(asked, request), content)
+
+    def end_of_turn(self, eos_ids: Collection[int]) -> int | None:
+        """Return which of the tokens that end a response the template puts after one; None if it puts none of them."""
+        mark = "0b1c"
+        try:
+            after = self._render([Message("user", "a"), Message("assistant", mark)]).partition(mark)[2]
+        except TemplateError:
+            return None
+        return next((token for token in self._ids(after) if token in eos_ids), None)
 
     def _content(self, messages: Sequence[Message], rendered: str) -> tuple[bool, ...]:
         """Return, for every token of `rendered`, whether it is the client's text.
@@ -187,6 +197,12 @@ class ChatTemplate:
         found = next((token for token in self._control_tokens if token in content), None)
         if found is not None:
             raise TemplateError(f"the text of a message must not hold the model's control token {found}")
+
+    def _takes(self, *roles: str) -> bool:
+        """Tell whether the template knows such a conversation."""
+        with contextlib.suppress(TemplateError):
+            return bool(self._render([Message(role, "a") for role in roles]))
+        return False
 
     def _ids(self, text: str) -> tuple[int, ...]:
         try:

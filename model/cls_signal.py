@@ -199,12 +199,13 @@ def sliding_windows(model: PreTrainedModel) -> dict[str, int | None]:
         ModelError: if some layers are of a kind that no mask describes.
     """
     config = model.config.get_text_config()
+    named = sorted(set(getattr(config, "layer_types", None) or ()))
+    if unknown := set(named) - {FULL, SLIDING}:
+        raise ModelError(f"[CLS] cannot be read by a model with layers of {sorted(unknown)}")
     window: int | None = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return {FULL: None}
-    kinds = sorted(set(getattr(config, "layer_types", None) or [SLIDING]))
-    if unknown := set(kinds) - {FULL, SLIDING}:
-        raise ModelError(f"[CLS] cannot be read by a model with layers of {sorted(unknown)}")
+    kinds = named or [SLIDING]
     return {kind: window if kind == SLIDING else None for kind in kinds}
 
 

@@ -28,7 +28,7 @@ def complete(pretrained: Pretrained, prompts: Sequence[Sequence[int]], max_token
         **{"do_sample": False, **sampling},
         max_new_tokens=max_tokens,
         pad_token_id=pad,
-        eos_token_id=pretrained.tokenizer.eos_token_id,
+        eos_token_id=sorted(pretrained.eos_ids) or None,
     )
     output: Tensor = model.generate(
         ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config

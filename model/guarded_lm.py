@@ -22,6 +22,7 @@ from model.chat import ChatTemplate, EncodedPrompt
 from model.cls_signal import ClsCache, ClsSignal
 from model.config import ClsConfig, SafetyConfig, Side
 from model.errors import CheckpointError, origin
+from model.pretrained import eos_ids_of
 from model.safety_head import TokenHead
 from model.schedule import Every
 
@@ -93,7 +94,7 @@ class GuardedLM:
         text_config = model.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
         self.context_length: int = int(text_config.max_position_embeddings)
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = eos_ids_of(model, tokenizer)
         prefix = config.refusal.prefix if config is not None else ""
         self.refusal_ids: tuple[int, ...] = tuple(tokenizer.encode(prefix, add_special_tokens=False))
         """Of the refusal prefix; none without a signal."""
@@ -193,14 +194,6 @@ def _timed(logits_of: Callable[[], list[float]], num_logits: int) -> Assessed:
         logger.error("the safety head failed; its risks count as unsafe: %s", origin(error))
         logits = [math.nan] * num_logits
     return Assessed(logits, time.perf_counter() - start)
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return every token that ends a response, from the generation config and the tokenizer."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = set(configured if isinstance(configured, list) else [configured])
-    ids.add(tokenizer.eos_token_id)
-    return frozenset(token for token in ids if isinstance(token, int))
 
 
 def _check_layers(layers: tuple[int, ...], width: int, text_config: object) -> None:

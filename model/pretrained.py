@@ -62,6 +62,19 @@ class Pretrained:
                 return token
         return 0
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a response."""
+        return eos_ids_of(self.model, self.tokenizer)
+
+
+def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return every token that ends a response, from the generation config and the tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids.add(tokenizer.eos_token_id)
+    return frozenset(token for token in ids if isinstance(token, int))
+
 
 def device_of(name: str) -> str:
     """Return a torch device by its name; `auto` is the GPU where there is one."""

@@ -97,6 +97,7 @@ def run_harden(arguments: argparse.Namespace, command: str) -> None:
     recipe = recipe_file.load(HardenRecipe, arguments.config, [*named, *arguments.overrides])
     from training.harden import harden
 
+    keep_freed()
     folder, found = harden(recipe, command)
     sys.stderr.write(
         f"{found}\nwrote {folder}; serve it with BALLAST_MODEL={recipe.model} BALLAST_CHECKPOINT={folder}\n"
@@ -198,7 +199,7 @@ Every key of a recipe is explained in training/tune_config.py.""",
         "harden",
         "take a model the whole way: anchors, deepened refusals with [CLS], token head, thresholds, a quick check",
         """examples:
-  ballast-train harden --model Qwen/Qwen3-0.6B --data data/train
+  ballast-train harden --model HuggingFaceTB/SmolLM2-360M-Instruct --data data/train
   ballast-train harden --model models/mine --data data/train --output checkpoints/mine signal.steps=300 seed=1
 
 Interrupted? The same command goes on where it was. The recipe holds those of its steps: anchors, signal and head.""",

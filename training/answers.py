@@ -82,7 +82,7 @@ def _generate(
     texts = [str(text) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
     if not with_end:
         return texts
-    has_end = (made == tokenizer.eos_token_id).any(dim=1).tolist()
+    has_end = torch.isin(made, torch.tensor(sorted(pretrained.eos_ids), device=made.device)).any(dim=1).tolist()
     return [text + str(tokenizer.eos_token) if ended else text for text, ended in zip(texts, has_end, strict=True)]
 
 

@@ -77,19 +77,36 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Weights of `[CLS]` that are tried beside a token head."""
 
 
-def calibrate(head: TokenHead | None, rows: Sequence[Row], states: States, recipe: HeadRecipe) -> Calibration:
+def calibrate(
+    head: TokenHead | None,
+    rows: Sequence[Row],
+    states: States,
+    recipe: HeadRecipe,
+    shares: tuple[float, float] | None = None,
+) -> Calibration:
     """Return thresholds from the rows of the parts `validation` and `calibration`.
 
-    Where there are a token head and a `[CLS]` signal, each side takes the share with the best F1 on validation rows.
+    Args:
+        head: the token head; None where `[CLS]` is alone.
+        rows: all rows, or those that are held out.
+        states: theirs.
+        recipe: the policy that will act on the risks.
+        shares: weights of `[CLS]` in the risk of requests and of responses. None takes those with the best F1 on
+            validation rows where there is a token head too, and 1 where there is not.
 
     Raises:
         DataError: if no benign or no harmful held-out row is there to set a threshold.
     """
     has_both = head is not None and len(states) > 0 and states[0].cls_response is not None
-    found = {share: score(head, rows, states, recipe, share) for share in (SHARES if has_both else (1.0,))}
+    tried = SHARES if has_both else (1.0,)
+    found = {share: score(head, rows, states, recipe, share) for share in shares or tried}
     sides: list[tuple[float, Scored, SideReport]] = []
     for place, side in enumerate(SIDES):
-        reports = {share: _report(both[place], side, recipe) for share, both in found.items()}
+        reports = {
+            share: _report(both[place], side, recipe)
+            for share, both in found.items()
+            if shares is None or share == shares[place]
+        }
         best = max(reports, key=lambda share: reports[share].flag_f1)
         sides.append((best, found[best][place], reports[best]))
     (request_share, request, request_report), (response_share, response, response_report) = sides
@@ -165,7 +182,8 @@ def _response_risks(head: TokenHead | None, batch: Sequence[RowStates], share: f
         logits = torch.cat(cls)  # (sum of T,)
     else:
         logits = head.response(features)
-        logits = (1.0 - share) * logits + share * torch.cat(cls) if cls else logits
+        if cls and share > 0.0:  # without a share it may not have been assessed
+            logits = (1.0 - share) * logits + share * torch.cat(cls)
     padded = torch.zeros(mask.shape).masked_scatter(mask, logits)  # (B, T)
     lengths = mask.sum(dim=1).clamp(min=1)  # rows without a response are left out later
     found: Array = response_risks(padded, lengths, acting.smoothing, acting.patience).numpy()
@@ -213,7 +231,8 @@ def _report(scored: Scored, side: Side, recipe: HeadRecipe) -> SideReport:
     try:
         thresholds = Thresholds(block=block_threshold(benign, target), flag=flag_threshold(risks, labels, weights))
     except ValueError as error:
-        raise DataError(f"cannot calibrate the {side} side on sources {list(block_sources)}: {error}") from error
+        under = " under a permissive licence" if recipe.is_permissive_only else ""
+        raise DataError(f"cannot calibrate the {side} side on sources {list(block_sources)}{under}: {error}") from error
     harmful, flagged = weights * labels, weights * (risks > thresholds.flag)
     return SideReport(
         thresholds=thresholds,

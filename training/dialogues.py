@@ -49,8 +49,8 @@ class Dialogue:
 
     @property
     def key(self) -> str:
-        """As `training.rows.Row.key`."""
-        return key_of(self.prompt or self.response)
+        """As `training.rows.Row.key`: where there is no prompt, of the response that a head would be taught."""
+        return key_of(self.prompt or self.harmful or self.response)
 
 
 L = TypeVar("L", Prompt, Dialogue)
@@ -97,7 +97,8 @@ def _read(
     found = [row for source in sources.values() for row in _sampled(rows_of(source, folder), source, recipe)]
     found = [row for row in found if not is_validation(row.key, recipe.seed, held_out)]
     if not found:
-        raise DataError(f"no {what}; the sources are {sorted(sources)}")
+        under = " under a permissive licence" if recipe.is_permissive_only else ""
+        raise DataError(f"no {what}{under}; the sources are {sorted(sources)}")
     return found
 
 

@@ -10,14 +10,17 @@ import yaml
 
 from model import checkpoint
 from model.chat import Message
+from model.cls_signal import sliding_windows
 from model.events import Finish
 from model.generation import generate
 from model.guarded_lm import GuardedLM
 from model.pretrained import device_of, load
 from model.request import GenerationRequest
 from model.sampling import GREEDY
-from training import recipe_file
+from training import calibrate, recipe_file
 from training.anchors import write_anchors
+from training.corpus import assemble
+from training.dialogues import read_prompts
 from training.harden_config import HardenRecipe
 from training.run import train_head
 from training.templates import SHIPPED
@@ -58,6 +61,7 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
     shared: dict[str, Any] = {
         name: getattr(recipe, name) for name in ("model", "device", "data", "seed", "is_permissive_only")
     }
+    _check_first(recipe, shared)
     cache = str(run / "cache")
     written: dict[str, str] = {}
     for name, anchors in recipe.anchors.items():
@@ -83,6 +87,21 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
     folder = train_head(head, command)
     dtype = getattr(torch, head.dtype)
     return folder, check(checkpoint.attach(load(recipe.model, dtype=dtype, device=device_of(recipe.device)), folder))
+
+
+def _check_first(recipe: HardenRecipe, shared: Mapping[str, Any]) -> None:
+    """Find before the hours of the first steps what would end the last: files, rows and licences of all but answers.
+
+    Raises:
+        TrainingError: if recipe or data do not fit.
+        ModelError: if the model cannot be loaded, or cannot carry a `[CLS]` signal.
+    """
+    for anchors in recipe.anchors.values():
+        read_prompts(replace(anchors, **shared))
+    sources = {name: replace(source, without=()) for name, source in recipe.head.sources.items()}
+    head = replace(recipe.head, **shared, sources=sources)
+    calibrate.check(assemble(head, lambda rows: ["an answer"] * len(rows)), head)
+    sliding_windows(load(recipe.model, dtype=getattr(torch, head.dtype), device="cpu").model)
 
 
 def check(lm: GuardedLM) -> Check:

@@ -87,8 +87,16 @@ def _arguments(recipe: DpoRecipe, folder: Path) -> DPOConfig:
 
 
 def _preference(row: Dialogue, pretrained: Pretrained) -> dict[str, str]:
-    """Return one preference as text: the rendered request, and both responses with their end."""
+    """Return one preference as text: the rendered request, and both responses with their end.
+
+    The tokenizer puts its first token before the request once more if it stands there, so that one is left out.
+    """
     tokenizer = pretrained.tokenizer
-    prompt = tokenizer.decode(list(ChatTemplate(tokenizer).encode([Message("user", row.prompt)]).request))
-    end = str(tokenizer.eos_token)
-    return {"prompt": str(prompt), "chosen": row.response + end, "rejected": f"{row.harmful}{end}"}
+    template = ChatTemplate(tokenizer)
+    request = list(template.encode([Message("user", row.prompt)]).request)
+    prompt = str(tokenizer.decode(request))
+    if request[:1] == tokenizer.encode("")[:1]:
+        prompt = prompt.removeprefix(str(tokenizer.decode(request[:1])))
+    ends = template.end_of_turn(pretrained.eos_ids)
+    end = str(tokenizer.eos_token if ends is None else tokenizer.decode([ends]))
+    return {"prompt": prompt, "chosen": row.response + end, "rejected": f"{row.harmful}{end}"}

@@ -1,6 +1,7 @@
 """The commands `ballast-train head` and `calibrate`: rows, states, head, thresholds, checkpoint."""
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,8 +13,10 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from model import adapter, checkpoint
+from model.chat import ChatTemplate
 from model.config import VERSION, SafetyConfig
 from model.pretrained import Pretrained
+from model.safety_head import TokenHead
 from training import recipe_file
 from training.answers import answer
 from training.augment import augment
@@ -34,6 +37,8 @@ from training.shards import digest
 from training.states import States, compute
 from training.subject import Subject, load_subject
 from training.surround import surrounded
+
+logger = logging.getLogger(__name__)
 
 
 def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -58,7 +63,7 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
     folder = Path(recipe.run) / f"trainer-{_identity(recipe, subject, rows)[:12]}"
     width = int(subject.pretrained.model.config.get_text_config().hidden_size)
     trained = train(rows, states, recipe, width, folder, (*loggers(Path(recipe.run)), *callbacks))
-    calibration = calibrate(trained.head, rows, states, recipe)
+    calibration = _calibrate(recipe, subject, trained.head, rows, states)
     _write_checkpoint(recipe, subject, rows, trained, calibration, licence, command)
     return Path(recipe.output)
 
@@ -66,6 +71,16 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
 def spread(depth: int) -> tuple[int, ...]:
     """Return the layers that a head reads of so many: where `head_all_rows` reads those of 30, and the final state."""
     return (*sorted({depth * layer // 30 for layer in (8, 12, 16, 20, 24)}), -1)
+
+
+def _warn(recipe: HeadRecipe, subject: Subject) -> None:
+    """Say what a calibration changes that nobody may have asked for, and what may make `block` too low."""
+    for name, before in subject.brought.acting.items():
+        if (now := getattr(recipe.acting, name)) != before:
+            logger.warning("acting.%s becomes %s, the checkpoint's was %s", name, now, before)
+    if subject.brought.adapter is not None:
+        for name in [name for name, source in recipe.sources.items() if source.sets_block and not source.without]:
+            logger.warning("sources.%s sets `block`; set its `without` to what the adapter was tuned on", name)
 
 
 def _with_layers(recipe: HeadRecipe, subject: Subject) -> HeadRecipe:
@@ -84,14 +99,44 @@ def calibrate_checkpoint(recipe: HeadRecipe, command: str) -> Path:
     subject = load_subject(recipe)
     if subject.brought.head is None and subject.brought.cls is None:
         raise RecipeError("set checkpoint, or adapter to a folder that ballast-train signal wrote")
-    if subject.brought.head is not None:
-        recipe = replace(recipe, head=Head(subject.brought.head.config.layers, subject.brought.head.config.hidden))
-    recipe = _with_layers(recipe, subject)
+    shape = subject.brought.head.config if subject.brought.head is not None else None
+    # Without a token head only what `[CLS]` finds is used, but some states must be read.
+    recipe = replace(recipe, head=Head(shape.layers, shape.hidden) if shape is not None else Head())
+    _warn(recipe, subject)
     rows, licence, states = _prepare(recipe, subject, is_held_out_only=True)
     trained = Trained(subject.brought.head, {})
-    calibration = calibrate(trained.head, rows, states, recipe)
+    calibration = _calibrate(recipe, subject, trained.head, rows, states)
     _write_checkpoint(recipe, subject, rows, trained, calibration, licence, command)
     return Path(recipe.output)
+
+
+def _calibrate(
+    recipe: HeadRecipe, subject: Subject, head: TokenHead | None, rows: Sequence[Row], states: States
+) -> Calibration:
+    """Return the thresholds; those of responses as the policy will read them.
+
+    Where `[CLS]` turns out to have no share in the risk of responses, it is assessed by its schedule there
+    (`model.reader`), and the states of the tokens that read it differ a little from those that said so.
+    """
+    found = calibrate(head, rows, states, recipe)
+    if head is None or subject.brought.cls is None or found.response_share > 0.0:
+        return found
+    held_out = [row for row in rows if row.part != "train"]
+    read = _compute(recipe, subject, held_out, is_scheduled=True)
+    return calibrate(head, held_out, read, recipe, (found.request_share, found.response_share))
+
+
+def _compute(recipe: HeadRecipe, subject: Subject, rows: Sequence[Row], *, is_scheduled: bool = False) -> States:
+    return compute(
+        subject.pretrained,
+        rows,
+        recipe.head.layers,
+        recipe.cut,
+        batch_tokens=recipe.batch_tokens,
+        cache=Path(recipe.cache),
+        cls=subject.brought.cls,
+        is_scheduled=is_scheduled,
+    )
 
 
 def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = False) -> tuple[list[Row], str, States]:
@@ -103,16 +148,7 @@ def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = F
     _write_run(recipe, rows)
     if is_held_out_only:
         rows = [row for row in rows if row.part != "train"]
-    states = compute(
-        subject.pretrained,
-        rows,
-        recipe.head.layers,
-        recipe.cut,
-        batch_tokens=recipe.batch_tokens,
-        cache=Path(recipe.cache),
-        cls=subject.brought.cls,
-    )
-    return rows, licence, states
+    return rows, licence, _compute(recipe, subject, rows)
 
 
 def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
@@ -128,7 +164,11 @@ def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
             seed=recipe.seed,
         ),
     )
-    made = (more(rows, recipe.augment, recipe.seed) for more in (augment, rephrased, surrounded, disguised))
+    settings = recipe.augment
+    if settings.system > 0.0 and not ChatTemplate(pretrained.tokenizer).takes_system:
+        logger.warning("the chat template takes no system message: no row gets one")
+        settings = replace(settings, system=0.0)
+    made = (more(rows, settings, recipe.seed) for more in (augment, rephrased, surrounded, disguised))
     return list(chain.from_iterable(made))
 
 

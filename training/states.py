@@ -24,10 +24,11 @@ from model.chat import ChatTemplate, EncodedPrompt, Message
 from model.checkpoint import fingerprint_weights
 from model.cls_signal import OUTPUTS, sliding_windows
 from model.cls_signal import forward as forward_masked
+from model.errors import TemplateError
 from model.pretrained import Pretrained
 from model.safety_head import Passage
 from training.config import Cut
-from training.errors import RecipeError
+from training.errors import DataError, RecipeError
 from training.progress import tracked
 from training.rows import Row
 from training.shards import digest, write_atomically
@@ -147,6 +148,7 @@ def compute(
     batch_tokens: int,
     cache: Path,
     cls: ClsReading | None = None,
+    is_scheduled: bool = False,
 ) -> States:
     """Return the states of `rows` at `layers`, from the cache as far as they are there.
 
@@ -161,16 +163,22 @@ def compute(
         batch_tokens: tokens of one forward pass, padding included.
         cache: folder of the files.
         cls: the model's `[CLS]` signal, which response tokens may read.
+        is_scheduled: `[CLS]` is assessed by its schedule in held-out rows too, as where it has no share in the risk.
 
     Raises:
+        DataError: if the chat template refuses a row.
         RecipeError: if the model has no such layer, or its context cannot hold the cut.
     """
     _check(pretrained, layers, cut)
     template = ChatTemplate(pretrained.tokenizer, marks_content=cls is not None)
     inputs = []
     for row in rows:
-        prompt, held_out = encode(row, template, cut), row.part != "train"
-        spans = cls.spans(len(prompt.prefill), is_given=held_out) if cls is not None else []
+        held_out = row.part != "train"
+        try:
+            prompt = encode(row, template, cut)
+        except TemplateError as error:
+            raise DataError(f"a row of sources.{row.group}: {error}") from error
+        spans = cls.spans(len(prompt.prefill), is_given=held_out and not is_scheduled) if cls is not None else []
         inputs.append(Read(prompt, spans, is_asked=held_out and cls is not None))
     identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), list(layers), asdict(cut)]
     if cls is not None:

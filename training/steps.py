@@ -85,6 +85,8 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     cut: Cut,
     response_tokens: int | None = None,
+    *,
+    end: int | None = None,
 ) -> list[Encoded]:
     """Return the ids of each dialogue. Request, harmful prefix and response are joined as ids, never as text.
 
@@ -93,12 +95,13 @@ def encode(
         tokenizer: with the chat template that serves.
         cut: longer requests lose their beginning, longer responses their end and with it the end token.
         response_tokens: cut responses here if that is sooner, but no harmful prefix.
+        end: the token that ends a response; null takes the tokenizer's.
 
     Raises:
         DataError: if the tokenizer has no token that ends a response, the chat template refuses a prompt, or a
             response holds the token that ends one.
     """
-    end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
     if not isinstance(end, int):
         raise DataError("the tokenizer has no token that ends a response")
     template = ChatTemplate(tokenizer, marks_content=True)
@@ -107,7 +110,7 @@ def encode(
     def ids(text: str, where: str) -> tuple[int, ...]:
         found = tuple(tokenizer.encode(text, add_special_tokens=False))
         if end in found:
-            raise DataError(f"{where}: a response holds {tokenizer.eos_token}, the token that ends one")
+            raise DataError(f"{where}: a response holds {tokenizer.decode([end])}, the token that ends one")
         return found
 
     def encoded(dialogue: Dialogue) -> Encoded:

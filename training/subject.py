@@ -1,5 +1,6 @@
 """What a head is trained on and thresholds are set for: a model, its adapter, and its `[CLS]` signal."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,8 @@ class Brought(NamedTuple):
     refusal: RefusalConfig = RefusalConfig()
     licences: frozenset[str] = frozenset()
     """Of these weights."""
+    acting: Mapping[str, float] = {}
+    """What a checkpoint's policy does with the risks, but for thresholds: keys of `training.config.Acting`."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def _of_checkpoint(recipe: HeadRecipe, folder: Path, pretrained: Pretrained) -> 
         head=head,
         refusal=config.refusal,
         licences=frozenset({config.licence}),
+        acting={name: getattr(config, name) for name in ("smoothing", "patience", "lookback")},
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from model import cls_signal
+from model.chat import ChatTemplate
 from model.cls_signal import ClsSignal, sliding_windows
 from model.config import ClsConfig
 from model.pretrained import Pretrained, device_of, load
@@ -143,7 +144,8 @@ def _encoded(
     Raises:
         RecipeError: if a part holds rows that it cannot learn from.
     """
-    parts = []
+    parts, tokenizer = [], pretrained.tokenizer
+    end = ChatTemplate(tokenizer).end_of_turn(pretrained.eos_ids)
     for name, part in recipe.parts.items():
         if not recipe.is_attack and part.share > 0 and any(row.response_label == 1 for row in dialogues[name]):
             raise RecipeError(f"parts.{name} holds harmful responses: set share: 0, so that only the signal learns")
@@ -152,12 +154,12 @@ def _encoded(
                 f"parts.{name}.recovery needs harmful responses to begin with: triplets, or responses read as "
                 "own_refusal; set recovery: null for others"
             )
-        rows = encode(dialogues[name], pretrained.tokenizer, recipe.cut, part.response_tokens)
+        rows = encode(dialogues[name], tokenizer, recipe.cut, part.response_tokens, end=end)
         encoded = EncodedPart(name, rows, part.share, part.per_step, part.recovery, is_distilled=part.is_distilled)
         if part.onset is not None:
             if any(row.response_label != 1 for row in dialogues[name]):
                 raise RecipeError(f"parts.{name}.onset needs harmful responses: set response: harmful_response")
-            found = [row.response for row in encode(openings[name], pretrained.tokenizer, recipe.cut)]
+            found = [row.response for row in encode(openings[name], tokenizer, recipe.cut, end=end)]
             encoded = replace(encoded, openings=found, longest_opening=part.onset.longest)
         parts.append(encoded)
     return parts

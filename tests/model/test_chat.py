@@ -176,6 +176,21 @@ def test_a_prefill_cannot_open_a_turn_of_the_user():
         )
 
 
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+
+
+def test_a_template_tells_whether_it_knows_a_system_message():
+    assert template().takes_system
+    assert not template(NO_SYSTEM).takes_system
+
+
+def test_a_template_tells_which_token_ends_a_response():
+    tokenizer = byte_tokenizer()
+    end, other = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.encode("b")[-1]
+    assert ChatTemplate(tokenizer).end_of_turn({end, other}) == end
+    assert ChatTemplate(tokenizer).end_of_turn({other}) is None
+
+
 # The query: from the newest message to the end of the request
 
 

@@ -165,6 +165,9 @@ def test_a_kind_of_layer_without_a_mask_is_refused():
     model.config.layer_types = ["full_attention", "linear_attention", "sliding_attention"]
     with pytest.raises(ModelError, match=r"layers of \['linear_attention'\]"):
         sliding_windows(model)
+    model.config.sliding_window = None
+    with pytest.raises(ModelError, match=r"layers of \['linear_attention'\]"):
+        sliding_windows(model)
 
 
 def test_the_head_gives_two_logits_in_float32_whatever_the_states():

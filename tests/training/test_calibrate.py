@@ -71,18 +71,19 @@ def expected(lm: GuardedLM, rows: list[Row], recipe: HeadRecipe, side: Side) -> 
 # Risks
 
 
-@pytest.mark.parametrize("has_head", [True, False])
-def test_with_cls_too_every_row_has_the_risks_of_the_slow_twin(rows, recipe, tmp_path, has_head: bool):
+@pytest.mark.parametrize(("has_head", "share"), [(True, 0.25), (False, 0.25), (True, 0.0)])
+def test_with_cls_too_every_row_has_the_risks_of_the_slow_twin(rows, recipe, tmp_path, has_head: bool, share: float):
     head = {} if has_head else {"token_head": None}
-    cls = ClsConfig((3, 4, 3), request_share=0.25, response_share=0.25)
+    cls = ClsConfig((3, 4, 3), schedule="periodic-3", request_share=share, response_share=share)
     lm = tiny_guarded_lm(smoothing=recipe.acting.smoothing, cls=cls, response=Thresholds(0.999999, 0.5), **head)
     with torch.no_grad():
         lm.cls.out.weight.mul_(LARGE)
         lm.cls.embedding.mul_(0.02)  # so that the state is made of what is read
     reading = ClsReading(lm.cls, cls, "a fingerprint")
     pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
-    states = compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache", cls=reading)
-    for side, found in zip(("request", "response"), score(lm.head, rows, states, recipe, 0.25), strict=True):
+    where = {"batch_tokens": 2000, "cache": tmp_path / "cache", "cls": reading}
+    states = compute(pretrained, rows, (-1,), recipe.cut, **where, is_scheduled=share == 0.0)
+    for side, found in zip(("request", "response"), score(lm.head, rows, states, recipe, share), strict=True):
         groups, risks, *_ = zip(*expected(lm, rows, recipe, side), strict=True)
         assert np.ptp(risks) > 0.02
         assert found.risks.tolist() == pytest.approx(list(risks), abs=2e-3)
@@ -133,6 +134,11 @@ def test_the_share_of_cls_is_the_one_with_the_best_f1(rows, recipe, lm, tmp_path
         }
         assert getattr(found, side).flag_f1 == max(f1.values())
         assert f1[getattr(found, f"{side}_share")] == max(f1.values())
+    fixed = calibrate(lm.head, rows, states, recipe, (0.75, 0.0))
+    assert (fixed.request_share, fixed.response_share) == (0.75, 0.0)
+    both = {share: score(lm.head, rows, states, recipe, share) for share in (0.75, 0.0)}
+    assert fixed.request_scores.risks.tolist() == both[0.75][0].risks.tolist()
+    assert fixed.response_scores.risks.tolist() == both[0.0][1].risks.tolist()
 
 
 @pytest.mark.parametrize("batch", [7, 256])

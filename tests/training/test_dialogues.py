@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from model.config import RefusalConfig
 from training.dialogues import Dialogue, read_part
 from training.errors import DataError
+from training.rows import key_of
 from training.tune_config import Part, TuneRecipe
 
 OURS = RefusalConfig().prefix
@@ -70,3 +71,8 @@ def test_choices_that_mean_nothing_are_explained(tmp_path: Path, kind: str, sour
 def test_no_row_left_is_an_error_that_names_the_part(tmp_path: Path):
     with pytest.raises(DataError, match="no row is left in the part 'part'"):
         read(tmp_path, "refusals", match="Nobody")
+
+
+def test_a_row_without_a_prompt_is_the_response_that_a_head_would_be_taught():
+    row = Dialogue("own", "MIT", "", "I would rather not", "GRAB it")
+    assert row.key == key_of("GRAB it") != Dialogue("own", "MIT", "", "I would rather not", "GRAB them").key

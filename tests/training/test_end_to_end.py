@@ -14,13 +14,13 @@ from model import checkpoint
 from model.chat import Message
 from model.pretrained import Pretrained, load
 from model.scoring import score
-from model.testing import tiny_lm
+from model.testing import tiny_guarded_lm, tiny_lm
 from tests.training.tuning import joint
 from training import recipe_file
 from training.__main__ import main
 from training.config import Head, HeadRecipe
 from training.errors import DataError, RecipeError
-from training.run import calibrate_checkpoint, train_head
+from training.run import _rows, calibrate_checkpoint, train_head
 from training.tune import tune
 
 
@@ -65,6 +65,18 @@ class Interrupt(TrainerCallback):
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(checkpoint.load(folder).head.state_dict())
+
+
+def test_a_model_whose_template_knows_no_system_message_is_given_none(recipe: HeadRecipe, caplog):
+    lm = tiny_guarded_lm()
+    lm.tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + str(
+        lm.tokenizer.chat_template
+    )
+    always = replace(recipe, augment=replace(recipe.augment, system=1.0))
+    rows = _rows(always, Pretrained("tiny", lm.model, lm.tokenizer))
+    assert rows
+    assert not any(message.role == "system" for row in rows for message in row.messages)
+    assert "takes no system message" in caplog.text
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):

@@ -8,11 +8,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
+from model.chat import ChatTemplate, Message
 from model.pretrained import Pretrained
 from tests.training.tuning import places
+from training.dialogues import Dialogue
 from training.errors import RecipeError
-from training.preference import dpo
+from training.preference import _preference, dpo
 from training.tune_config import DpoRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL about itself
@@ -45,6 +48,21 @@ def test_another_recipe_does_not_go_on_from_a_run_in_the_same_folder(tiny: Pretr
         folder = dpo(recipe(data, tmp_path, steps=2, beta=beta), "")
         found.append(load_file(folder / "adapter_model.safetensors"))
     assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_request_has_its_first_token_once(tiny: Pretrained):
+    tokenizer = tiny.tokenizer
+    row = Dialogue("own", "MIT", "STEAL it", "No.", "Sure")
+    plain = _preference(row, tiny)
+    end = tokenizer.eos_token
+    assert (plain["chosen"], plain["rejected"]) == (f"No.{end}", f"Sure{end}")
+    assert plain["prompt"].startswith("<|im_start|>")
+    first = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", first)]
+    )
+    request = list(ChatTemplate(tokenizer).encode([Message("user", row.prompt)]).request)
+    assert tokenizer.encode(_preference(row, tiny)["prompt"]) == request
 
 
 def test_pairs_are_no_preferences(tiny: Pretrained, data: Path, tmp_path: Path):
