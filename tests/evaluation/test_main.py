@@ -43,7 +43,7 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
 ):
     monkeypatch.setenv("BALLAST_MAX_N", "3")
     monkeypatch.setenv("BALLAST_COMPILE", "false")  # it would take longer than all else here
-    for name, value in (("NAME", "us"), ("KEY", "secret"), ("MAY_LOOSEN", "true")):
+    for name, value in (("NAME", "us"), ("KEY", "secret"), ("MAY_LOOSEN", "true"), ("EXPOSE_RISK", "full")):
         monkeypatch.setenv(f"BALLAST_API_KEYS__0__{name}", value)
     model, out = tmp_path / "model", tmp_path / "out"
     words = ["run", str(suite), "--target", f"checkpoint:{tmp_path / 'checkpoint'}", "--model", str(model)]
