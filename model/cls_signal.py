@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from model import tensors
+from model import adapter, tensors
 from model.attention import Span, pass_mask, pass_places
 from model.cache_keyword import with_cache
 from model.config import ClsConfig
@@ -226,6 +226,15 @@ def save(signal: ClsSignal, folder: Path, config: ClsConfig) -> None:
     """Write embedding and head to `folder`, in float32, with how they are to be read."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors.write(signal, folder / FILE, {"config": json.dumps(asdict(config))})
+
+
+def beside(adapter_folder: Path) -> Path | None:
+    """Return the folder of the signal that belongs to an adapter; None if it has none.
+
+    That is the adapter's own, or the checkpoint that it lies in.
+    """
+    places = (adapter_folder, *((adapter_folder.parent,) if adapter_folder.name == adapter.FOLDER else ()))
+    return next((place for place in places if (place / FILE).is_file()), None)
 
 
 def load(folder: Path) -> tuple[ClsSignal, ClsConfig]:

@@ -112,9 +112,8 @@ def _of_checkpoint(recipe: HeadRecipe, folder: Path, pretrained: Pretrained) -> 
 
 
 def _of_adapter(recipe: HeadRecipe, folder: Path) -> Brought:
-    reading = None
-    if (folder / cls_signal.FILE).is_file():
-        reading = _reading(recipe, folder, *cls_signal.load(folder))
+    place = cls_signal.beside(folder)
+    reading = _reading(recipe, place, *cls_signal.load(place)) if place is not None else None
     return Brought(folder, reading, licences=frozenset(licence_beside(folder)))
 
 

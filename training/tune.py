@@ -172,10 +172,11 @@ def _signal(recipe: TuneRecipe, settings: Signal, model: PreTrainedModel) -> Cls
         CheckpointError: if it does not fit the model.
         RecipeError: if it has another head than the recipe asks for.
     """
-    if recipe.adapter is None or not (Path(recipe.adapter) / cls_signal.FILE).is_file():
+    place = cls_signal.beside(Path(recipe.adapter)) if recipe.adapter is not None else None
+    if place is None:
         found = fresh_signal(model, settings, recipe.seed)
     else:
-        found, _ = cls_signal.load(Path(recipe.adapter))
+        found, _ = cls_signal.load(place)
         cls_signal.check(found, model)
         if (width := found.hidden.out_features if found.hidden is not None else 0) != settings.hidden:
             raise RecipeError(f"signal.hidden is {settings.hidden}, the signal beside the adapter has {width}")
@@ -189,8 +190,8 @@ def _write_signal(recipe: TuneRecipe, whole: nn.Module) -> None:
     if isinstance(whole, SignalModel) and recipe.signal is not None:
         choices = recipe.signal
         cls_signal.save(whole.signal, output, ClsConfig(choices.windows, choices.moves, choices.is_read))
-    elif recipe.adapter is not None and (Path(recipe.adapter) / cls_signal.FILE).is_file():
-        found, config = cls_signal.load(Path(recipe.adapter))
+    elif recipe.adapter is not None and (place := cls_signal.beside(Path(recipe.adapter))) is not None:
+        found, config = cls_signal.load(place)
         cls_signal.save(found, output, config)
 
 

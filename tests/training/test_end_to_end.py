@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from model import checkpoint
+from model import checkpoint, cls_signal
 from model.chat import Message
 from model.pretrained import Pretrained, load
 from model.scoring import score
@@ -21,6 +21,7 @@ from training.__main__ import main
 from training.config import Head, HeadRecipe
 from training.errors import DataError, RecipeError
 from training.run import _rows, calibrate_checkpoint, train_head
+from training.subject import load_subject
 from training.tune import tune
 
 
@@ -175,6 +176,11 @@ def test_a_head_beside_a_cls_signal_makes_a_checkpoint_of_both(recipe: HeadRecip
     card = (folder / "README.md").read_text()
     assert "A Ballast token head" in card
     assert "A `[CLS]` signal (windows [3, 4, 5], schedule periodic-6" in card
+    # An adapter that lies in a checkpoint brings its signal too.
+    assert cls_signal.beside(folder / "adapter") == folder
+    again = load_subject(replace(recipe, adapter=str(folder / "adapter"))).brought.cls
+    assert again is not None
+    assert again.config.windows == (3, 4, 5)
 
 
 @pytest.mark.draws
