@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,9 @@ class ChatTemplate:
         if isinstance(template, dict):  # several named ones
             template = template.get("default")
         self.source: str = template if isinstance(template, str) and template else FALLBACK_TEMPLATE
-        self._control_tokens = self._find_control_tokens()
-        self.takes_system = self._takes("system", "user")
+        made = self._made()
+        self.takes_system = ("system", "user") in made
+        self._control_tokens = self._find_control_tokens(made)
 
     @property
     def fingerprint(self) -> str:
@@ -166,24 +167,29 @@ class ChatTemplate:
         start = next((place for place, (one, another) in enumerate(pairs) if one != another), len(request))
         return start if start < len(request) else 0  # the template left the text out
 
-    def _find_control_tokens(self) -> list[str]:
+    def _made(self) -> dict[tuple[str, ...], str]:
+        """Return what the template makes of some conversations, by their roles; without those that it does not know."""
+        made: dict[tuple[str, ...], str] = {}
+        for roles in (("user",), ("user", "assistant", "user"), ("system", "user")):
+            with contextlib.suppress(TemplateError):
+                made[roles] = self._render([Message(role, "a") for role in roles])
+        return made
+
+    def _find_control_tokens(self, made: Mapping[tuple[str, ...], str]) -> list[str]:
         """Return the tokens that shape a conversation: the tokenizer's named ones, and the template's.
 
         The template's are the special ones that stand in it or in what it makes, and of the others those that come with
         every turn, for some models do not call the marks of a turn special. Others again, such as the `<filename>` of a
         model for code, are ordinary words to a client.
         """
-        made = {}
-        for roles in (("user",), ("user", "assistant", "user"), ("system", "user")):
-            with contextlib.suppress(TemplateError):  # a template may know no system message
-                made[len(roles)] = self._render([Message(role, "a") for role in roles])
+        once, twice = (made.get(roles, "") for roles in (("user",), ("user", "assistant", "user")))
         shown = self.source + "".join(made.values())
 
         def shapes(token: AddedToken) -> bool:
             if token.special:
                 return token.content in shown
             is_word = not token.content.strip() or token.content.strip().isalnum()
-            return not is_word and made.get(1, "").count(token.content) < made.get(3, "").count(token.content)
+            return not is_word and once.count(token.content) < twice.count(token.content)
 
         added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if shapes(token)]
         return sorted({*self._tokenizer.all_special_tokens, *added} - {""})
@@ -197,12 +203,6 @@ class ChatTemplate:
         found = next((token for token in self._control_tokens if token in content), None)
         if found is not None:
             raise TemplateError(f"the text of a message must not hold the model's control token {found}")
-
-    def _takes(self, *roles: str) -> bool:
-        """Tell whether the template knows such a conversation."""
-        with contextlib.suppress(TemplateError):
-            return bool(self._render([Message(role, "a") for role in roles]))
-        return False
 
     def _ids(self, text: str) -> tuple[int, ...]:
         try:
