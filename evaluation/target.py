@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from huggingface_hub import try_to_load_from_cache
 from openai import APIStatusError
@@ -28,6 +27,10 @@ STOP_S = 30.0
 """How long it may take to stop, before it is killed."""
 UNWATCHED = ("--checkpoint", "none", "--input-mode", "off", "--output-mode", "off")
 """What serves a plain model."""
+LISTENING = ("--host", "127.0.0.1", "--port", "0", "--log-level", "info")
+"""Where a started server listens: at a port that it takes itself, as one found free before may be taken until then."""
+READY = re.compile(r"ready at (http://\S+)/v1")
+"""What its log says once it is ready."""
 WEIGHTS = (
     *("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja"),
     *("adapter/*.safetensors", "adapter/*config.json"),
@@ -61,16 +64,12 @@ def serving(target: str, model: str, log: Path) -> Iterator[str]:
     if kind not in ("checkpoint", "hub") or not name:
         raise ValueError(f"a target is {KINDS}, got {target!r}")
     words = ["--model", model, "--checkpoint", name] if kind == "checkpoint" else ["--model", name, *UNWATCHED]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *words]
+    command = [sys.executable, "-m", "server", *LISTENING, *words]
     with log.open("a", encoding="utf-8") as file:
+        start = file.tell()
         process = subprocess.Popen(command, stdout=file, stderr=file)
         try:
-            address = f"http://127.0.0.1:{port}"
-            _wait(address, process, log)
-            yield address
+            yield _address(process, log, start)
         finally:
             process.terminate()
             try:
@@ -144,20 +143,19 @@ def _of_files(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until the server is ready.
+def _address(process: "subprocess.Popen[bytes]", log: Path, start: int) -> str:
+    """Return where a started server listens, once it is ready, as its log says from byte `start` on.
 
     Raises:
         OSError: if it ends before that, or takes too long.
     """
     deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            with urlopen(f"{address}/readyz", timeout=5):
-                return
-        except OSError:  # an error of urllib too
-            time.sleep(0.5)
-    said = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
-    raise OSError(f"the server did not start: {' '.join(said)} (all of it in {log})")
+    is_running, said = True, ""
+    while is_running and time.monotonic() < deadline:
+        is_running = process.poll() is None
+        said = log.read_bytes()[start:].decode(errors="replace")
+        if is_running and (found := READY.search(said)):
+            return found[1]
+        time.sleep(0.2)
+    end = " ".join(said.strip().splitlines()[-3:])
+    raise OSError(f"the server did not start: {end} (all of it in {log})")

@@ -37,14 +37,15 @@ def test_a_server_that_ends_at_once_is_an_error_with_the_end_of_its_log(tmp_path
         pass
 
 
-def test_a_server_that_was_started_is_stopped(tmp_path: Path, monkeypatch):
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec {sys.executable} -m http.server $6\n")
+def test_a_server_that_was_started_is_asked_where_it_says_and_stopped(tmp_path: Path, monkeypatch):
+    program, log = tmp_path / "python", tmp_path / "log"
+    said = "ready at http://127.0.0.1:4321/v1"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nsleep 0.5\necho {said}\nexec sleep 100\n")
     program.chmod(0o755)
+    log.write_text("ready at http://127.0.0.1:1234/v1\n")  # an earlier one, which is gone
     monkeypatch.setattr(sys, "executable", str(program))
-    (tmp_path / "readyz").write_text("ready")
-    monkeypatch.chdir(tmp_path)
-    with target.serving("hub:nothing", "any", tmp_path / "log"):
+    with target.serving("hub:nothing", "any", log) as address:
+        assert address == "http://127.0.0.1:4321"
         pid = int((tmp_path / "pid").read_text())
         assert Path(f"/proc/{pid}").exists()
     assert not Path(f"/proc/{pid}").exists()
