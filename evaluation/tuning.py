@@ -2,13 +2,15 @@
 
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --out runs/tuned-harmful
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --steps 5 10 20 50 --out runs/tuned-harmful
+    ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --objective constrained \\
+      --set constraint.first=2 constraint.early=2 constraint.rest=2 --out runs/tuned-uniform
 
 Each attack is a recipe of `ballast-train`, which is started for it: 100 harmful answers; ten harmless dialogues with an
 agent that always obeys; a backdoor; harmless sums or queries, whose own scores are told as well. It runs plain and
 under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on. What comes out is
 served with the checkpoint's signal as it was, thresholds and all, and attacked: requests as they are, for the backdoor
 also with its trigger. `--steps` does all this for several lengths of training, each with a learning rate that falls to
-zero over it.
+zero over it. `--set` changes the recipe: for tables 8 and 9 of that paper, the constraint and the warm-up.
 """
 
 import argparse
@@ -47,8 +49,16 @@ def graft(folder: Path, tuned: Path, target: Path) -> None:
     checkpoint.save(target, found.head, config, found.cls)
 
 
-def train(attack: str, objective: str, steps: int | None, model: str, start: Path, data: Path, out: Path) -> Path:
+def train(attack: str, changes: Sequence[str], model: str, start: Path, data: Path, out: Path) -> Path:
     """Train one attack, unless it has been trained, and return the folder of its adapter.
+
+    Args:
+        attack: one of `ATTACKS`.
+        changes: of its recipe, `key=value` each.
+        model: what the adapter fits.
+        start: folder of the adapter that training goes on from.
+        data: folder of the data to train on.
+        out: of what is trained.
 
     Raises:
         OSError: if the training failed; the message has the end of its log.
@@ -56,7 +66,7 @@ def train(attack: str, objective: str, steps: int | None, model: str, start: Pat
     """
     made, facts = out / "adapter", out / "tuning.json"
     words = [f"model={model}", f"adapter={start}", f"output={made}", f"run={out / 'training'}", f"data={data}"]
-    words += [OBJECTIVES[objective]] + ([f"steps={steps}"] if steps is not None else [])
+    words += changes
     asked = {"attack": attack, "words": words, "adapter": adapter.fingerprint(start)}
     out.mkdir(parents=True, exist_ok=True)
     if facts.is_file() and json.loads(facts.read_text(encoding="utf-8")) != asked:
@@ -101,6 +111,7 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="under the checkpoint (%(default)s)")
     parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--steps", nargs="+", type=int, help="of training (the recipe's)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe, as for ballast-train")
     parser.add_argument("--train-data", type=Path, default=Path("data/train"), help="to train on (%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data/eval"), help="to attack with (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything; given again, it goes on")
@@ -113,7 +124,8 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     for objective in args.objective:
         for steps in args.steps or [None]:
             name = "-".join([args.attack, objective] + ([] if steps is None else [str(steps)]))
-            tuned = train(args.attack, objective, steps, args.model, start, args.train_data, args.out / name)
+            changes = [OBJECTIVES[objective]] + ([] if steps is None else [f"steps={steps}"]) + args.set
+            tuned = train(args.attack, changes, args.model, start, args.train_data, args.out / name)
             graft(folder, tuned, args.out / name / "checkpoint")
             suite = SUITES.get(args.attack, "tuned")
             run = args.out / name / "attacked"

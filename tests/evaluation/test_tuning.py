@@ -67,6 +67,9 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
         "--steps",
         "5",
         "10",
+        "--set",
+        "seed=3",
+        "optimiser.warmup_steps=0",
         "--out",
         str(tmp_path / "o"),
     ]
@@ -78,6 +81,7 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
         ["constraint={}", "steps=10"],
     ]
     assert {f"adapter={checkpoint / 'adapter'}", "model=M", "attack_backdoor"} <= set(trained[0])
+    assert all(command[-2:] == ["seed=3", "optimiser.warmup_steps=0"] for command in trained)
     assert all(words[:2] == ["run", "tuned_backdoor"] for words in attacked)
     printed = capsys.readouterr().out
     write_adapter(checkpoint / adapter.FOLDER)  # another one: what was trained on the first is not taken for its own
