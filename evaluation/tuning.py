@@ -1,8 +1,8 @@
-"""Fine-tuning attacks: what is left of a checkpoint's safety after somebody trained its weights?
+r"""Fine-tuning attacks: what is left of a checkpoint's safety after somebody trained its weights?
 
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --out runs/tuned-harmful
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --steps 5 10 20 50 --out runs/tuned-harmful
-    ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --objective constrained \\
+    ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --objective constrained \
       --set constraint.first=2 constraint.early=2 constraint.rest=2 --out runs/tuned-uniform
 
 Each attack is a recipe of `ballast-train`, which is started for it: 100 harmful answers; ten harmless dialogues with an
@@ -10,7 +10,8 @@ agent that always obeys; a backdoor; harmless sums or queries, whose own scores 
 under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on. What comes out is
 served with the checkpoint's signal as it was, thresholds and all, and attacked: requests as they are, for the backdoor
 also with its trigger. `--steps` does all this for several lengths of training, each with a learning rate that falls to
-zero over it. `--set` changes the recipe: for tables 8 and 9 of that paper, the constraint and the warm-up.
+zero over it. `--set` changes the recipe, such as the constraint and the warm-up (tables 8 and 9 of that paper); what it
+says of the constraint is left out of plain runs.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from model.pretrained import DEFAULT_MODEL
 
 ATTACKS = ("harmful", "identity", "backdoor", "gsm8k", "sql")
 OBJECTIVES = {"plain": "constraint=null", "constrained": "constraint={}"}
+CHOSEN = ("constraint", "steps", "model", "adapter", "output", "run", "data")
+"""Keys of a recipe that other arguments set."""
 SUITES = {"backdoor": "tuned_backdoor"}
 """Of an attack; the others have `tuned`."""
 TESTS = "../finetune/{}_test.jsonl"
@@ -96,6 +99,29 @@ def task_scores(task: str, model: str, tuned: Path, data: Path, kept: Path) -> d
     return {name: Estimate(**one) for name, one in json.loads(kept.read_text(encoding="utf-8")).items()}
 
 
+def changes_of(objective: str, steps: int | None, more: Sequence[str]) -> list[str]:
+    """Return what one fine-tuning changes in the recipe of its attack.
+
+    Args:
+        objective: one of `OBJECTIVES`.
+        steps: of training; None leaves the recipe's.
+        more: further changes, `key=value` each; of the constraint only where there is one.
+
+    Raises:
+        ValueError: if one of them sets what another argument sets.
+    """
+    if wrong := [change for change in more if change.partition("=")[0] in CHOSEN]:
+        raise ValueError(
+            f"--set {wrong[0]}: {', '.join(CHOSEN)} are set by --objective, --steps and the other arguments"
+        )
+    lengths = [] if steps is None else [f"steps={steps}"]
+    return [
+        OBJECTIVES[objective],
+        *lengths,
+        *(c for c in more if objective != "plain" or not c.startswith("constraint.")),
+    ]
+
+
 def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     """Run the command; return its exit code.
 
@@ -124,7 +150,7 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     for objective in args.objective:
         for steps in args.steps or [None]:
             name = "-".join([args.attack, objective] + ([] if steps is None else [str(steps)]))
-            changes = [OBJECTIVES[objective]] + ([] if steps is None else [f"steps={steps}"]) + args.set
+            changes = changes_of(objective, steps, args.set)
             tuned = train(args.attack, changes, args.model, start, args.train_data, args.out / name)
             graft(folder, tuned, args.out / name / "checkpoint")
             suite = SUITES.get(args.attack, "tuned")
@@ -142,5 +168,6 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
                 rows += [(name, args.attack, what, "none", score) for what, score in scores.items()]
     lines = [f"| {' | '.join(words)} | {share.n} | {share_of(share)} |" for *words, share in rows]
     head = ["| fine-tuning | measure | attack or score | policy | n | share |", "|---|---|---|---|---|---|"]
-    sys.stdout.write("\n".join([*head, *lines, ""]))
+    told = [f"With {' '.join(args.set)}.", ""] if args.set else []
+    sys.stdout.write("\n".join([*told, *head, *lines, ""]))
     return 0

@@ -24,7 +24,7 @@ from training.report import checksums
 from training.shards import digest
 from training.tune_config import DialogueSource, FitRecipe, Part
 
-UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing")
+UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing", "fsdp")
 """Keys of a recipe that do not change the weights."""
 
 WORKERS = 2
@@ -34,13 +34,22 @@ A = TypeVar("A", bound=TrainingArguments)
 
 
 def check_processes() -> None:
-    """Refuse processes that would each hold a part of the weights.
+    """Refuse processes that accelerate would give a share of all weights each.
 
     Raises:
         RecipeError: if they were started so.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise RecipeError("FSDP is not supported: start with torchrun, which gives every process the whole model")
+        raise RecipeError(
+            "FSDP by way of accelerate is not supported: start with torchrun; sft, deepen, signal and constrain keep "
+            "frozen weights in shares with fsdp=true"
+        )
+
+
+def own_device(recipe: FitRecipe) -> str:
+    """Return the torch device that this process loads the model to: of several on a machine each has its own GPU."""
+    found, number = device_of(recipe.device), os.environ.get("LOCAL_RANK")
+    return f"cuda:{number}" if found == "cuda" and number is not None else found
 
 
 def arguments(kind: type[A], recipe: FitRecipe, folder: Path, **more: Any) -> A:

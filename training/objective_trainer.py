@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from training import fsdp
 from training.common_start import num_common, read_once
 from training.objectives import IGNORED, betas, constrained_loss, divergences, positions, token_logprobs
 from training.output_head import predicting
@@ -28,6 +29,7 @@ class ObjectiveTrainer(Trainer):
         distils: some examples are learned as the plain model expects them.
         reads_common_once: read the tokens that all rows of a pass begin with once, as `common_start.py` does.
         per_step: examples of one step.
+        is_shared: the model's frozen weights are in shares, as `fsdp.py` has them.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ObjectiveTrainer(Trainer):
         distils: bool,
         reads_common_once: bool,
         per_step: int,
+        is_shared: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -46,8 +49,18 @@ class ObjectiveTrainer(Trainer):
         self._constraint = constraint
         self._signal = signal
         self._per_step = per_step
+        self._is_shared = is_shared
+        if is_shared:
+            fsdp.prepare(self)
         self.model_accepts_loss_kwargs = True  # with labels in the batch: the loss is not divided by a step's passes
         self.loss_is_scaled_for_ga = True
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one pass and its gradients; with the last pass of a step they are averaged where no wrapper does so."""
+        loss: Tensor = super().training_step(model, *args, **kwargs)
+        if self._is_shared and self.accelerator.sync_gradients:
+            fsdp.average_gradients(model)
+        return loss
 
     def compute_loss(
         self,

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # made available lazily there
 
 from model.chat import ChatTemplate, Message
-from model.pretrained import Pretrained, device_of, load
+from model.pretrained import Pretrained, load
 from model.widening import widen
 from training import fit, lora, recipe_file
 from training.dialogues import Dialogue, read_part
@@ -41,7 +41,7 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
     rows = read_part("preferences", recipe.part, recipe)
     if any(row.harmful is None for row in rows):
         raise RecipeError("part.sources must be triplets: a preference needs a harmful response too")
-    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=device_of(recipe.device))
+    pretrained = load(recipe.model, dtype=getattr(torch, recipe.dtype), device=fit.own_device(recipe))
     licence = licence_for(recipe, {row.licence for row in rows} | licence_beside(Path(recipe.model)))
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from model.cls_signal import ClsSignal, sliding_windows
 from model.config import ClsConfig
 from model.pretrained import Pretrained, device_of, load
 from model.widening import widen
-from training import fit, lora, recipe_file
+from training import fit, fsdp, lora, recipe_file
 from training.common_start import can_share
 from training.dialogues import Dialogue, read_openings, read_part
 from training.errors import RecipeError
@@ -53,7 +53,8 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         ModelError: if the model cannot be loaded.
     """
     fit.check_processes()
-    pretrained = load(recipe.model, dtype=_storage(recipe), device=device_of(recipe.device))
+    place = "cpu" if recipe.fsdp else fit.own_device(recipe)  # shares go to their GPUs when they are made
+    pretrained = load(recipe.model, dtype=_storage(recipe), device=place)
     if _is_short(recipe, pretrained.model):
         pretrained.model.set_attn_implementation("eager")  # its gradient is faster on a CPU, and needs more memory
     dialogues = {name: read_part(name, part, recipe) for name, part in recipe.parts.items()}
@@ -74,15 +75,17 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     model = _trainable(pretrained, recipe)
     if recipe.dtype == "bfloat16":
         widen(model)  # the adapter too
+    steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
+    folder = run / f"trainer-{identity[:12]}"
+    arguments = _arguments(recipe, steps.per_step, folder)
+    if recipe.fsdp:
+        fsdp.share_frozen(model, arguments.device)
     reference = None
     if recipe.constraint is not None:
         with torch.autocast(device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
             reference = reference_logprobs(
                 model, parts, pad_id=pretrained.pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
             )
-    steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
-    folder = run / f"trainer-{identity[:12]}"
-    arguments = _arguments(recipe, steps.per_step, folder)
     once = _reads_common_once(recipe, pretrained.model, arguments)
     whole: nn.Module = model
     windows: dict[str, int | None] = {}
@@ -102,6 +105,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         distils=any(part.is_distilled for part in recipe.parts.values()),
         reads_common_once=once,
         per_step=steps.per_step,
+        is_shared=recipe.fsdp,
         optimizers=(_optimiser(whole, recipe), None),
     )
     with disable_input_dtype_casting(model):  # to float32 and, under autocast, back: a tenth of a step, for nothing
@@ -245,6 +249,8 @@ def _arguments(recipe: TuneRecipe, per_step: int, folder: Path) -> TrainingArgum
         raise RecipeError(
             f"{arguments.n_gpu} GPUs are visible to one process; start with torchrun, or hide all but one"
         )
+    if recipe.fsdp and arguments.world_size == 1:
+        raise RecipeError("fsdp shares weights among several processes: start with torchrun")
     at_once = recipe.batch_size * arguments.world_size
     if per_step % at_once:
         raise RecipeError(
@@ -260,7 +266,7 @@ def _is_short(recipe: TuneRecipe, model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     heads = config.num_hidden_layers * config.num_attention_heads
     longest = recipe.cut.request_tokens + recipe.cut.response_tokens
-    return model.device.type == "cpu" and recipe.batch_size * heads * longest**2 * 6 <= LARGEST_ATTENTION
+    return device_of(recipe.device) == "cpu" and recipe.batch_size * heads * longest**2 * 6 <= LARGEST_ATTENTION
 
 
 def _reads_common_once(recipe: TuneRecipe, model: PreTrainedModel, arguments: TrainingArguments) -> bool:

@@ -208,6 +208,8 @@ class TuneRecipe(FitRecipe):
     gradient_checkpointing: bool = False
     lora: Lora | None = Lora()
     """Null trains all weights."""
+    fsdp: bool = False
+    """Of several processes each keeps a share of the frozen weights instead of all, which takes less memory."""
     constraint: Constraint | None = None
     """Hold every token near the model that training starts from; null does not."""
     signal: Signal | None = None
@@ -218,6 +220,8 @@ class TuneRecipe(FitRecipe):
     def __post_init__(self) -> None:
         if self.signal is not None and self.lora is None:
             raise ValueError("a signal is served beside an adapter: set lora")
+        if self.fsdp and self.lora is None:
+            raise ValueError("fsdp: only frozen weights are kept in shares: set lora")
         if self.signal is not None and self.constraint is not None:
             raise ValueError("constraint and signal cannot be trained together: the reference reads no [CLS]")
         for name, part in self.parts.items():

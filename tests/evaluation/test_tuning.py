@@ -68,7 +68,7 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
         "5",
         "10",
         "--set",
-        "seed=3",
+        "constraint.first=2",
         "optimiser.warmup_steps=0",
         "--out",
         str(tmp_path / "o"),
@@ -77,11 +77,11 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
     assert [[word for word in command if word.startswith(("steps", "constraint"))] for command in trained] == [
         ["constraint=null", "steps=5"],
         ["constraint=null", "steps=10"],
-        ["constraint={}", "steps=5"],
-        ["constraint={}", "steps=10"],
+        ["constraint={}", "steps=5", "constraint.first=2"],
+        ["constraint={}", "steps=10", "constraint.first=2"],
     ]
     assert {f"adapter={checkpoint / 'adapter'}", "model=M", "attack_backdoor"} <= set(trained[0])
-    assert all(command[-2:] == ["seed=3", "optimiser.warmup_steps=0"] for command in trained)
+    assert all(command[-1] == "optimiser.warmup_steps=0" for command in trained)
     assert all(words[:2] == ["run", "tuned_backdoor"] for words in attacked)
     printed = capsys.readouterr().out
     write_adapter(checkpoint / adapter.FOLDER)  # another one: what was trained on the first is not taken for its own
@@ -89,6 +89,15 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
         tuning.main(words, evaluate)
     assert "| backdoor-plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
     assert printed.count("| backdoor-constrained-10 |") == 1
+    assert printed.startswith("With constraint.first=2 optimiser.warmup_steps=0.")
+
+
+@pytest.mark.parametrize("change", ["constraint={first: 2}", "steps=7", "output=elsewhere"])
+def test_what_other_arguments_set_is_not_set_twice(checkpoint: Path, tmp_path: Path, change: str):
+    words = ["harmful", "--checkpoint", str(checkpoint), "--set", change, "--out", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match="are set by --objective, --steps and the other arguments"):
+        tuning.main(words, lambda words: 0)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "sql"])

@@ -78,5 +78,5 @@ def test_a_step_is_whole_batches(tiny: Pretrained, data: Path, tmp_path: Path):
 
 def test_weights_spread_over_processes_are_refused(tiny: Pretrained, data: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="FSDP is not supported: start with torchrun"):
+    with pytest.raises(RecipeError, match="FSDP by way of accelerate is not supported: start with torchrun"):
         dpo(recipe(data, tmp_path), "")

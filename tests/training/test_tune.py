@@ -26,6 +26,7 @@ from training.config import HeadRecipe
 from training.corpus import assemble
 from training.dialogues import read_part
 from training.errors import DataError, RecipeError
+from training.fit import own_device
 from training.objective_trainer import ObjectiveTrainer
 from training.tune import _is_short, tune
 from training.tune_config import AnchorRecipe, TuneRecipe
@@ -266,6 +267,7 @@ def test_choices_that_do_not_fit_the_data_are_explained(
         ({"lora": None, "parts": {"anchors": DISTILLED}}, "parts.anchors.is_distilled: set lora, without constraint"),
         ({"parts": {"anchors": {**DISTILLED, "share": 0}}}, "parts.anchors.is_distilled teaches nothing"),
         ({"constraint": {}, "parts": {"anchors": DISTILLED}}, "parts.anchors.is_distilled: set lora, without"),
+        ({"fsdp": True, "lora": None}, "fsdp: only frozen weights are kept in shares: set lora"),
         ({"signal": {}, "lora": None}, "a signal is served beside an adapter: set lora"),
         ({"signal": {}, "constraint": {}, "parts": {"anchors": ANCHORS}}, "constraint and signal cannot be trained"),
     ],
@@ -298,18 +300,47 @@ def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data:
 
 def test_weights_spread_over_processes_are_refused(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="FSDP is not supported: start with torchrun"):
+    with pytest.raises(RecipeError, match="FSDP by way of accelerate is not supported: start with torchrun"):
         tune(recipe(saved_model, data, tmp_path, steps=1), "")
 
 
+def test_weights_are_not_shared_with_nobody(saved_model: Path, data: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="fsdp shares weights among several processes: start with torchrun"):
+        tune(recipe(saved_model, data, tmp_path, steps=1, fsdp=True), "")
+
+
+def test_every_process_loads_the_model_to_a_gpu_of_its_own(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
+    chosen = recipe(saved_model, data, tmp_path, device="auto")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert own_device(chosen) == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device(chosen) == "cuda:3"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert own_device(chosen) == "cpu"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("anchors", [ANCHORS, {**ANCHORS, "is_distilled": True}], ids=["tokens", "distilled"])
+@pytest.mark.parametrize(
+    ("make", "anchors", "changes"),
+    [
+        (recipe, ANCHORS, {}),
+        (recipe, DISTILLED, {}),
+        (recipe, DISTILLED, {"fsdp": True}),
+        (joint, ANCHORS, {"fsdp": True}),
+    ],
+    ids=["tokens", "distilled", "in shares", "in shares, with the signal"],
+)
 def test_two_processes_have_the_loss_and_the_weights_of_one(
-    saved_model: Path, data: Path, tmp_path: Path, anchors: dict[str, Any]
+    saved_model: Path,
+    data: Path,
+    tmp_path: Path,
+    make: Callable[..., TuneRecipe],
+    anchors: dict[str, Any],
+    changes: dict[str, Any],
 ):
     parts = {"recovery": {**RECOVERY, "recovery": {"deepest": 8}}, "anchors": anchors}
-    tune(recipe(saved_model, data, tmp_path / "one", batch_size=2, parts=parts), "")
-    shared = recipe(saved_model, data, tmp_path / "two", batch_size=2, parts=parts)
+    tune(make(saved_model, data, tmp_path / "one", batch_size=2, parts=parts), "")
+    shared = make(saved_model, data, tmp_path / "two", batch_size=2, parts=parts, **changes)
     recipe_file.dump(shared, tmp_path / "recipe.yaml")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631"]
     command = [sys.executable, *launch, "-m", "training", "deepen", "--config", str(tmp_path / "recipe.yaml")]
