@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "heads": ((GuardedLM, "assess"), (GuardedLM, "assess_cls"), (assessing, "extend_rows")),
     "sampling": ((generation, "draw"), (assessing, "likeliest")),
     "text": ((Holdback, "push"), (Holdback, "release")),
-    "policy": ((Policy, "decide"), (Policy, "turned_at"), (Trace, "add")),
+    "policy": ((Policy, "decide"), (Trace, "add")),
 }
 """What is timed; the rest of a step is the Python between them."""
 

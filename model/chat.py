@@ -63,7 +63,7 @@ class ChatTemplate:
             template = template.get("default")
         self.source: str = template if isinstance(template, str) and template else FALLBACK_TEMPLATE
         made = self._made()
-        self.takes_system = ("system", "user") in made
+        self.takes_system = made.get(("system", "user")) not in (None, made.get(("user",)))
         self._control_tokens = self._find_control_tokens(made)
 
     @property
@@ -178,18 +178,20 @@ class ChatTemplate:
     def _find_control_tokens(self, made: Mapping[tuple[str, ...], str]) -> list[str]:
         """Return the tokens that shape a conversation: the tokenizer's named ones, and the template's.
 
-        The template's are the special ones that stand in it or in what it makes, and of the others those that come with
-        every turn, for some models do not call the marks of a turn special. Others again, such as the `<filename>` of a
-        model for code, are ordinary words to a client.
+        The template's are the special ones that stand in it or in what it makes, and of the others those that more
+        turns bring more of, for some models do not call the marks of a turn special. Others again, such as the
+        `<filename>` of a model for code, are ordinary words to a client. Not found is the mark of a system message, if
+        it is not special and the template adds such a message of its own.
         """
-        once, twice = (made.get(roles, "") for roles in (("user",), ("user", "assistant", "user")))
+        once = made.get(("user",), "")
+        longer = [made[roles] for roles in made if len(roles) > 1]
         shown = self.source + "".join(made.values())
 
         def shapes(token: AddedToken) -> bool:
             if token.special:
                 return token.content in shown
             is_word = not token.content.strip() or token.content.strip().isalnum()
-            return not is_word and once.count(token.content) < twice.count(token.content)
+            return not is_word and any(once.count(token.content) < text.count(token.content) for text in longer)
 
         added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if shapes(token)]
         return sorted({*self._tokenizer.all_special_tokens, *added} - {""})

@@ -60,6 +60,7 @@ class Reader:
         watches_response: bool,
     ) -> None:
         self._lm = lm
+        self._has_both = lm.cls is not None and lm.head is not None
         self._schedule = schedule
         self._num_request = len(prompt.request)
         self._watched_from = prompt.query_start if watches_request else self._num_request
@@ -80,21 +81,21 @@ class Reader:
         """Feed new tokens, of the request, of the response or of both, and assess them where that is due.
 
         Several response tokens at once are given ones: each is assessed, whatever the schedule, `[CLS]` by rule R2.
-        Where the token head alone decides on responses, `[CLS]` keeps to the schedule, as if they were generated.
+        Where the token head alone decides on responses, `[CLS]` keeps to the schedule, also where a response is
+        suspicious: denser than that it reads only what is generated.
 
         Args:
             token_ids: the new tokens, at least one.
             turned_at: response tokens before the first suspicious one of the current run; None where the newest
                 assessment is clear. A run makes every schedule dense.
-            must_assess: assess a single token too, whatever the schedule.
+            must_assess: assess a single token too, whatever the schedule; not `[CLS]` where it has no say.
         """
         first, stop, border = self._num_fed, self._num_fed + len(token_ids), self._num_request
         ends_request = first < border <= stop
         restarts_at, self._restarts = border if self._restarts else None, False
         numbers = range(max(first, border) - border + 1, stop - border + 1)  # of the response tokens
         asked = self._due(numbers, is_suspicious=turned_at is not None, must_assess=must_assess)
-        has_both = self._lm.cls is not None and self._lm.head is not None
-        reported = numbers if has_both and self._watches_response else asked
+        reported = numbers if self._has_both and self._watches_response else asked
         asks_request = ends_request and self._watches_request
         passed = yield Pass(
             token_ids,
@@ -160,13 +161,12 @@ class Reader:
     @property
     def _decides(self) -> bool:
         """Whether what is assessed by schedule has a say on the response, and is not only read by later tokens."""
-        has_both = self._lm.cls is not None and self._lm.head is not None
-        return not has_both or self._lm.cls_config.response_share > 0.0
+        return not self._has_both or self._lm.cls_config.response_share > 0.0
 
     @property
     def _follows_r1(self) -> bool:
         """Whether `[CLS]` reads the first tokens of a refusal, and the token head watches the others."""
-        return self._is_refusal and self._lm.cls is not None and self._lm.head is not None
+        return self._is_refusal and self._has_both
 
     def _spans(self, numbers: Sequence[int], turned_at: int | None, *, is_first: bool = False) -> list[Span]:
         """Return what `[CLS]` reads in this pass, if there is one."""

@@ -15,7 +15,7 @@ from model.trace import Trace
 
 
 def score(lm: GuardedLM, prompt: EncodedPrompt) -> Trace:
-    """Return the request risk and the assessments of the response: at every token, or as `[CLS]` alone is scheduled.
+    """Return the request risk and the assessments of the response, one at every token.
 
     Args:
         lm: a model that carries a signal.

@@ -148,7 +148,12 @@ def _max_tokens(lm: GuardedLM, prompt: EncodedPrompt, body: ChatRequest, longest
             f"and {field} asks for {asked} more",
             param=field,
         )
-    return asked or max(1, min(room, longest - num_prompt))
+    if asked is None and num_prompt >= longest:
+        raise ContextLengthError(
+            f"the server has room for {longest} tokens of a conversation, but the messages have {num_prompt}",
+            param="messages",
+        )
+    return asked or min(room, longest - num_prompt)
 
 
 def _sampling(body: ChatRequest) -> SamplingParams:

@@ -1,7 +1,6 @@
 """One choice's answer as it grows: its text, its refusal, and what is told about its tokens."""
 
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +23,7 @@ class Answer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, with_logprobs: bool, refusal_in_content: bool) -> None:
-        self._tokenizer = tokenizer
+        self._text_of = token_texts(tokenizer)
         self._with_logprobs = with_logprobs
         self._refusal_in_content = refusal_in_content
         self._content = ""
@@ -69,7 +68,7 @@ class Answer:
     def trace(self) -> list[TokenRisk]:
         """Return the risk of every released token."""
         return [
-            TokenRisk(token_id=token.token_id, token=token_text(self._tokenizer, token.token_id), risk=token.risk)
+            TokenRisk(token_id=token.token_id, token=self._text_of(token.token_id), risk=token.risk)
             for token in self._tokens
         ]
 
@@ -82,25 +81,23 @@ class Answer:
         return found or None
 
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        text = token_text(self._tokenizer, token_id)
+        text = self._text_of(token_id)
         is_whole = REPLACEMENT not in text
         return TopLogprob(token=text, bytes=list(text.encode()) if is_whole else None, logprob=logprob)
 
 
-def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """Return the text of one token inside a text, a replacement character where it is a part of one.
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """Return what gives the text of a token inside a text, a replacement character where it is a part of one.
 
     Some tokenizers leave out the space of a word that begins a text, so it is decoded behind another token.
     """
-    before_id, before = _before(tokenizer)
-    text = str(tokenizer.decode([before_id, token_id], skip_special_tokens=False))
-    if text.startswith(before):
-        return text[len(before) :]
-    return str(tokenizer.decode([token_id], skip_special_tokens=False))
+    before_id = int(tokenizer.encode("a", add_special_tokens=False)[-1])
+    before = str(tokenizer.decode([before_id], skip_special_tokens=False))
 
+    def text_of(token_id: int) -> str:
+        text = str(tokenizer.decode([before_id, token_id], skip_special_tokens=False))
+        if text.startswith(before):
+            return text[len(before) :]
+        return str(tokenizer.decode([token_id], skip_special_tokens=False))
 
-@lru_cache
-def _before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
-    """Return a token of plain text and what it is decoded to."""
-    token_id = int(tokenizer.encode("a", add_special_tokens=False)[-1])
-    return token_id, str(tokenizer.decode([token_id], skip_special_tokens=False))
+    return text_of

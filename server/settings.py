@@ -36,8 +36,10 @@ DEFAULT_MODEL = "smollm2-135m"
 """As `model.pretrained.DEFAULT_MODEL`; importing that would load torch before `--help` can answer."""
 
 PREFIX = "BALLAST_"
-LINK = re.compile(r"BALLAST_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_.*)")
-"""Variables that Kubernetes sets beside a Service called `ballast`, with `BALLAST_PORT`, to a URL, among them."""
+LINK = re.compile(r"BALLAST_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_\w+)")
+"""Variables that Kubernetes sets beside a Service whose name begins with `ballast`."""
+LINK_URL = re.compile(r"BALLAST_(\w+_)?PORT")
+"""Others, which it sets to a URL."""
 OTHER_VARIABLES = ("BALLAST_CONFIG", "BALLAST_CACHE")
 """Variables that are no settings: the settings file, and where `model.pretrained` keeps converted weights."""
 
@@ -223,8 +225,9 @@ def is_loopback_name(host: str) -> bool:
 
 
 def _is_link(name: str, value: str | None) -> bool:
-    """Tell whether a variable is not meant for us, but says where a Service called `ballast` is."""
-    return bool(LINK.fullmatch(name.upper())) or (name.upper() == "BALLAST_PORT" and "://" in (value or ""))
+    """Tell whether a variable is not meant for us, but says where a Service is."""
+    is_url = "://" in (value or "")
+    return bool(LINK.fullmatch(name.upper()) or (is_url and LINK_URL.fullmatch(name.upper())))
 
 
 def load(flags: Mapping[str, Any], file: str | None = None) -> Settings:

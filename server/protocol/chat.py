@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from model.sampling import RANGES
 from server.protocol.moderation import Moderation
-from server.protocol.shared import MOST_ITEMS, RequestModel, Salt, Text, TextPart
+from server.protocol.shared import MOST_ITEMS, RequestModel, Salt, Text, TextPart, at_most, num_entries
 
 
 def _content_kind(value: Any) -> str:
@@ -23,8 +23,7 @@ def _content_kind(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[Text, Tag("(text)")]
-    | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_ITEMS), Tag("(parts)")],
+    Annotated[Text, Tag("(text)")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("(parts)")],
     Discriminator(_content_kind),
 ]
 """A string, or a list of text parts. Tags in parentheses are left out of a field's name in errors."""
@@ -32,6 +31,8 @@ Content = Annotated[
 
 MOST_BIASED_TOKENS = 1024
 """Entries of `logit_bias`: each costs time at every token, in the one thread that serves everybody."""
+MOST_METADATA = 16
+"""Entries of `metadata`, as in the OpenAI API."""
 MOST_STOPS = 4
 """Stop strings of one request, as in the OpenAI API."""
 LONGEST_STOP = 256
@@ -80,7 +81,16 @@ class ChatMessage(RequestModel):
         return f"{content}\n\n{self.refusal}" if content else self.refusal
 
 
-Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)]
+def _num_parts(messages: Any) -> int:
+    contents = [one.get("content") for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    return sum(len(content) for content in contents if isinstance(content, list))
+
+
+Messages = Annotated[
+    list[ChatMessage],
+    Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS),
+    at_most(MOST_ITEMS, "parts", _num_parts),
+]
 
 
 class StreamOptions(RequestModel):
@@ -97,13 +107,6 @@ class SafetyOptions(RequestModel):
 
     trace: bool | None = None
     """Report the risk of every released token."""
-
-
-def _few(bias: Any) -> Any:
-    if isinstance(bias, dict) and len(bias) > MOST_BIASED_TOKENS:
-        message = f"must have at most {MOST_BIASED_TOKENS} entries, got {len(bias)}"
-        raise PydanticCustomError("invalid_value", "{message}", {"message": message})
-    return bias
 
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
@@ -139,7 +142,7 @@ def _within(name: str) -> Any:
 LogitBias = Annotated[float, Field(json_schema_extra={"minimum": -100, "maximum": 100})]
 Stop = Annotated[
     list[Annotated[Text, AfterValidator(_not_empty)]],
-    Field(fail_fast=True, max_length=MOST_STOPS),
+    Field(max_length=MOST_STOPS),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 
@@ -177,7 +180,7 @@ class ChatRequest(RequestModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Old name of `max_completion_tokens`."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens of the answer; unless given, what the model's context has left."""
+    """Most tokens of the answer; unless given, what the model's context and the server's cache have room for."""
     min_tokens: Annotated[int, _within("min_tokens")] | None = None
     """Tokens before which the answer cannot end; 0 unless given."""
     temperature: Annotated[float, _within("temperature")] | None = None
@@ -194,7 +197,10 @@ class ChatRequest(RequestModel):
     """Taken from a token's logit as many times as the answer holds it; 0 unless given."""
     repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
     """Over 1, tokens of the messages and the answer so far become less likely; 1 unless given."""
-    logit_bias: Annotated[dict[str, LogitBias], BeforeValidator(_few), AfterValidator(_token_ids)] | None = None
+    logit_bias: (
+        Annotated[dict[str, LogitBias], at_most(MOST_BIASED_TOKENS, "entries", num_entries), AfterValidator(_token_ids)]
+        | None
+    ) = None
     """Added to the logits of the tokens with these ids."""
     seed: int | None = None
     """Equal seeds draw equal answers to equal requests."""
@@ -219,7 +225,7 @@ class ChatRequest(RequestModel):
 
     user: str | None = None
     """Without effect."""
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], at_most(MOST_METADATA, "entries", num_entries)] | None = None
     """Without effect."""
     safety_identifier: str | None = None
     """Without effect."""

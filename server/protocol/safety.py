@@ -46,16 +46,13 @@ class ScoreThresholds(ResponseModel):
 
 
 class ScoredToken(ResponseModel):
-    """One token of the response, with the assessment that covers the request and the response up to here.
-
-    Both risks are null where none was made: a `[CLS]` signal without a token head assesses as scheduled.
-    """
+    """One token of the response, with the assessment that covers the request and the response up to here."""
 
     token_id: int
     token: str
-    risk: float | None
+    risk: float
     """Raw response risk."""
-    smoothed_risk: float | None
+    smoothed_risk: float
     """What is compared with the `block` threshold."""
 
 

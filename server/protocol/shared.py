@@ -1,11 +1,11 @@
 """What every request body shares: strict types, and no field that is silently ignored."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.complaint import shortened
@@ -31,10 +31,33 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 """A string that is valid Unicode; JSON escapes can spell others."""
 MOST_ITEMS = 2048
-"""Messages of a conversation, or parts of one: each is checked in the one thread that serves everybody. For the same
-reason the first wrong item of a list is the last that is looked at (`fail_fast`)."""
+"""Messages of a conversation, or parts of all of them: each is checked in the one thread that serves everybody. For the
+same reason the first wrong item of a list is the last that is looked at (`fail_fast`)."""
 Salt = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 """Work on prompts that begin alike is shared only with requests of the same salt, or all without one."""
+
+
+def at_most(number: int, what: str, count: Callable[[Any], int]) -> BeforeValidator:
+    """Return a check that a field holds so many at most, before any of them is looked at.
+
+    Args:
+        number: how many.
+        what: they are called, for the error.
+        count: gives how many a value holds that may be of any type.
+    """
+
+    def check(value: Any) -> Any:
+        if (found := count(value)) > number:
+            message = f"must have at most {number} {what}, got {found}"
+            raise PydanticCustomError("invalid_value", "{message}", {"message": message})
+        return value
+
+    return BeforeValidator(check)
+
+
+def num_entries(value: Any) -> int:
+    """Return how many entries an object has; 0 for what is none."""
+    return len(value) if isinstance(value, dict) else 0
 
 
 class RequestModel(BaseModel):

@@ -9,7 +9,7 @@ from model.config import SafetyConfig, Thresholds
 from model.guarded_lm import GuardedLM
 from model.trace import Trace
 from server.admission import encode
-from server.answer import token_text
+from server.answer import token_texts
 from server.departure import unless_gone
 from server.errors import Forbidden, HeadFailed, invalid
 from server.protocol.safety import (
@@ -80,14 +80,9 @@ def _thresholds(config: SafetyConfig) -> ScoreThresholds:
 
 
 def _tokens(lm: GuardedLM, prompt: EncodedPrompt, trace: Trace) -> list[ScoredToken]:
-    """Return every token of the response with its risks, where it was assessed."""
-    found = {assessment.position: assessment for assessment in trace.assessments}
+    """Return every token of the response with its risks."""
+    text_of = token_texts(lm.tokenizer)
     return [
-        ScoredToken(
-            token_id=token_id,
-            token=token_text(lm.tokenizer, token_id),
-            risk=found[number].risk if number in found else None,
-            smoothed_risk=found[number].smoothed if number in found else None,
-        )
-        for number, token_id in enumerate(prompt.prefill, start=1)
+        ScoredToken(token_id=token_id, token=text_of(token_id), risk=found.risk, smoothed_risk=found.smoothed)
+        for token_id, found in zip(prompt.prefill, trace.assessments, strict=True)
     ]

@@ -155,13 +155,13 @@ def test_a_marker_that_the_template_puts_together_is_a_control_token():
 def test_a_marker_of_turns_is_a_control_token_though_the_tokenizer_does_not_call_it_special():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(
-        [AddedToken(text, special=False) for text in ("<|user|>", "<|assistant|>", "<think>", "\n", "a")]
+        [AddedToken(text, special=False) for text in ("<|user|>", "<|assistant|>", "<|system|>", "<think>", "\n", "a")]
     )
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endfor %}<|assistant|><think>"
     )
     chat = ChatTemplate(tokenizer)
-    for marker in ("<|user|>", "<|assistant|>"):
+    for marker in ("<|user|>", "<|assistant|>", "<|system|>"):
         with pytest.raises(TemplateError, match=re.escape(f"control token {marker}")):
             chat.encode([Message("user", f"fine{marker}")])
     assert chat.encode([Message("user", "a line,\nand <think> too")])
@@ -182,6 +182,9 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
 def test_a_template_tells_whether_it_knows_a_system_message():
     assert template().takes_system
     assert not template(NO_SYSTEM).takes_system
+    silent = CHAT_TEMPLATE.replace("in messages", "in messages if message['role'] != 'system'")
+    assert silent != CHAT_TEMPLATE
+    assert not template(silent).takes_system
 
 
 def test_a_template_tells_which_token_ends_a_response():

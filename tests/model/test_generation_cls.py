@@ -17,6 +17,7 @@ from model.attention import Span
 from model.chat import EncodedPrompt, Message
 from model.config import ClsConfig, RefusalConfig, Thresholds, TokenHeadConfig
 from model.generation import generate
+from model.guarded_lm import GuardedLM
 from model.passes import Solo
 from model.policy import Mode
 from model.reader import BEFORE, Reader, combine
@@ -255,19 +256,29 @@ def test_where_the_token_head_decides_alone_cls_reads_a_prefill_as_scheduled(ask
     assert answer.finish.num_assessments == 1 + len("abcdefghijkl and on")  # the token head's
 
 
-@pytest.mark.parametrize("pieces", [(24,), (7, 17), (1,) * 24])
+@pytest.mark.parametrize("pieces", [(7, 17), (1,) * 24])
 def test_where_the_token_head_decides_alone_what_is_given_is_read_like_what_is_generated(pieces: tuple[int, ...]):
-    never = {"request": NEVER, "response": NEVER}
-    lm = tiny_guarded_lm(token_head=TokenHeadConfig((1, -1), 32, 0), cls=replace(CLS, response_share=0.0), **never)
+    def made(schedule: str) -> GuardedLM:
+        cls = replace(CLS, response_share=0.0, schedule=schedule)
+        lm = tiny_guarded_lm(token_head=TokenHeadConfig((1, -1), 32, 0), cls=cls, request=NEVER, response=NEVER)
+        assert lm.head is not None
+        out = lm.head.response.out
+        with torch.no_grad():  # all logits are near -0.51: what they differ by is made larger
+            out.weight.mul_(200.0)
+            out.bias.add_(0.51).mul_(200.0)
+        return lm
+
+    lm = made("annealed")
     prompt = lm.chat.encode([Message("user", "tell me"), Message("assistant", "a" * 24)], continue_final=True)
     solo, reader = Solo(lm, prompt), Reader(lm, prompt, Annealed(), watches_request=True, watches_response=True)
     solo.complete(reader.feed(prompt.request))
     found, rest = [], list(prompt.prefill)
     for size in pieces:
-        found += solo.complete(reader.feed(rest[:size])).response
+        found += [probability(logit) for _, logit in solo.complete(reader.feed(rest[:size])).response]
         rest = rest[size:]
-    scored = score(lm, prompt)
-    assert [a.risk for a in scored.assessments] == pytest.approx([probability(logit) for _, logit in found], abs=1e-5)
+    scored, dense = ([a.risk for a in score(made(name), prompt).assessments] for name in ("annealed", "every"))
+    assert scored == pytest.approx(found, abs=2e-4)
+    assert max(abs(one - other) for one, other in zip(scored, dense, strict=True)) > 4e-3
 
 
 @pytest.mark.parametrize("make", [{"token_head": None}, {}])

@@ -1,6 +1,10 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from server.answer import token_texts
 
 
 def score(server, *turns, **fields):
@@ -98,3 +102,11 @@ def test_a_cache_salt_reaches_the_cache(serve, path, fields):
     content = json.dumps(body | {"cache_salt": "\ud800"})
     response = server.http.post(path, content=content, headers={"content-type": "application/json"})
     assert (response.status_code, "surrogate" in response.text) == (400, True)
+
+
+def test_the_text_of_a_token_keeps_its_space_where_decoding_leaves_out_the_first():
+    backend = Tokenizer(models.WordLevel({"▁a": 0, "▁dog": 1, "s": 2}, unk_token="s"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.decode([1]) == "dog"
+    assert [token_texts(tokenizer)(token_id) for token_id in (1, 2)] == [" dog", "s"]

@@ -160,11 +160,12 @@ def test_no_more_choices_are_asked_for_than_may_run_and_wait(changes, most):
     assert Settings(**changes).most_choices == most
 
 
-def test_what_kubernetes_says_of_a_service_called_ballast_is_no_setting(monkeypatch):
+@pytest.mark.parametrize("service", ["", "CANARY_"])
+def test_what_kubernetes_says_of_a_service_called_like_us_is_no_setting(monkeypatch, service: str):
     links = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80", "PORT": "tcp://10.0.0.1:80"}
     links |= {"PORT_80_TCP": "tcp://10.0.0.1:80", "PORT_80_TCP_ADDR": "10.0.0.1"}
     for name, value in links.items():
-        monkeypatch.setenv(f"BALLAST_{name}", value)
+        monkeypatch.setenv(f"BALLAST_{service}{name}", value)
     assert load({}).port == 8000
     monkeypatch.setenv("BALLAST_PORT", "8001")
     assert load({}).port == 8001

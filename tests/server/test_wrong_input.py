@@ -67,6 +67,11 @@ def test_a_value_that_cannot_be_honoured_is_a_400_that_names_its_field(polite, f
         ({"messages": "hello"}, "messages must be a list, got a string"),
         ({"messages": ["hello"]}, "messages[0] must be an object, got a string"),
         ({"messages": [USER] * 2049}, "messages must have at most 2048 items, got 2049"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}] * 2},
+            "messages must have at most 2048 parts, got 2050",
+        ),
+        ({"metadata": dict.fromkeys("abcdefghijklmnopq", "x")}, "metadata must have at most 16 entries, got 17"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be a string or a list, got 5"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0] must be an object, got a string"),
         (
@@ -372,10 +377,11 @@ def test_a_token_id_of_a_thousand_digits_is_a_400(polite):
     [
         {"messages": [{"tool_cals": 1}] * 2000},
         {"messages": [{"role": "user", "content": [{"a": 1}] * 2000}]},
-        {"stop": ["\ud800"] * 2000},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 75}] * 2000},
+        {"metadata": {str(number): number for number in range(2000)}},
     ],
 )
-def test_the_first_wrong_item_of_a_list_is_the_last_that_is_looked_at(wrong):
+def test_the_first_wrong_item_of_a_long_field_is_the_last_that_is_looked_at(wrong):
     with pytest.raises(ValidationError) as raised:
         ChatRequest.model_validate({"model": "tiny", "messages": [USER], **wrong})
     assert raised.value.error_count() == 1
