@@ -64,12 +64,9 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
         rows, turns = {}, {}
     if rows or turns:
         scores.require_same_head(*server, args.out)
-    how: dict[str, Any] = {"is_watched": is_watched, "parallel": args.parallel}
-    samples = [
-        one
-        for name, attempts in plans.items()
-        for one in attack(server, attempts, args.out / f"{name}.jsonl", args.out.name, **how)
-    ]
+    how: dict[str, Any] = {"target": args.out.name, "is_watched": is_watched, "parallel": args.parallel}
+    journals = ((attempts, args.out / f"{name}.jsonl") for name, attempts in plans.items())
+    samples = [one for attempts, journal in journals for one in attack(server, attempts, journal, **how)]
     for name, some in rows.items():
         scores.score_all(*server, some, args.out / f"{name}.jsonl", parallel=args.parallel)
     for name, made in turns.items():
@@ -171,7 +168,7 @@ def report(found: Sequence[Run], out: Path, judge: Judge, judge_name: str, f1: E
 
 
 def compare(first: Run, second: Run, judge: Judge) -> str:
-    """Return a table of how two runs differ over the prompts and rows that both have.
+    """Return a table of how two runs differ over the prompts and rows that were judged in both.
 
     Raises:
         ValueError: if they have none in common.

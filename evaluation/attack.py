@@ -136,21 +136,28 @@ def knows_policies(server: Server) -> bool:
 def continues(server: Server) -> bool:
     """Tell whether the server goes on with a response whose beginning is given, and does not begin one after it.
 
-    Where it ignores what asks for that, it reads as many tokens with it as without.
+    Where it ignores what asks for that, it reads as many tokens with it as without. So does one that goes on unasked,
+    which cannot be told from it and counts as one that does not.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached.
     """
     messages = [vars(Message("user", PROBE)), vars(Message("assistant", "It does so"))]
     asked = {"model": server.model, "messages": messages, "max_tokens": 1}
-    read = []
-    for extra in (CONTINUED, {}):
-        try:
-            answer = server.client.post("/chat/completions", cast_to=object, body=asked | extra)
-            read.append(answer["usage"]["prompt_tokens"])  # type: ignore[index]  # any JSON, as in `send`
-        except (BadRequestError, UnprocessableEntityError, KeyError, TypeError):
-            return False
-    return bool(read[0] < read[1])
+
+    def num_read(extra: dict[str, Any]) -> int:
+        answer: Any = server.client.post("/chat/completions", cast_to=object, body=asked | extra)
+        return int(answer["usage"]["prompt_tokens"])
+
+    refused = (BadRequestError, UnprocessableEntityError)
+    try:
+        begun = num_read(CONTINUED)
+    except (*refused, KeyError, TypeError):
+        return False
+    try:
+        return begun < num_read({})
+    except refused:  # an assistant's message may stand last only where it is to be continued
+        return True
 
 
 def attack(
@@ -253,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         with naming(args.server):
             server = connect(args.server, args.api_key)
-            kept.settle(args.out / SERVER, told(server))
             path = args.out / f"{args.attack}.jsonl"
+            kept.settle(args.out / SERVER, told(server), of=path)
             samples = attack(server, attempts, path, args.out.name, parallel=args.parallel)
     except ValidationError as error:
         sys.stderr.write(f"evaluation.attack: {explain(error)}\n")

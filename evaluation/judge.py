@@ -25,6 +25,7 @@ from sklearn.metrics import cohen_kappa_score, f1_score
 
 from evaluation.intervals import Estimate, bootstrap
 from evaluation.judges import Judge, Verdict, by_classifier, by_phrases
+from evaluation.lines import whole
 from evaluation.llm_judge import by_llm
 from evaluation.outcomes import outcomes
 from evaluation.samples import Journal, Sample, key_of
@@ -145,22 +146,23 @@ def quality(judge: Judge, sheet: Path) -> Estimate | None:
     The labelled samples are those of the journals in the sheet's folder, whatever else lies there.
 
     Raises:
-        ValueError: if the sheet cannot be read, or no labelled sample is there.
+        ValueError: if the sheet or a journal cannot be read, or a labelled sample stands in none or in two of them.
     """
     labels = read_labels(sheet)
-    beside = sorted(path for path in sheet.parent.glob("*.jsonl") if path.name != sheet.name)
-    samples = [one for path in beside for one in _labelled(path, labels)]
-    if not samples:
-        raise ValueError(f"the journals beside {sheet} hold none of its samples")
+    beside = sorted(path for path in sheet.parent.glob("*.jsonl") if path.name != sheet.name and _holds_samples(path))
+    samples = [one for one in read_journals(beside) if name_of(one) in labels]
+    if lacking := labels.keys() - set(map(name_of, samples)):
+        raise ValueError(f"the journals beside {sheet} do not hold {len(lacking)} of its {len(labels)} samples")
     return f1_of(*paired(judge_all(samples, judge), labels))
 
 
-def _labelled(path: Path, labels: Mapping[str, bool]) -> list[Sample]:
-    """Return the labelled samples of a file; none of one that is no journal of attacks."""
+def _holds_samples(path: Path) -> bool:
+    """Tell whether a file is a journal of attacks, by its first line."""
     try:
-        return [one for one in read_journals([path]) if name_of(one) in labels]
+        first = json.loads(next(iter(whole(path)), b""))
     except ValueError:
-        return []
+        return False
+    return isinstance(first, dict) and {"key", "attack", "policy"} <= first.keys()
 
 
 def caveat(judge: Judge, f1: Estimate | None) -> str:

@@ -39,7 +39,7 @@ class Outcome:
 
 
 class Difference(NamedTuple):
-    """One outcome in two runs, over the prompts that both have."""
+    """One outcome in two runs, over the prompts that were judged in both, with as many attempts."""
 
     measure: str
     attack: str
@@ -117,10 +117,10 @@ def differences(
 ) -> list[Difference]:
     """Return how two runs of the same measures differ, over the prompts that were judged in both.
 
-    A prompt of which one run has more attempts is left out: the worst of them counts.
+    A prompt with an invalid attempt, or of which one run has more attempts, is left out: the worst of them counts.
     A policy that the first run lacks is compared with its `none`: so a plain model is compared with a guarded one.
     """
-    ours, theirs = _grouped(first), _grouped(second)
+    ours, theirs = (_grouped(run, is_whole=True) for run in (first, second))
     verdicts, found = _verdicts([ours, theirs], judge), []
     for (measure, attack, policy), guarded in theirs.items():
         against = policy if (measure, attack, policy) in ours else "none"
@@ -128,7 +128,7 @@ def differences(
         pairs: list[tuple[bool, bool]] = []
         same = 0
         for prompt in plain.keys() & guarded.keys():
-            if len(plain[prompt]) != len(guarded[prompt]):  # an attempt is invalid, or still to be made
+            if len(plain[prompt]) != len(guarded[prompt]):  # some are still to be made
                 continue
             pair = (_counts(plain[prompt], verdicts), _counts(guarded[prompt], verdicts))
             if None not in pair:
@@ -182,10 +182,12 @@ def _verdicts(runs: Iterable[Grouped], judge: Judge) -> dict[Sample, Verdict]:
     return dict(zip(attacks, judge(attacks), strict=True))
 
 
-def _grouped(samples: Mapping[str, Iterable[Sample]]) -> Grouped:
+def _grouped(samples: Mapping[str, Iterable[Sample]], *, is_whole: bool = False) -> Grouped:
+    """Return the valid samples by prompt; if `is_whole`, without prompts of which one was invalid."""
     groups: Grouped = defaultdict(lambda: defaultdict(list))
-    for measure, of_measure in samples.items():
-        for one in of_measure:
-            if not one.error:
-                groups[measure, one.attack, one.policy][one.prompt].append(one)
+    every = [((measure, one.attack, one.policy), one) for measure, some in samples.items() for one in some]
+    left_out = {(group, one.prompt) for group, one in every if one.error and is_whole}
+    for group, one in every:
+        if not one.error and (group, one.prompt) not in left_out:
+            groups[group][one.prompt].append(one)
     return groups

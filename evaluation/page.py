@@ -48,6 +48,8 @@ HOW = {
     ),
 }
 """What the numbers of each kind are."""
+HELD = {"data": "data_sha256", "filler": "data_sha256", "tokenizer": "tokenizer_sha256"}
+"""Where a run keeps the checksums of what these keys of a measure name."""
 BASE = "base"
 """Folder of a run of the plain model."""
 
@@ -264,16 +266,20 @@ def doubts(named: Mapping[str, Run]) -> list[str]:
         having = {name: run for name, run in named.items() if measure in run.facts["measures"]}
         (first, other), *rest = having.items()
         for name, run in rest:
-            ours, theirs = (_by_content(one, measure) for one in (other, run))
-            if keys := [key for key in ours if key != "policies" and ours[key] != theirs.get(key)]:
+            if keys := _unlike(other, run, measure):
                 notes.append(f"{measure} of {first} and of {name} differ in {', '.join(keys)}: they do not compare.")
     return notes
 
 
-def _by_content(run: Run, measure: str) -> dict[str, Any]:
-    """Return the keys of a measure, files and tokenizer by what they hold where that is known, not by their names."""
-    found: dict[str, Any] = dict(run.facts["measures"][measure])
-    checksums = run.facts.get("data_sha256", {})
-    named = {key: checksums.get(found.get(key), found.get(key)) for key in ("data", "filler")}
-    tokenizer = run.facts.get("tokenizer_sha256", {}).get(found.get("tokenizer"), found.get("tokenizer"))
-    return found | named | {"tokenizer": tokenizer}
+def _unlike(one: Run, other: Run, measure: str) -> list[str]:
+    """Return the keys in which a measure differs, files and tokenizers by what they hold where both runs say it."""
+
+    def differ(key: str) -> bool:
+        values = [run.facts["measures"][measure].get(key) for run in (one, other)]
+        held = [
+            run.facts.get(HELD.get(key, ""), {}).get(value) for run, value in zip((one, other), values, strict=True)
+        ]
+        ours, theirs = held if None not in held else values
+        return bool(ours != theirs)
+
+    return [key for key in one.facts["measures"][measure] if key != "policies" and differ(key)]

@@ -88,7 +88,12 @@ def ask(client: OpenAI, model: str, row: Row) -> Score:
 
 
 def can_score(client: OpenAI, model: str) -> bool:
-    """Tell whether the server shows its risks to this caller, token by token."""
+    """Tell whether the server shows its risks to this caller, token by token.
+
+    Raises:
+        APIStatusError: as `require_final`.
+        OpenAIError: if it cannot be reached.
+    """
     try:
         ask(client, model, Row("probe", PROBE, PROBE, 0))
     except APIStatusError as error:
@@ -117,7 +122,8 @@ def require_same_head(client: OpenAI, model: str, out: Path) -> None:
     """
     found = json.dumps([model, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0)))])
     path = out / "head.json"
-    if path.exists() and path.read_text(encoding="utf-8") != found:
+    is_new = not path.exists() and not any(out.glob("*.jsonl"))
+    if not is_new and (not path.exists() or path.read_text(encoding="utf-8") != found):
         raise ValueError(f"{out} holds results of another head or version; choose another --out")
     path.write_text(found, encoding="utf-8")
 
@@ -155,11 +161,10 @@ def rows_of(measure: Measure) -> list[Row]:
     rows = [row for row in read(measure.data, label=label, response=field) if row.source.startswith(measure.source)]
     if measure.kind == "requests":
         rows = [replace(row, response=None) for row in rows]
-    if measure.kind == "responses" and any(row.response is None for row in rows):
-        raise ValueError(f"{measure.data} holds rows without a response")
-    if measure.kind != "requests" and any(not (row.response or "").strip() for row in rows):
-        raise ValueError(f"{measure.data} holds rows with an empty response")
     if not rows:
         kind = "row" if label is None else ("harmless row", "harmful row")[label]
         raise ValueError(f"{measure.data} holds no {kind} whose source begins with {measure.source!r}")
-    return sample(rows, measure.n)
+    rows = sample(rows, measure.n)
+    if measure.kind != "requests" and (silent := [row for row in rows if not (row.response or "").strip()]):
+        raise ValueError(f"{measure.data} holds no response to {silent[0].prompt[:60]!r}")
+    return rows

@@ -46,7 +46,8 @@ def answer(
     """
     template = ChatTemplate(pretrained.tokenizer)
     prompts = [template.encode(row.messages).request[-max_request_tokens:] for row in rows]
-    identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), asdict(settings), seed]
+    ends = sorted(pretrained.eos_ids)
+    identity = [fingerprint_weights(pretrained.model), str(pretrained.model.dtype), asdict(settings), seed, ends]
     if with_end:
         identity.append("with end")
     answers = [""] * len(rows)
@@ -79,11 +80,20 @@ def _generate(
         made = complete(
             pretrained, prompts, settings.max_tokens, do_sample=True, temperature=settings.temperature, top_k=0
         )  # (B, T)
-    texts = [str(text) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+    rows = made.tolist()
+    lengths = [
+        next((place for place, token in enumerate(row) if token in pretrained.eos_ids), len(row)) for row in rows
+    ]
+    said = [
+        row[:length] for row, length in zip(rows, lengths, strict=True)
+    ]  # not every end is special to the tokenizer
+    texts = [str(text) for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
     if not with_end:
         return texts
-    has_end = torch.isin(made, torch.tensor(sorted(pretrained.eos_ids), device=made.device)).any(dim=1).tolist()
-    return [text + str(tokenizer.eos_token) if ended else text for text, ended in zip(texts, has_end, strict=True)]
+    return [
+        text + str(tokenizer.eos_token) if length < len(row) else text
+        for text, length, row in zip(texts, lengths, rows, strict=True)
+    ]
 
 
 def _dump(texts: list[str], path: Path) -> None:

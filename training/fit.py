@@ -90,8 +90,8 @@ def identity(recipe: FitRecipe, pretrained: Pretrained, start: str | None, rows:
     choices = {name: value for name, value in asdict(recipe).items() if name not in UNTRAINED}
     before = ""
     if start is not None:
-        signal = Path(start) / cls_signal.FILE
-        before = adapter.fingerprint(Path(start)) + (sha256_of(signal) if signal.is_file() else "")
+        signal = cls_signal.beside(Path(start))
+        before = adapter.fingerprint(Path(start)) + (sha256_of(signal / cls_signal.FILE) if signal is not None else "")
     return digest(fingerprint_weights(pretrained.model), before, choices, rows)
 
 

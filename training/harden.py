@@ -20,8 +20,9 @@ from model.sampling import GREEDY
 from training import calibrate, recipe_file
 from training.anchors import write_anchors
 from training.corpus import assemble
-from training.dialogues import read_prompts
+from training.dialogues import read_openings, read_part, read_prompts
 from training.harden_config import HardenRecipe
+from training.licences import licence_beside, licence_for
 from training.run import train_head
 from training.templates import SHIPPED
 from training.tune import tune
@@ -96,11 +97,23 @@ def _check_first(recipe: HardenRecipe, shared: Mapping[str, Any]) -> None:
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded, or cannot carry a `[CLS]` signal.
     """
+    written = {anchors.output for anchors in recipe.anchors.values()}
     for anchors in recipe.anchors.values():
         read_prompts(replace(anchors, **shared))
-    sources = {name: replace(source, without=()) for name, source in recipe.head.sources.items()}
+    signal, learned = replace(recipe.signal, **shared), licence_beside(Path(recipe.model))
+    for name, part in signal.parts.items():
+        if there := {key: source for key, source in part.sources.items() if source.path not in written}:
+            learned |= {row.licence for row in read_part(name, replace(part, sources=there), signal)}
+        if part.onset is not None and part.onset.openings.path not in written:
+            learned |= {row.licence for row in read_openings(name, part.onset, signal)}
+    sources = {
+        name: replace(source, without=tuple(path for path in source.without if path not in written))
+        for name, source in recipe.head.sources.items()
+    }
     head = replace(recipe.head, **shared, sources=sources)
-    calibrate.check(assemble(head, lambda rows: ["an answer"] * len(rows)), head)
+    rows = assemble(head, lambda rows: ["an answer"] * len(rows))
+    calibrate.check(rows, head)
+    licence_for(head, {row.licence for row in rows} | {licence_for(signal, learned)})
     sliding_windows(load(recipe.model, dtype=getattr(torch, head.dtype), device="cpu").model)
 
 

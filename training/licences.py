@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from model import adapter
+from model.checkpoint import CONFIG_FILE
 from training.config import HeadRecipe
 from training.errors import RecipeError
 from training.rows import licence_of_weights
@@ -22,11 +24,20 @@ def licence_for(recipe: HeadRecipe | FitRecipe, licences: set[str]) -> str:
 
 
 def licence_beside(folder: Path) -> set[str]:
-    """Return the licence that a fine-tuning or a merge noted beside its weights; of a stranger's nothing is known."""
-    path = folder / "metrics.json"
+    """Return the licences noted beside weights, by a fine-tuning or a merge, or by the checkpoint that they lie in.
+
+    Of a stranger's nothing is known.
+    """
+    notes = [folder / "metrics.json"]
+    if folder.name == adapter.FOLDER:
+        notes.append(folder.parent / CONFIG_FILE)
+    return {licence for path in notes if (licence := _noted(path)) is not None}
+
+
+def _noted(path: Path) -> str | None:
     try:
         noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError:  # some other program's
-        return set()
+        return None
     found = noted.get("licence") if isinstance(noted, dict) else None
-    return {str(found)} if found is not None else set()
+    return str(found) if found is not None else None

@@ -3,12 +3,13 @@
 Refusals are preferred to harmful responses, both from the first token on: what deepening is compared with.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]  # made available lazily there
 
 from model.chat import ChatTemplate, Message
@@ -51,7 +52,7 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
         model=pretrained.model,
         args=_arguments(recipe, folder),
         train_dataset=Dataset.from_list([_preference(row, pretrained) for row in rows]),
-        processing_class=pretrained.tokenizer,
+        processing_class=_ending(pretrained),
         peft_config=lora.settings_of(recipe.lora, pretrained.model),
         callbacks=[*loggers(run), *callbacks],
     )
@@ -86,17 +87,22 @@ def _arguments(recipe: DpoRecipe, folder: Path) -> DPOConfig:
     return arguments
 
 
+def _ending(pretrained: Pretrained) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with the token that ends a response as its last one, which TRL puts after every text."""
+    tokenizer = copy.deepcopy(pretrained.tokenizer)
+    if (end := ChatTemplate(tokenizer).end_of_turn(pretrained.eos_ids)) is not None:
+        tokenizer.eos_token = str(tokenizer.decode([end]))
+    return tokenizer
+
+
 def _preference(row: Dialogue, pretrained: Pretrained) -> dict[str, str]:
-    """Return one preference as text: the rendered request, and both responses with their end.
+    """Return one preference as text: the rendered request, and both responses without what ends them.
 
     The tokenizer puts its first token before the request once more if it stands there, so that one is left out.
     """
     tokenizer = pretrained.tokenizer
-    template = ChatTemplate(tokenizer)
-    request = list(template.encode([Message("user", row.prompt)]).request)
+    request = list(ChatTemplate(tokenizer).encode([Message("user", row.prompt)]).request)
     prompt = str(tokenizer.decode(request))
     if request[:1] == tokenizer.encode("")[:1]:
         prompt = prompt.removeprefix(str(tokenizer.decode(request[:1])))
-    ends = template.end_of_turn(pretrained.eos_ids)
-    end = str(tokenizer.eos_token if ends is None else tokenizer.decode([ends]))
-    return {"prompt": prompt, "chosen": row.response + end, "rejected": f"{row.harmful}{end}"}
+    return {"prompt": prompt, "chosen": row.response, "rejected": str(row.harmful)}

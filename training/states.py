@@ -152,8 +152,9 @@ def compute(
 ) -> States:
     """Return the states of `rows` at `layers`, from the cache as far as they are there.
 
-    `[CLS]` is assessed at each response token of held-out rows, which set thresholds. A token head learns from the
-    others: there tokens read it as they do while a response is generated, and nothing of what it finds is kept.
+    `[CLS]` is assessed at each response token of held-out rows, which set thresholds, unless it `is_scheduled`. A token
+    head learns from the others: there tokens read it as they do while a response is generated, and nothing of what it
+    finds is kept.
 
     Args:
         pretrained: the frozen model.

@@ -95,7 +95,7 @@ def encode(
         tokenizer: with the chat template that serves.
         cut: longer requests lose their beginning, longer responses their end and with it the end token.
         response_tokens: cut responses here if that is sooner, but no harmful prefix.
-        end: the token that ends a response; null takes the tokenizer's.
+        end: the token that ends a response; None takes the tokenizer's.
 
     Raises:
         DataError: if the tokenizer has no token that ends a response, the chat template refuses a prompt, or a

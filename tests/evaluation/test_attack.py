@@ -109,6 +109,31 @@ def test_a_server_goes_on_with_a_response_if_it_reads_no_end_of_it(stub, kept: i
     assert not continues(connect(server.url))
 
 
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_server_that_refuses_one_of_both_ways_goes_on_if_it_takes_the_other(stub, is_begun: bool):
+    def answers(body):
+        if ("continue_final_message" in body) is is_begun:
+            return answer("a") | {"usage": {"prompt_tokens": 20}}
+        return {"error": {"message": "not so"}}
+
+    server = stub(answers)
+    server.status_of = lambda body: 400 if "error" in body else 200
+    assert continues(connect(server.url)) is is_begun
+
+
+def test_results_of_another_server_are_not_added_to(stub, told, tmp_path: Path, capfd):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "source": "S (MIT)"}) + "\n")
+    server, out = stub(lambda body: answer("no")), tmp_path / "out"
+    words = ["direct", "--server", server.url, "--data", str(tmp_path / "rows.jsonl"), "--out", str(out)]
+    assert main(words) == 0
+    told["shows"] = "flags"
+    assert main(words) == 1
+    assert "holds a run with another shows" in capfd.readouterr().err
+    (out / "server.json").unlink()
+    assert main(words) == 1
+    assert "holds results of an earlier version" in capfd.readouterr().err
+
+
 def test_a_conversation_is_sent_as_it_is(stub, client_of):
     server = stub(lambda body: answer("Sure"))
     said = (Message("user", "hello"), Message("assistant", "hi"), Message("user", "now do it"))

@@ -110,7 +110,17 @@ def test_the_quality_of_a_judge_is_its_f1_against_a_sheet_whose_samples_lie_besi
     found = quality(by_phrases, sheet)
     assert (found.value, found.n) == (pytest.approx(2 * 3 / (6 + 3)), 9)  # it takes all six that do not refuse for harm
     sheet.write_text(json.dumps({"name": "else", "harmful": True}) + "\n")
-    with pytest.raises(ValueError, match="hold none of its samples"):
+    with pytest.raises(ValueError, match="do not hold 1 of its 1 samples"):
+        quality(by_phrases, sheet)
+    sheet.write_text("".join(json.dumps(row) + "\n" for row in labels))
+    (tmp_path / "other.jsonl").write_text('{"not": "a journal"}\n')
+    assert quality(by_phrases, sheet) == found
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(journal.read_text())
+    with pytest.raises(ValueError, match="holds samples that another journal holds too"):
+        quality(by_phrases, sheet)
+    twice.write_text(journal.read_text() + "{\n")
+    with pytest.raises(ValueError, match="twice"):
         quality(by_phrases, sheet)
 
 

@@ -47,6 +47,15 @@ def test_two_runs_are_compared_over_the_prompts_that_both_have():
     assert differences(RUN, other, harms) == [Difference("first", "direct", "both", "both", 2, 1, 1, 1, 1, 0, 1.0)]
 
 
+def test_a_prompt_with_an_invalid_attempt_is_not_compared():
+    # Each run lacks another of three attempts: as many are left, but not the same.
+    one, other = (
+        {"first": [replace(sample("a", "fine"), key=f"{i}", error="bad" if i == lacks else "") for i in range(3)]}
+        for lacks in (0, 1)
+    )
+    assert differences(one, other, harms) == []
+
+
 def test_a_plain_model_is_compared_with_every_policy_of_a_guarded_one():
     plain = {"first": [replace(one, policy="none") for one in RUN["first"]]}
     guarded = {

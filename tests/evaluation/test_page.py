@@ -181,6 +181,24 @@ def test_measures_of_one_name_that_differ_are_said_not_to_compare(tmp_path: Path
     assert "prefill of one" not in text
 
 
+def test_files_compare_by_what_they_hold_where_both_runs_say_it(tmp_path: Path):
+    folders = [write(tmp_path / name, answers=HARMED, is_watched=False) for name in ("one", "other")]
+    given = [json.loads((folder / runs.FACTS).read_text()) for folder in folders]
+    for facts, path in zip(given, ("a.jsonl", "b.jsonl"), strict=True):
+        facts["measures"]["price"]["data"] = path
+
+    def said(*sums: dict[str, str]) -> bool:
+        for folder, facts, held in zip(folders, given, sums, strict=True):
+            (folder / runs.FACTS).write_text(json.dumps(facts | {"data_sha256": held}))
+        return "price of one and of other differ in data" in page.as_markdown(report(*folders))
+
+    assert not said({"a.jsonl": "1"}, {"b.jsonl": "1"})
+    assert said({"a.jsonl": "1"}, {"b.jsonl": "2"})
+    assert said({"a.jsonl": "1"}, {})
+    given[1]["measures"]["price"]["data"] = "a.jsonl"
+    assert not said({"a.jsonl": "1"}, {})
+
+
 def test_a_row_of_two_measures_counts_once(tmp_path: Path):
     folder = write(tmp_path / "run", answers=HARMED)
     facts = json.loads((folder / runs.FACTS).read_text())

@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import PeftModel
 
+from model import adapter, cls_signal
 from model.adapter import merge as merged
 from model.errors import CheckpointError
 from model.pretrained import Pretrained, load
 from model.testing import FAMILIES, byte_tokenizer, tiny_lm
-from tests.training.tuning import losses, recipe, weights
+from tests.training.tuning import joint, losses, recipe, weights
 from training.errors import RecipeError
 from training.lora import fresh
 from training.merge import merge
@@ -39,6 +40,22 @@ def test_a_run_on_another_adapter_at_the_same_place_begins_anew(saved_model: Pat
         tune(recipe(saved_model, data, tmp_path / "second", steps=2, adapter=start), "")
         found.append(weights(tmp_path / "second"))
     assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_run_on_another_signal_in_the_checkpoint_of_its_adapter_begins_anew(
+    saved_model: Path, data: Path, tmp_path: Path
+):
+    start, found = tmp_path / "checkpoint" / "adapter", []
+    tune(joint(saved_model, data, tmp_path / "first", steps=1), "")
+    adapter.copy(tmp_path / "first" / "adapter", start)
+    for scale in (1.0, 3.0):
+        signal, config = cls_signal.load(tmp_path / "first" / "adapter")
+        with torch.no_grad():
+            signal.embedding.mul_(scale)
+        cls_signal.save(signal, start.parent, config)
+        tune(joint(saved_model, data, tmp_path / "second", steps=1, adapter=str(start)), "")
+        found.append(cls_signal.load(tmp_path / "second" / "adapter")[0].embedding)
+    assert not torch.allclose(*found, rtol=0.1)
 
 
 def test_an_adapter_that_is_not_there_is_one_line(saved_model: Path, data: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model.chat import Message
 from model.pretrained import Pretrained
@@ -50,3 +51,12 @@ def test_a_rerun_generates_only_what_is_missing(tiny: Pretrained, tmp_path: Path
     monkeypatch.setattr(answers_module, "_generate", counted)
     assert ask() == first
     assert len(calls) == 1
+
+
+def test_an_answer_ends_before_the_first_token_that_ends_a_response(tiny: Pretrained, tmp_path: Path, monkeypatch):
+    end, other, *word = (tiny.tokenizer.encode(text)[0] for text in ("z", "y", "o", "k"))
+    monkeypatch.setattr(Pretrained, "eos_ids", frozenset({end, other}))  # not special, as in some models
+    made = torch.tensor([[*word, other, end], [*word, *word]])
+    monkeypatch.setattr(answers_module, "complete", lambda *arguments, **settings: made)
+    for with_end, found in ((False, ["ok", "okok"]), (True, [f"ok{tiny.tokenizer.eos_token}", "okok"])):
+        assert answers_module._generate(tiny, [(1,), (2,)], SETTINGS, 0, with_end) == found

@@ -20,6 +20,7 @@ from training import recipe_file
 from training.__main__ import main
 from training.config import Head, HeadRecipe
 from training.errors import DataError, RecipeError
+from training.licences import licence_beside
 from training.run import _rows, calibrate_checkpoint, train_head
 from training.subject import load_subject
 from training.tune import tune
@@ -242,6 +243,7 @@ def test_the_licence_of_an_adapter_holds_for_what_is_made_of_it(recipe: HeadReci
     assert checkpoint.load(folder).config.licence == "CC-BY-NC-SA-4.0"
     again = calibrate_checkpoint(replace(free, checkpoint=str(folder), output=str(tmp_path / "again")), "")
     assert checkpoint.load(again).config.licence == "CC-BY-NC-SA-4.0"
+    assert licence_beside(again / "adapter") == {"CC-BY-NC-SA-4.0"}  # which has no notes of its own
 
 
 def test_without_a_signal_there_is_nothing_to_calibrate(recipe: HeadRecipe, tiny: Pretrained):

@@ -16,8 +16,8 @@ from tests.training.tuning import joint
 from training import recipe_file
 from training.__main__ import main
 from training.config import HeadRecipe
-from training.errors import RecipeError
-from training.harden import CHECK, check
+from training.errors import RecipeError, TrainingError
+from training.harden import CHECK, check, harden
 from training.harden_config import HardenRecipe
 from training.tune_config import AnchorRecipe, TuneRecipe
 
@@ -126,3 +126,25 @@ def test_two_sets_of_anchors_do_not_write_one_file():
 def test_an_unknown_key_of_a_step_is_named():
     with pytest.raises(RecipeError, match=r"unknown recipe key 'signal.stebs'; did you mean 'signal.steps'"):
         recipe_file.load(HardenRecipe, "harden", ["signal.stebs=7"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("head.sources.alpaca.without=[nowhere.jsonl]", "nowhere.jsonl"),
+        ("signal.parts.refusals.sources.t.path=nowhere.jsonl", "nowhere.jsonl"),
+        ("signal.parts.onsets.onset.openings.path=nowhere.jsonl", "nowhere.jsonl"),
+        ("signal.parts.refusals.sources.t.match=Nobody", "no row is left in the part 'refusals'"),
+        ("signal.parts.refusals.sources.t.path=unclear.jsonl", "set recipe key licence"),
+    ],
+)
+def test_what_would_end_a_later_step_ends_it_before_the_first(
+    config: Path, saved_model: Path, data: Path, monkeypatch, change: str, message: str
+):
+    monkeypatch.setattr("training.harden.write_anchors", None)
+    (data / "unclear.jsonl").write_text(
+        (data / "triplets.jsonl").read_text().replace("Own sentences (MIT)", "Own sentences (GPL-3.0)")
+    )
+    recipe = recipe_file.load(HardenRecipe, str(config), [f"model={saved_model}", change])
+    with pytest.raises(TrainingError, match=message):
+        harden(recipe, "")

@@ -9,6 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
+from transformers import TrainerCallback
 
 from model.chat import ChatTemplate, Message
 from model.pretrained import Pretrained
@@ -54,8 +55,6 @@ def test_a_request_has_its_first_token_once(tiny: Pretrained):
     tokenizer = tiny.tokenizer
     row = Dialogue("own", "MIT", "STEAL it", "No.", "Sure")
     plain = _preference(row, tiny)
-    end = tokenizer.eos_token
-    assert (plain["chosen"], plain["rejected"]) == (f"No.{end}", f"Sure{end}")
     assert plain["prompt"].startswith("<|im_start|>")
     first = tokenizer.convert_tokens_to_ids("<|im_start|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -63,6 +62,21 @@ def test_a_request_has_its_first_token_once(tiny: Pretrained):
     )
     request = list(ChatTemplate(tokenizer).encode([Message("user", row.prompt)]).request)
     assert tokenizer.encode(_preference(row, tiny)["prompt"]) == request
+
+
+def test_both_responses_end_with_the_token_that_ends_a_turn_alone(tiny: Pretrained, data: Path, tmp_path: Path):
+    tiny.tokenizer.eos_token = "<|endoftext|>"  # as Gemma has another one beside that of its turns
+    end = tiny.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in tiny.eos_ids
+    seen = []
+
+    class Sees(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.extend(kwargs["train_dataloader"].dataset)
+
+    dpo(recipe(data, tmp_path, steps=1), "", (Sees(),))
+    ids = [row[name] for row in seen for name in ("chosen_ids", "rejected_ids")]
+    assert all(one[-1] == end and one.count(end) == 1 and tiny.tokenizer.eos_token_id not in one for one in ids)
 
 
 def test_pairs_are_no_preferences(tiny: Pretrained, data: Path, tmp_path: Path):
