@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openai import BadRequestError
+from openai import APIStatusError, BadRequestError
 from rich.progress import track
 
 from evaluation import lines
 from evaluation.client import PARALLEL
 
+UNJUDGED = "head_failed"
+"""Code of the error of a server whose safety head gave no number."""
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 
@@ -99,7 +101,8 @@ def fill(
 ) -> dict[str, Found]:
     """Return what is done with what is found of the rest of `asked`, each kept as soon as it is there.
 
-    What the server takes for invalid, such as text that is too long, is not kept, and is asked for again next time.
+    What the server takes for invalid, such as text that is too long, or cannot judge, is not kept, and is asked for again
+    next time.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached; what was found is kept.
@@ -108,8 +111,10 @@ def fill(
     def found(key: str) -> Found | None:
         try:
             return find(asked[key])
-        except BadRequestError:
-            return None
+        except APIStatusError as error:
+            if isinstance(error, BadRequestError) or error.code == UNJUDGED:
+                return None
+            raise
 
     missing, whole = [key for key in asked if key not in done], dict(done)
     lines.mend(path)

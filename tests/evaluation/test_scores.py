@@ -64,18 +64,23 @@ def test_another_kind_of_answer_is_one_line(stub, rows: Path, tmp_path: Path, an
         scores.score_all(*server, scores.rows_of(Measure("requests", rows)), tmp_path / "journal.jsonl")
 
 
-def test_a_row_that_the_server_takes_for_invalid_has_no_score_and_is_asked_for_again(stub, rows: Path, tmp_path: Path):
+@pytest.mark.parametrize(("status", "code"), [(400, "context_length_exceeded"), (500, "head_failed")])
+def test_a_row_that_the_server_cannot_score_has_no_score_and_is_asked_for_again(
+    stub, rows: Path, tmp_path: Path, status: int, code: str
+):
     thresholds = {side: {"block": 0.8, "flag": 0.5} for side in ("request", "response")} | {"patience": 3}
 
     def answer(body):
         if body["messages"][0]["content"] == "a":
-            return {"error": {"message": "too long"}}
+            return {"error": {"message": "no judgement", "code": code}}
         return {"request_risk": 0.5, "thresholds": thresholds}
 
     server = stub(answer)
-    server.status_of = lambda body: 400 if "error" in body else 200
+    server.status_of = lambda body: status if "error" in body else 200
+    client, model = connect(server.url)
+    client = client.with_options(max_retries=0)
     found = [
-        scores.score_all(*connect(server.url), scores.rows_of(Measure("requests", rows)), tmp_path / "journal.jsonl")
+        scores.score_all(client, model, scores.rows_of(Measure("requests", rows)), tmp_path / "journal.jsonl")
         for _ in range(2)
     ]
     assert [[score.source for score in some] for some in found] == [["Two"], ["Two"]]
