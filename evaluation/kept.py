@@ -101,8 +101,8 @@ def fill(
 ) -> dict[str, Found]:
     """Return what is done with what is found of the rest of `asked`, each kept as soon as it is there.
 
-    What the server takes for invalid, such as text that is too long, or cannot judge, is not kept, and is asked for again
-    next time.
+    What the server takes for invalid, such as text that is too long, or cannot judge, is not kept, and is asked for
+    again next time.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached; what was found is kept.

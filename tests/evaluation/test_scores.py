@@ -50,9 +50,10 @@ def test_a_measure_without_rows_says_of_what(rows: Path, changes, message: str):
         scores.rows_of(Measure("requests", rows, **changes))
 
 
-def test_responses_must_have_one(tmp_path: Path):
-    path = write(tmp_path / "bare.jsonl", [{"prompt": "a", "harmful": 1}])
-    with pytest.raises(ValueError, match="holds rows without a response"):
+@pytest.mark.parametrize("said", [{}, {"response": ""}, {"response": " \n"}])
+def test_responses_must_have_one(tmp_path: Path, said: dict[str, str]):
+    path = write(tmp_path / "bare.jsonl", [{"prompt": "a", "harmful": 1, **said}])
+    with pytest.raises(ValueError, match="holds no response to 'a'"):
         scores.rows_of(Measure("responses", path))
 
 
