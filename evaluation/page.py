@@ -276,10 +276,9 @@ def _unlike(one: Run, other: Run, measure: str) -> list[str]:
 
     def differ(key: str) -> bool:
         values = [run.facts["measures"][measure].get(key) for run in (one, other)]
-        held = [
-            run.facts.get(HELD.get(key, ""), {}).get(value) for run, value in zip((one, other), values, strict=True)
-        ]
-        ours, theirs = held if None not in held else values
-        return bool(ours != theirs)
+        if key in HELD:
+            held = [run.facts.get(HELD[key], {}).get(value) for run, value in zip((one, other), values, strict=True)]
+            values = values if None in held else held
+        return bool(values[0] != values[1])
 
     return [key for key in one.facts["measures"][measure] if key != "policies" and differ(key)]
