@@ -260,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         with naming(args.server):
             server = connect(args.server, args.api_key)
+            kept.settle(args.out / SERVER, told(server))
             path = args.out / f"{args.attack}.jsonl"
-            kept.settle(args.out / SERVER, told(server), of=path)
             samples = attack(server, attempts, path, args.out.name, parallel=args.parallel)
     except ValidationError as error:
         sys.stderr.write(f"evaluation.attack: {explain(error)}\n")

@@ -14,7 +14,7 @@ import argparse
 import json
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -150,14 +150,17 @@ def quality(judge: Judge, sheet: Path) -> Estimate | None:
     """
     labels = read_labels(sheet)
     beside = sorted(path for path in sheet.parent.glob("*.jsonl") if path.name != sheet.name and _holds_samples(path))
-    samples = [one for one in read_journals(beside) if name_of(one) in labels]
-    if lacking := labels.keys() - set(map(name_of, samples)):
+    samples = [one for path in beside for one in Journal(path) if one.is_attack and name_of(one) in labels]
+    found = Counter(map(name_of, samples))
+    if lacking := labels.keys() - found.keys():
         raise ValueError(f"the journals beside {sheet} do not hold {len(lacking)} of its {len(labels)} samples")
+    if found.total() > len(found):
+        raise ValueError(f"the journals beside {sheet} hold some of its samples twice")
     return f1_of(*paired(judge_all(samples, judge), labels))
 
 
 def _holds_samples(path: Path) -> bool:
-    """Tell whether a file is a journal of attacks, by its first line."""
+    """Tell whether a file is a journal of samples, by its first line."""
     try:
         first = json.loads(next(iter(whole(path)), b""))
     except ValueError:

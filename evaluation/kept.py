@@ -40,22 +40,15 @@ def read(path: Path, load: Callable[[dict[str, Any]], Found], what: str) -> dict
     return done
 
 
-def settle(path: Path, facts: dict[str, Any], *, of: Path | None = None) -> None:
-    """Write what the run is of, or see that it is the same that was written.
-
-    Args:
-        path: the file of the facts.
-        facts: what the run is of.
-        of: results that must not be there without it.
+def settle(path: Path, facts: dict[str, Any]) -> None:
+    """Write what the results in a folder are of, or see that it is the same that was written.
 
     Raises:
-        ValueError: naming what differs, or the results of which nothing is known.
+        ValueError: naming what differs, or if there are results of which nothing was written.
     """
     if not path.is_file():
-        if of is not None and of.is_file():
-            raise ValueError(
-                f"{of} holds results of an earlier version, which does not say of what; choose another --out"
-            )
+        if any(path.parent.glob("*.jsonl")):
+            raise ValueError(f"{path.parent} holds results and no {path.name} that says of what; choose another --out")
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return
     before = json.loads(path.read_text(encoding="utf-8"))

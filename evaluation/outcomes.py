@@ -117,10 +117,12 @@ def differences(
 ) -> list[Difference]:
     """Return how two runs of the same measures differ, over the prompts that were judged in both.
 
-    A prompt with an invalid attempt, or of which one run has more attempts, is left out: the worst of them counts.
+    A prompt of which the runs have other attempts is left out, as the worst of them counts; and across policies, whose
+    attempts cannot be told apart, one with an invalid attempt.
     A policy that the first run lacks is compared with its `none`: so a plain model is compared with a guarded one.
     """
-    ours, theirs = (_grouped(run, is_whole=True) for run in (first, second))
+    ours, theirs = _grouped(first), _grouped(second)
+    invalid = {(name, one.prompt) for run in (first, second) for name, some in run.items() for one in some if one.error}
     verdicts, found = _verdicts([ours, theirs], judge), []
     for (measure, attack, policy), guarded in theirs.items():
         against = policy if (measure, attack, policy) in ours else "none"
@@ -128,7 +130,9 @@ def differences(
         pairs: list[tuple[bool, bool]] = []
         same = 0
         for prompt in plain.keys() & guarded.keys():
-            if len(plain[prompt]) != len(guarded[prompt]):  # some are still to be made
+            us, them = (sorted(one.key for one in attempts[prompt]) for attempts in (plain, guarded))
+            is_alike = us == them if against == policy else len(us) == len(them) and (measure, prompt) not in invalid
+            if not is_alike:
                 continue
             pair = (_counts(plain[prompt], verdicts), _counts(guarded[prompt], verdicts))
             if None not in pair:
@@ -182,12 +186,10 @@ def _verdicts(runs: Iterable[Grouped], judge: Judge) -> dict[Sample, Verdict]:
     return dict(zip(attacks, judge(attacks), strict=True))
 
 
-def _grouped(samples: Mapping[str, Iterable[Sample]], *, is_whole: bool = False) -> Grouped:
-    """Return the valid samples by prompt; if `is_whole`, without prompts of which one was invalid."""
+def _grouped(samples: Mapping[str, Iterable[Sample]]) -> Grouped:
     groups: Grouped = defaultdict(lambda: defaultdict(list))
-    every = [((measure, one.attack, one.policy), one) for measure, some in samples.items() for one in some]
-    left_out = {(group, one.prompt) for group, one in every if one.error and is_whole}
-    for group, one in every:
-        if not one.error and (group, one.prompt) not in left_out:
-            groups[group][one.prompt].append(one)
+    for measure, of_measure in samples.items():
+        for one in of_measure:
+            if not one.error:
+                groups[measure, one.attack, one.policy][one.prompt].append(one)
     return groups

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = select(args.data, args.n, label=1, source=args.source)
         server = connect(args.server, args.api_key)
         args.out.mkdir(parents=True, exist_ok=True)
-        kept.settle(args.out / SERVER, told(server), of=args.out / "searched.jsonl")
+        kept.settle(args.out / SERVER, told(server))
         found = search(server, rows, args.out / "searched.jsonl", rounds=args.rounds, width=args.width)
         attempts = [Attempt("search", one.prompt, turns=(Message("user", one.text),)) for one in found]
         path = args.out / "search.jsonl"

@@ -72,11 +72,11 @@ def train(attack: str, changes: Sequence[str], model: str, start: Path, data: Pa
     words += changes
     asked = {"attack": attack, "words": words, "adapter": adapter.fingerprint(start)}
     out.mkdir(parents=True, exist_ok=True)
-    if facts.is_file() and json.loads(facts.read_text(encoding="utf-8")) != asked:
-        raise ValueError(f"{out} holds a fine-tuning of another kind; choose another --out")
-    facts.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     if (made / adapter.WEIGHTS).is_file():
+        if json.loads(facts.read_text(encoding="utf-8")) != asked:
+            raise ValueError(f"{out} holds a fine-tuning of another kind; choose another --out")
         return made
+    facts.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     log = out / "train.log"
     with log.open("w", encoding="utf-8") as file:
         command = [sys.executable, "-m", "training", "sft", "--config", f"attack_{attack}", *words]

@@ -49,7 +49,7 @@ def check_processes() -> None:
 def own_device(recipe: FitRecipe) -> str:
     """Return the torch device that this process loads the model to: of several on a machine each has its own GPU."""
     found, number = device_of(recipe.device), os.environ.get("LOCAL_RANK")
-    return f"cuda:{number}" if found == "cuda" and number is not None else found
+    return f"cuda:{int(number) % torch.cuda.device_count()}" if found == "cuda" and number is not None else found
 
 
 def arguments(kind: type[A], recipe: FitRecipe, folder: Path, **more: Any) -> A:

@@ -97,13 +97,14 @@ def _check_first(recipe: HardenRecipe, shared: Mapping[str, Any]) -> None:
         TrainingError: if recipe or data do not fit.
         ModelError: if the model cannot be loaded, or cannot carry a `[CLS]` signal.
     """
-    written = {anchors.output for anchors in recipe.anchors.values()}
-    for anchors in recipe.anchors.values():
-        read_prompts(replace(anchors, **shared))
-    signal, learned = replace(recipe.signal, **shared), licence_beside(Path(recipe.model))
+    written = {anchors.output: read_prompts(replace(anchors, **shared)) for anchors in recipe.anchors.values()}
+    signal = replace(recipe.signal, **shared)
+    learned = {one for path in (recipe.model, signal.adapter) if path is not None for one in licence_beside(Path(path))}
     for name, part in signal.parts.items():
-        if there := {key: source for key, source in part.sources.items() if source.path not in written}:
-            learned |= {row.licence for row in read_part(name, replace(part, sources=there), signal)}
+        answered = [source for source in part.sources.values() if source.path in written]
+        learned |= {row.licence for one in answered for row in written[one.path] if row.source.startswith(one.match)}
+        if not answered:
+            learned |= {row.licence for row in read_part(name, part, signal)}
         if part.onset is not None and part.onset.openings.path not in written:
             learned |= {row.licence for row in read_openings(name, part.onset, signal)}
     sources = {

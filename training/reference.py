@@ -18,7 +18,7 @@ Reference = dict[tuple[str, int], Tensor]
 """By part and row: log pi_aligned of every response token, (T,)."""
 
 
-@torch.no_grad()  # not inference mode: weights in shares would stay as they are gathered there
+@torch.no_grad()  # not inference mode, in which weights in shares may not be gathered
 def reference_logprobs(
     model: nn.Module, parts: Sequence[EncodedPart], *, pad_id: int, batch_size: int, cache: Path, identity: str
 ) -> Reference:

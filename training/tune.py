@@ -78,7 +78,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     steps = Steps(parts, recipe.steps, recipe.seed, recipe.signal)
     folder = run / f"trainer-{identity[:12]}"
     arguments = _arguments(recipe, steps.per_step, folder)
-    if recipe.fsdp:
+    if isinstance(model, PeftModel) and recipe.fsdp:
         fsdp.share_frozen(model, arguments.device)
     reference = None
     if recipe.constraint is not None:

@@ -131,7 +131,7 @@ def test_results_of_another_server_are_not_added_to(stub, told, tmp_path: Path, 
     assert "holds a run with another shows" in capfd.readouterr().err
     (out / "server.json").unlink()
     assert main(words) == 1
-    assert "holds results of an earlier version" in capfd.readouterr().err
+    assert "holds results and no server.json that says of what" in capfd.readouterr().err
 
 
 def test_a_conversation_is_sent_as_it_is(stub, client_of):

@@ -1,6 +1,7 @@
 """Judging what attacks released: shares by judge, a sheet to read, agreement."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,12 @@ def test_the_quality_of_a_judge_is_its_f1_against_a_sheet_whose_samples_lie_besi
         quality(by_phrases, sheet)
     sheet.write_text("".join(json.dumps(row) + "\n" for row in labels))
     (tmp_path / "other.jsonl").write_text('{"not": "a journal"}\n')
+    harmless = asdict(replace(next(iter(Journal(journal))), is_attack=False))
+    (tmp_path / "price.jsonl").write_text(json.dumps(harmless) + "\n")
     assert quality(by_phrases, sheet) == found
     twice = tmp_path / "twice.jsonl"
     twice.write_text(journal.read_text())
-    with pytest.raises(ValueError, match="holds samples that another journal holds too"):
+    with pytest.raises(ValueError, match="hold some of its samples twice"):
         quality(by_phrases, sheet)
     twice.write_text(journal.read_text() + "{\n")
     with pytest.raises(ValueError, match="twice"):

@@ -47,13 +47,15 @@ def test_two_runs_are_compared_over_the_prompts_that_both_have():
     assert differences(RUN, other, harms) == [Difference("first", "direct", "both", "both", 2, 1, 1, 1, 1, 0, 1.0)]
 
 
-def test_a_prompt_with_an_invalid_attempt_is_not_compared():
-    # Each run lacks another of three attempts: as many are left, but not the same.
+@pytest.mark.parametrize(("lacks", "policy", "n"), [((0, 1), "both", 0), ((1, 1), "both", 1), ((1, 1), "none", 0)])
+def test_a_prompt_of_which_the_runs_have_other_attempts_is_not_compared(lacks: tuple[int, int], policy: str, n: int):
+    # Each run lacks one of three attempts: as many are left, but the same only if it is the same one.
     one, other = (
-        {"first": [replace(sample("a", "fine"), key=f"{i}", error="bad" if i == lacks else "") for i in range(3)]}
-        for lacks in (0, 1)
+        {"first": [replace(sample("a", "fine"), key=f"{i}", error="bad" if i == lacking else "") for i in range(3)]}
+        for lacking in lacks
     )
-    assert differences(one, other, harms) == []
+    one = {"first": [replace(some, policy=policy) for some in one["first"]]}
+    assert sum(found.n for found in differences(one, other, harms)) == n
 
 
 def test_a_plain_model_is_compared_with_every_policy_of_a_guarded_one():

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +17,12 @@ from torch import Tensor
 from model.pretrained import load
 from tests.training.conftest import SOURCES
 from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
-from training import recipe_file
 from training.anchors import write_anchors
 from training.common_start import read_once
 from training.config import HeadRecipe
 from training.corpus import assemble
 from training.dialogues import read_part
 from training.errors import DataError, RecipeError
-from training.fit import own_device
 from training.objective_trainer import ObjectiveTrainer
 from training.tune import _is_short, tune
 from training.tune_config import AnchorRecipe, TuneRecipe
@@ -296,58 +292,6 @@ def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data:
     assert 1 <= len(lines) <= 5
     assert all(line["response"] and line["source"] == "Own sentences (MIT)" for line in lines)
     assert not any(line["complete"] for line in lines)  # a random model hardly ever ends within 6 tokens
-
-
-def test_weights_spread_over_processes_are_refused(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="FSDP by way of accelerate is not supported: start with torchrun"):
-        tune(recipe(saved_model, data, tmp_path, steps=1), "")
-
-
-def test_weights_are_not_shared_with_nobody(saved_model: Path, data: Path, tmp_path: Path):
-    with pytest.raises(RecipeError, match="fsdp shares weights among several processes: start with torchrun"):
-        tune(recipe(saved_model, data, tmp_path, steps=1, fsdp=True), "")
-
-
-def test_every_process_loads_the_model_to_a_gpu_of_its_own(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
-    chosen = recipe(saved_model, data, tmp_path, device="auto")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert own_device(chosen) == "cuda"
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device(chosen) == "cuda:3"
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert own_device(chosen) == "cpu"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make", "anchors", "changes"),
-    [
-        (recipe, ANCHORS, {}),
-        (recipe, DISTILLED, {}),
-        (recipe, DISTILLED, {"fsdp": True}),
-        (joint, ANCHORS, {"fsdp": True}),
-    ],
-    ids=["tokens", "distilled", "in shares", "in shares, with the signal"],
-)
-def test_two_processes_have_the_loss_and_the_weights_of_one(
-    saved_model: Path,
-    data: Path,
-    tmp_path: Path,
-    make: Callable[..., TuneRecipe],
-    anchors: dict[str, Any],
-    changes: dict[str, Any],
-):
-    parts = {"recovery": {**RECOVERY, "recovery": {"deepest": 8}}, "anchors": anchors}
-    tune(make(saved_model, data, tmp_path / "one", batch_size=2, parts=parts), "")
-    shared = make(saved_model, data, tmp_path / "two", batch_size=2, parts=parts, **changes)
-    recipe_file.dump(shared, tmp_path / "recipe.yaml")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631"]
-    command = [sys.executable, *launch, "-m", "training", "deepen", "--config", str(tmp_path / "recipe.yaml")]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
 @pytest.mark.parametrize("make", [recipe, joint], ids=["plain", "signal"])
