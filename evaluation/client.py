@@ -39,12 +39,18 @@ def _at_least_one(text: str) -> int:
 
 
 def connect(address: str, api_key: str = "none", model: str | None = None) -> Server:
-    """Return the way to a model of the server at an address without `/v1`, by default the one that it lists first.
+    """Return the way to a model of the server at an address, by default the one that it lists first.
+
+    Args:
+        address: with or without `/v1` at its end.
+        api_key: of the caller.
+        model: one of those that the server lists.
 
     Raises:
         OpenAIError: if it cannot be reached, or refuses the key.
         ValueError: if it serves no such model, or is none of the OpenAI API.
     """
+    address = address.rstrip("/").removesuffix("/v1")
     client = OpenAI(base_url=f"{address}/v1", api_key=api_key, timeout=TIMEOUT_S)
     try:
         names = [one.id for one in client.models.list().data]

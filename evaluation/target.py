@@ -45,7 +45,7 @@ KINDS = "http://ADDRESS, checkpoint:PATH or hub:NAME"
 
 @contextmanager
 def serving(target: str, model: str, log: Path) -> Iterator[str]:
-    """Yield the address of a server of the target, without `/v1`.
+    """Yield the address of a server of the target.
 
     Args:
         target: an address; `checkpoint:` and a safety checkpoint of `model`; or `hub:` and a plain model, which is
@@ -59,7 +59,7 @@ def serving(target: str, model: str, log: Path) -> Iterator[str]:
     """
     kind, _, name = target.partition(":")
     if kind in ("http", "https"):
-        yield target.rstrip("/").removesuffix("/v1")
+        yield target
         return
     if kind not in ("checkpoint", "hub") or not name:
         raise ValueError(f"a target is {KINDS}, got {target!r}")

@@ -13,10 +13,11 @@ from model.pretrained import DEFAULT_MODEL, NAMED
 from model.testing import write_tiny
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1"])
-def test_a_server_that_runs_is_used_as_it_is(tmp_path: Path, address: str):
-    with target.serving(address, "any", tmp_path / "log") as found:
-        assert found == "http://127.0.0.1:8000"
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_server_that_runs_is_used_as_it_is(stub, tmp_path: Path, end: str):
+    server = stub(lambda body: {})
+    with target.serving(server.url + end, "any", tmp_path / "log") as found:
+        assert connect(found).client.base_url == f"{server.url}/v1/"
     assert not (tmp_path / "log").exists()
 
 
