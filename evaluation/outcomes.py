@@ -39,7 +39,7 @@ class Outcome:
 
 
 class Difference(NamedTuple):
-    """One outcome in two runs, over the prompts that were judged in both, with as many attempts."""
+    """One outcome in two runs, over the prompts that were judged in both, of the same attempts."""
 
     measure: str
     attack: str

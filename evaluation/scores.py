@@ -122,8 +122,7 @@ def require_same_head(client: OpenAI, model: str, out: Path) -> None:
     """
     found = json.dumps([model, asdict(ask(client, model, Row("probe", PROBE, PROBE, 0)))])
     path = out / "head.json"
-    is_new = not path.exists() and not any(out.glob("*.jsonl"))
-    if not is_new and (not path.exists() or path.read_text(encoding="utf-8") != found):
+    if path.read_text(encoding="utf-8") != found if path.exists() else any(out.glob("*.jsonl")):
         raise ValueError(f"{out} holds results of another head or version; choose another --out")
     path.write_text(found, encoding="utf-8")
 

@@ -115,11 +115,8 @@ def changes_of(objective: str, steps: int | None, more: Sequence[str]) -> list[s
             f"--set {wrong[0]}: {', '.join(CHOSEN)} are set by --objective, --steps and the other arguments"
         )
     lengths = [] if steps is None else [f"steps={steps}"]
-    return [
-        OBJECTIVES[objective],
-        *lengths,
-        *(c for c in more if objective != "plain" or not c.startswith("constraint.")),
-    ]
+    fitting = [change for change in more if objective != "plain" or not change.startswith("constraint.")]
+    return [OBJECTIVES[objective], *lengths, *fitting]
 
 
 def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:

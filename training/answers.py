@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -80,20 +81,13 @@ def _generate(
         made = complete(
             pretrained, prompts, settings.max_tokens, do_sample=True, temperature=settings.temperature, top_k=0
         )  # (B, T)
-    rows = made.tolist()
-    lengths = [
-        next((place for place, token in enumerate(row) if token in pretrained.eos_ids), len(row)) for row in rows
-    ]
-    said = [
-        row[:length] for row, length in zip(rows, lengths, strict=True)
-    ]  # not every end is special to the tokenizer
+    ends, rows = pretrained.eos_ids, made.tolist()
+    said = [list(takewhile(lambda token: token not in ends, row)) for row in rows]  # not every end is a special token
     texts = [str(text) for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
     if not with_end:
         return texts
-    return [
-        text + str(tokenizer.eos_token) if length < len(row) else text
-        for text, length, row in zip(texts, lengths, rows, strict=True)
-    ]
+    lengths = zip(texts, map(len, said), map(len, rows), strict=True)
+    return [text + str(tokenizer.eos_token) if length < whole else text for text, length, whole in lengths]
 
 
 def _dump(texts: list[str], path: Path) -> None:

@@ -143,6 +143,8 @@ def test_a_training_that_fails_says_why(checkpoint: Path, tmp_path: Path, capsys
     ]
     assert main(words) == 1
     assert "the training failed: ballast-train: nowhere/triplets.jsonl does not exist" in capsys.readouterr().err
+    assert main([*words, "--set", "seed=1"]) == 1  # nothing was trained: another recipe may take its place
+    assert "nowhere/triplets.jsonl does not exist" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_an_adapter_has_nothing_to_train(tmp_path: Path, capsys):
