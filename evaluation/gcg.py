@@ -152,11 +152,31 @@ class SignalGCG(GCG):  # type: ignore[misc]  # untyped
                 masks[kind] = mask[:, 1:].expand(len(rows), -1, -1)  # nobody reads slot 0: the first copy is newer
         kept = torch.arange(num_request - 1, length - 1, device=lm.model.device)
         output = forward(lm.model, rows, masks, places[None], logits_to_keep=kept, use_cache=False)
-        token = self._of_tokens(output.hidden_states, num_request, length, query_start)
-        if lm.cls is None:
-            return Logits(output.logits, *(token or (None, None)))
-        of_copies = lm.cls(output.hidden_states[-1][:, length:])  # (B, K, 2)
-        return Logits(output.logits, *self._both(token, of_copies, covered, num_target))
+        request: Tensor | None = None
+        response: Tensor | None = None
+        if (token := self._of_tokens(output.hidden_states, num_request, length, query_start)) is not None:
+            request, response = token
+        if lm.cls is not None:
+            of_copies = lm.cls(output.hidden_states[-1][:, length:])  # (B, K, 2)
+            request, response = self._both(token, of_copies, covered, num_target)
+        if request is not None and lm.reads_query:
+            states = [state[:, query_start:num_request] for state in output.hidden_states]
+            request = torch.maximum(request, self._highest(states))
+        return Logits(output.logits, request, response)
+
+    def _highest(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """Return the highest smoothed logit of each query, (B,): what `model.trace.Highest` finds, without limits."""
+        head, config = self._lm.head, self._lm.config
+        assert head is not None
+        assert head.query is not None
+        assert config is not None
+        states = torch.cat([hidden_states[layer] for layer in head.config.layers], dim=-1).float()  # (B, T, S)
+        logits: Tensor = head.query(states.flatten(0, 1)).view(states.shape[:2])  # (B, T)
+        smoothed = found = logits[:, 0]
+        for logit in logits[:, 1:].unbind(dim=1):
+            smoothed = torch.lerp(smoothed, logit, config.smoothing)
+            found = torch.maximum(found, smoothed)
+        return found
 
     def _of_tokens(
         self, hidden_states: Sequence[Tensor], num_request: int, length: int, query_start: int

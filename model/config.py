@@ -39,6 +39,8 @@ class TokenHeadConfig:
     """Width of one hidden state (D)."""
     hidden: int
     """Width of the head's hidden layer; 0 means a linear head."""
+    reads_query: bool = False
+    """A further head reads every token of the query; its highest smoothed logit may raise the request risk."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class SafetyConfig:
         raw = asdict(self)
         if not self.redraw_below:  # as releases without it read no unknown key
             del raw["redraw_below"]
+        if self.token_head is not None and not self.token_head.reads_query:
+            del raw["token_head"]["reads_query"]
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
     @classmethod

@@ -124,6 +124,11 @@ class GuardedLM:
         elif (surplus := cache.get_seq_length() - length) > 0:
             cache.crop(-surplus)
 
+    @property
+    def reads_query(self) -> bool:
+        """Whether the token head reads every token of the query."""
+        return self.head is not None and self.head.query is not None
+
     @torch.inference_mode()
     def forward(
         self,
@@ -171,6 +176,18 @@ class GuardedLM:
         head = self.head
         assert head is not None
         return _timed(lambda: head.of(side)(features).tolist(), len(features))
+
+    @torch.inference_mode()
+    def assess_query(self, states: Tensor) -> Assessed:
+        """Return the head's logits at N tokens of a query; NaN if the head fails, never an exception.
+
+        Args:
+            states: of the head's layers side by side, (N, S), any dtype.
+        """
+        assert self.head is not None
+        query = self.head.query
+        assert query is not None
+        return _timed(lambda: query(states.float()).tolist(), len(states))
 
     @torch.inference_mode()
     def assess_cls(self, side: Side, copies: Tensor) -> Assessed:

@@ -45,6 +45,8 @@ class Passed(NamedTuple):
     """Next-token logits after the newest token, (V,); of no use where no token was fed."""
     request: float | None = None
     """Logit of the request by the token head."""
+    query: Sequence[float] = ()
+    """Logits of the new tokens of the query, where the token head reads them one by one."""
     response: Sequence[float] = ()
     """Logits of the response by the token head."""
     cls_request: float | None = None
@@ -96,13 +98,14 @@ class Solo:
         if asked.restarts_at is not None:
             lm.crop(self._cache, asked.restarts_at)
             self._response, self._newest = Passage(), None
-        logits, of_query, copies = torch.empty(0), None, None
+        logits, of_query, of_tokens, copies = torch.empty(0), None, None, None
         if asked.token_ids or asked.spans:
             num_read = asked.num_query + asked.num_response
             output = lm.forward(asked.token_ids, self._cache, states_of_last=num_read, spans=asked.spans)
             logits, copies = output.logits, output.copies
             if output.states is not None and asked.num_query:
-                of_query = self._query.extend_to_last(output.states[: asked.num_query])
+                of_tokens = output.states[: asked.num_query]
+                of_query = self._query.extend_to_last(of_tokens)
             if output.states is not None and asked.num_response:
                 self._newest = self._response.extend(output.states[asked.num_query :])
         found: list[Assessed] = []
@@ -112,6 +115,7 @@ class Solo:
             return assessed.logits
 
         request = of(lm.assess("request", of_query))[0] if asked.asks_request and of_query is not None else None
+        query = of(lm.assess_query(of_tokens)) if lm.reads_query and of_tokens is not None else []
         response: list[float] = []
         if asked.num_asked and self._newest is not None:
             response = of(lm.assess("response", self._newest[-asked.num_asked :]))
@@ -123,7 +127,7 @@ class Solo:
             if len(copies) > is_first:
                 cls_response = of(lm.assess_cls("response", copies[is_first:]))
         seconds = sum(assessed.seconds for assessed in found)
-        return Passed(logits, request, response, cls_request, cls_response, seconds)
+        return Passed(logits, request, query, response, cls_request, cls_response, seconds)
 
     def drive(self, steps: Steps[E, R]) -> Iterator[E | R]:
         """Yield the events of a sequence, and at the end its result; passes run when the next event is asked for."""

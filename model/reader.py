@@ -2,7 +2,8 @@
 
 Where a checkpoint carries both, the logit of a token at which `[CLS]` was assessed is the mean of both, weighted by the
 checkpoint's shares. Between assessments the newest `[CLS]` still counts, but only where it raises the risk: what it has
-not read it cannot clear. So one trace, one threshold and one policy serve both.
+not read it cannot clear. Where the token head reads every token of the query, the highest of what it finds there may
+raise the risk of the request. So one trace, one threshold and one policy serve both.
 """
 
 from collections.abc import Generator, Sequence
@@ -16,6 +17,7 @@ from model.events import HeadWork
 from model.guarded_lm import GuardedLM
 from model.passes import Pass, Passed
 from model.schedule import Schedule, is_due
+from model.trace import Highest
 
 BEFORE = Span(0, range(0))
 """The assessment of the request alone."""
@@ -67,6 +69,7 @@ class Reader:
         self._watches_request = watches_request
         self._watches_response = watches_response
         self._num_fed = 0
+        self._highest = Highest(lm.config.smoothing if lm.config is not None else 1.0)
         self._is_refusal = False
         self._restarts = False
         self._newest_due = 0
@@ -108,9 +111,11 @@ class Reader:
         )
         self._num_fed = stop
         request = None
+        self._highest.add(passed.query)
         if asks_request:
             share = self._lm.cls_config.request_share
-            request = combine(passed.request, passed.cls_request, share, is_fresh=True)
+            self._highest.raise_to(combine(passed.request, passed.cls_request, share, is_fresh=True))
+            request = self._highest.logit
         return self._step(passed, request, self._assessed(reported, asked, passed))
 
     def assess_newest(self, *, turned_at: int | None = None) -> Reading:

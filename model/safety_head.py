@@ -2,8 +2,8 @@
 
 Source: the layout of ShieldHead (ACL 2025) and Qwen3Guard-Stream (arXiv 2510.14276): separate heads
 for request and response on the generator's own states. Deviations: the trunk is frozen, each head
-is one small product, standardisation of the states is part of the head, and each state is read beside
-the mean of its passage so far (docs/adr/0003).
+is one small product, standardisation of the states is part of the head, each state is read beside
+the mean of its passage so far (docs/adr/0003), and the query may be read token by token too (docs/adr/0008).
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ def extend_each(passages: Sequence[Passage], states: Tensor) -> Tensor:
 
 
 class RiskHead(nn.Module):
-    """One logit per position from standardised features: linear, or with one hidden layer."""
+    """One logit per position from standardised features (F of them): linear, or with one hidden layer."""
 
     mean: Tensor
     std: Tensor
@@ -100,8 +100,8 @@ class RiskHead(nn.Module):
         self.out = nn.Linear(hidden or size, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the logits (N,) of float32 `features` (N, 2 * S) as `Passage.extend` gives them."""
-        x = (features - self.mean) / self.std  # (N, 2 * S)
+        """Return the logits (N,) of float32 `features` (N, F)."""
+        x = (features - self.mean) / self.std  # (N, F)
         if self.hidden is not None:
             x = nn.functional.gelu(self.hidden(x))  # (N, hidden)
         logits: Tensor = self.out(x)[:, 0]
@@ -109,10 +109,11 @@ class RiskHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """The two risk heads side by side, in float32. They share nothing but the states that they read.
+    """The risk heads side by side, in float32. They share nothing but the states that they read.
 
-    Each has its own standardisation: the request is always read at the same template token, whose states
-    differ from those of response tokens.
+    Request and response are read as `Passage.extend` gives them. Each has its own standardisation: the request is
+    always read at the same template token, whose states differ from those of response tokens. The head of the query,
+    if there is one, reads the state alone, at every token of the query: the mean of a long one says little of a part.
     """
 
     def __init__(self, config: TokenHeadConfig) -> None:
@@ -121,6 +122,7 @@ class TokenHead(nn.Module):
         size = 2 * len(config.layers) * config.width
         self.request = RiskHead(size, config.hidden)
         self.response = RiskHead(size, config.hidden)
+        self.query = RiskHead(size // 2, config.hidden) if config.reads_query else None
 
     def of(self, side: Side) -> RiskHead:
         """Return the head of one side."""

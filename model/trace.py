@@ -6,7 +6,7 @@ smoothed risk means the same under every schedule.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 LOGIT_LIMIT = 20.0
@@ -34,6 +34,35 @@ def response_risk(smoothed: Sequence[float], patience: int) -> float:
         raise ValueError(f"risks and a patience of at least 1 are needed, got {len(smoothed)} and {patience}")
     windows = (min(smoothed[end - patience : end]) for end in range(patience, len(smoothed) + 1))
     return max([smoothed[-1], *windows])
+
+
+class Highest:
+    """The highest of the smoothed logits of a run of tokens, every one of which is read.
+
+    Args:
+        smoothing: as that of `Trace`.
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        self.logit: float | None = None
+        """None before the first; NaN once a reading has failed, which counts as certain harm."""
+        self._smoothing = smoothing
+        self._smoothed: float | None = None
+
+    def add(self, logits: Iterable[float]) -> None:
+        """Add the logits of the next tokens."""
+        for logit in logits:
+            limited = max(-LOGIT_LIMIT, min(LOGIT_LIMIT, logit))
+            before = limited if self._smoothed is None else self._smoothed
+            self._smoothed = before + self._smoothing * (limited - before)
+            self.raise_to(self._smoothed if math.isfinite(logit) else math.nan)
+
+    def raise_to(self, logit: float) -> None:
+        """Take another reading of the same text in, which may only raise it."""
+        if not math.isfinite(logit):
+            self.logit = math.nan
+        elif self.logit is None or logit > self.logit:
+            self.logit = logit
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,15 @@ def run_calibrate(arguments: argparse.Namespace, command: str) -> None:
     sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
 
 
+def run_query(arguments: argparse.Namespace, command: str) -> None:
+    """Add a head for the query."""
+    recipe = recipe_file.load(HeadRecipe, arguments.config, arguments.overrides)
+    from training.query import add_query_head
+
+    folder = add_query_head(recipe, command)
+    sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
+
+
 def run_tune(arguments: argparse.Namespace, command: str) -> None:
     """Fine-tune a language model."""
     _tune(recipe_file.load(TuneRecipe, arguments.config, arguments.overrides), command)
@@ -143,6 +152,16 @@ Interrupted? The same command goes on where it was. Every key of a recipe is exp
   ballast-train calibrate adapter=runs/signal/adapter output=checkpoints/cls-alone schedule=periodic-8
 
 The recipe's sources are the rows that thresholds are set on. Every key is explained in training/config.py.""",
+    ),
+    "query": Command(
+        run_query,
+        "query_deepened_signal",
+        "add a head to a checkpoint that reads every token of the query, against requests hidden in long messages",
+        """examples:
+  ballast-train query data=data/train output=checkpoints/mine
+  ballast-train query --config my_recipe.yaml checkpoint=checkpoints/mine query.limit=1000
+
+Interrupted? The same command goes on where it was. Every key of a recipe is explained in training/config.py.""",
     ),
     "sft": Command(
         run_tune,

@@ -83,6 +83,7 @@ def calibrate(
     states: States,
     recipe: HeadRecipe,
     shares: tuple[float, float] | None = None,
+    queries: Array | None = None,
 ) -> Calibration:
     """Return thresholds from the rows of the parts `validation` and `calibration`.
 
@@ -93,13 +94,14 @@ def calibrate(
         recipe: the policy that will act on the risks.
         shares: weights of `[CLS]` in the risk of requests and of responses. None takes those with the best F1 on
             validation rows where there is a token head too, and 1 where there is not.
+        queries: the highest smoothed logit of each row's query, (N,), where a head reads every token of it.
 
     Raises:
         DataError: if no benign or no harmful held-out row is there to set a threshold.
     """
     has_both = head is not None and len(states) > 0 and states[0].cls_response is not None
     tried = SHARES if has_both else (1.0,)
-    found = {share: score(head, rows, states, recipe, share) for share in shares or tried}
+    found = {share: score(head, rows, states, recipe, share, queries) for share in shares or tried}
     sides: list[tuple[float, Scored, SideReport]] = []
     for place, side in enumerate(SIDES):
         reports = {
@@ -136,7 +138,12 @@ def check(rows: Sequence[Row], recipe: HeadRecipe) -> None:
 
 @torch.inference_mode()
 def score(
-    head: TokenHead | None, rows: Sequence[Row], states: States, recipe: HeadRecipe, share: float = 1.0
+    head: TokenHead | None,
+    rows: Sequence[Row],
+    states: States,
+    recipe: HeadRecipe,
+    share: float = 1.0,
+    queries: Array | None = None,
 ) -> tuple[Scored, Scored]:
     """Return request risks and response risks of all labelled held-out rows.
 
@@ -148,13 +155,17 @@ def score(
         states: theirs.
         recipe: the policy that will act on the risks.
         share: weight of `[CLS]` beside the token head.
+        queries: as `calibrate` takes them.
     """
     held_out = [index for index, row in enumerate(rows) if row.part != "train"]
     of_request, of_response = np.zeros(len(rows)), np.zeros(len(rows))
     for start in range(0, len(held_out), BATCH):
         chosen = held_out[start : start + BATCH]
         batch = [states[index] for index in chosen]
-        of_request[chosen] = request_risks(_request_logits(head, batch, share)).numpy()
+        logits = _request_logits(head, batch, share).double()
+        if queries is not None:
+            logits = torch.maximum(logits, torch.from_numpy(queries[chosen]))
+        of_request[chosen] = request_risks(logits).numpy()
         of_response[chosen] = _response_risks(head, batch, share, recipe.acting)
     requests = {(rows[i].group, rows[i].key, rows[i].request_label): i for i in reversed(held_out)}
     request_rows = [i for i in sorted(requests.values()) if rows[i].request_label is not None]

@@ -138,6 +138,18 @@ class Optimiser:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Query:
+    """What the head that reads every token of the query learns from; see `hidden.py`."""
+
+    limit: AtLeastOne = 3000
+    """Most requests of either label to learn from."""
+    calibration: AtLeastOne = 1000
+    """Most harmless held-out requests that decide when it acts."""
+    before_weight: NonNegative = 0.5
+    """Weight of the harmless text before a malicious request."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Acting:
     """What the policy will do with the risks; the thresholds are calibrated on exactly this."""
 
@@ -180,7 +192,7 @@ class HeadRecipe(Recipe):
     """Folder of an adapter that is added to the model, and goes into the checkpoint, with a `[CLS]` signal if one lies
     beside it; null takes the model as it is."""
     checkpoint: str | None = None
-    """Of `ballast-train calibrate`: the checkpoint that gets new thresholds."""
+    """Of `ballast-train calibrate` and `query`: the checkpoint that gets new thresholds, or a further head."""
     schedule: str | None = None
     """When a `[CLS]` signal will be assessed while a response is generated, as `model.schedule.parse` reads it; null
     takes the checkpoint's, or `annealed`."""
@@ -206,4 +218,6 @@ class HeadRecipe(Recipe):
     loss: Loss = Loss()
     request_optimiser: Optimiser = Optimiser()
     response_optimiser: Optimiser = Optimiser()
+    query: Query = Query()
+    query_optimiser: Optimiser = Optimiser()
     acting: Acting = Acting()

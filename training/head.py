@@ -88,7 +88,7 @@ def collate_responses(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tenso
     }
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """A risk head with dropout on its standardised features."""
 
     def __init__(self, head: RiskHead, dropout: float) -> None:
@@ -104,7 +104,7 @@ class _Objective(nn.Module):
         return found
 
 
-class RequestObjective(_Objective):
+class RequestObjective(Objective):
     """The request head with its loss, in the shape that `Trainer` expects."""
 
     def forward(self, features: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ class RequestObjective(_Objective):
         return {"loss": request_loss(self.logits(features), labels, weights).mean()}
 
 
-class ResponseObjective(_Objective):
+class ResponseObjective(Objective):
     """The response head with its loss, in the shape that `Trainer` expects."""
 
     def __init__(self, head: RiskHead, dropout: float, loss: Loss, smoothing: float) -> None:
@@ -177,7 +177,7 @@ def _train_side(
     )
     trainer = Trainer(
         model=objective,
-        args=_arguments(recipe, settings, len(parts["train"]), run),
+        args=arguments(recipe, settings, len(parts["train"]), run),
         data_collator=collate_requests if side == "request" else collate_responses,
         train_dataset=parts["train"],
         eval_dataset=parts["validation"],
@@ -190,11 +190,11 @@ def _train_side(
 def standardise(head: TokenHead, rows: Sequence[Row], states: States) -> None:
     """Set each risk head's mean and standard deviation to those of the training features that it reads."""
     trained = [states[index] for index, row in enumerate(rows) if row.part == "train"]
-    _set_scale(head.request, (found.request[None] for found in trained))
-    _set_scale(head.response, (found.passage() for found in trained))
+    set_scale(head.request, (found.request[None] for found in trained))
+    set_scale(head.response, (found.passage() for found in trained))
 
 
-def _set_scale(head: RiskHead, batches: Iterable[Tensor]) -> None:
+def set_scale(head: RiskHead, batches: Iterable[Tensor]) -> None:
     """Set mean and standard deviation from batches of features, (N, 2 * S) each; keep 0 and 1 if there are none."""
     count, total, squares = 0, torch.zeros_like(head.mean).double(), torch.zeros_like(head.mean).double()
     for batch in batches:
@@ -226,7 +226,8 @@ def _fresh_head(rows: Sequence[Row], states: States, recipe: HeadRecipe, width: 
     return head
 
 
-def _arguments(recipe: HeadRecipe, settings: Optimiser, num_rows: int, run: Path) -> TrainingArguments:
+def arguments(recipe: HeadRecipe, settings: Optimiser, num_rows: int, run: Path) -> TrainingArguments:
+    """Return what a `Trainer` is told: the recipe's seed and device, the optimiser's settings, steps for the rows."""
     num_steps = settings.epochs * -(-num_rows // settings.batch_size)
     choices: dict[str, Any] = {
         "output_dir": str(run),

@@ -4,12 +4,25 @@ Rows are averaged by the caller over all rows of a batch, labelled or not, so th
 not depend on how it was cut into batches.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.nn.functional import softplus
 
 from training.config import Loss
 from training.risk import smooth
+
+NOTHING = -1e4
+"""A logit that counts for nothing beside any other, and has a gradient."""
+
+
+class QueryLoss(NamedTuple):
+    """Settings of `query_loss`."""
+
+    smoothing: float
+    before_weight: float
 
 
 def request_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -50,6 +63,38 @@ def response_loss(
     per_position = bce(logits, labels[:, None].expand_as(logits), reduction="none")  # (B, T)
     mean_term = (per_position * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (B,)
     return weights * (settings.softmax_weight * softmax_term + settings.mean_weight * mean_term)
+
+
+def query_loss(
+    logits: Tensor, mask: Tensor, inside: Tensor, labels: Tensor, weights: Tensor, settings: QueryLoss
+) -> Tensor:
+    """Return the weighted loss of each query, (B,), of which the highest smoothed logit will count.
+
+    As that is what is read, a label is one of the whole (multiple-instance learning): the logarithm of the sum of
+    exp(smoothed logit), a soft maximum, must be high over a malicious request, and low over all of a harmless query.
+    Before a malicious request it must be low too. After it nothing is asked: the average takes its time to fall, and
+    the states may still speak of the request.
+
+    Args:
+        logits: of every token of the query, (B, T).
+        mask: true where there is a token; padding is at the end, (B, T).
+        inside: true at tokens of the request, (B, T), at least one in each row.
+        labels: 1 for malicious, 0 for benign, (B,).
+        weights: weight of each row, (B,).
+        settings: smoothing, and the weight of what stands before a malicious request.
+    """
+    smoothed = smooth(logits, settings.smoothing)  # (B, T)
+    is_malicious = labels > 0.5  # (B,)
+    within = inside & mask & is_malicious[:, None]
+    is_before = inside.cumsum(dim=1) == 0  # (B, T)
+    without = mask & (is_before | ~is_malicious[:, None])
+
+    def most(chosen: Tensor) -> Tensor:
+        return smoothed.masked_fill(~chosen, NOTHING).logsumexp(dim=1)
+
+    missed = torch.where(is_malicious, softplus(-most(within)), 0.0)
+    alarmed = softplus(most(without)) * torch.where(is_malicious, settings.before_weight, 1.0)
+    return weights * (missed + alarmed)
 
 
 def softmax_weighted_loss(

@@ -30,6 +30,7 @@ from training.licences import licence_beside, licence_for
 from training.logs import loggers
 from training.model_card import model_card
 from training.plots import draw
+from training.query import highest_logits
 from training.rephrase import rephrased
 from training.report import calibration_report, checksums, count_sources, metrics
 from training.rows import Row
@@ -56,7 +57,9 @@ def train_head(recipe: HeadRecipe, command: str, callbacks: Sequence[TrainerCall
         ModelError: if the model cannot be loaded.
     """
     if recipe.checkpoint is not None:
-        raise RecipeError("checkpoint is for ballast-train calibrate; a head is trained on the model, or on adapter")
+        raise RecipeError(
+            "checkpoint is for ballast-train calibrate and query; a head is trained on the model, or on adapter"
+        )
     subject = load_subject(recipe)
     recipe = _with_layers(recipe, subject)
     rows, licence, states = _prepare(recipe, subject)
@@ -118,12 +121,15 @@ def _calibrate(
     Where `[CLS]` turns out to have no share in the risk of responses, it is assessed by its schedule there
     (`model.reader`), and the states of the tokens that read it differ a little from those that said so.
     """
-    found = calibrate(head, rows, states, recipe)
+    queries = None
+    if head is not None and head.query is not None:
+        queries = highest_logits(recipe, subject.pretrained, head, rows)
+    found = calibrate(head, rows, states, recipe, queries=queries)
     if head is None or subject.brought.cls is None or found.response_share > 0.0:
         return found
     held_out = [row for row in rows if row.part != "train"]
     read = _compute(recipe, subject, held_out, is_scheduled=True)
-    return calibrate(head, held_out, read, recipe, (found.request_share, found.response_share))
+    return calibrate(head, held_out, read, recipe, (found.request_share, found.response_share), queries)
 
 
 def _compute(recipe: HeadRecipe, subject: Subject, rows: Sequence[Row], *, is_scheduled: bool = False) -> States:

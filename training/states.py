@@ -170,7 +170,7 @@ def compute(
         DataError: if the chat template refuses a row.
         RecipeError: if the model has no such layer, or its context cannot hold the cut.
     """
-    _check(pretrained, layers, cut)
+    check(pretrained, layers, cut)
     template = ChatTemplate(pretrained.tokenizer, marks_content=cls is not None)
     inputs = []
     for row in rows:
@@ -211,7 +211,7 @@ def forward(
     for is_asked in (False, True):
         indices = [index for index, row in enumerate(rows) if row.is_asked is is_asked]
         with _up_to(pretrained.model, [*layers, *([-1] if is_asked else [])]):
-            for places in _batches([rows[index].tokens() for index in indices], batch_tokens):
+            for places in batches([rows[index].tokens() for index in indices], batch_tokens):
                 batch = [indices[place] for place in places]
                 chosen = [rows[index] for index in batch]
                 found = (
@@ -238,9 +238,14 @@ def _up_to(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
         config.num_hidden_layers = whole
 
 
-@torch.inference_mode()
 def _forward_batch(pretrained: Pretrained, prompts: Sequence[EncodedPrompt], layers: Sequence[int]) -> list[RowStates]:
-    """Return the states of one batch, padded on the right, where causal attention never looks."""
+    picked = states_of(pretrained, prompts, layers)
+    return [_row_states(picked[row], prompt) for row, prompt in enumerate(prompts)]
+
+
+@torch.inference_mode()
+def states_of(pretrained: Pretrained, prompts: Sequence[EncodedPrompt], layers: Sequence[int]) -> Tensor:
+    """Return the states of one batch, (B, T, S), padded on the right, where causal attention never looks."""
     base = pretrained.model.base_model  # without the output head: logits are not needed
     device = pretrained.model.device
     longest = max(len(p.request) + len(p.prefill) for p in prompts)
@@ -251,8 +256,7 @@ def _forward_batch(pretrained: Pretrained, prompts: Sequence[EncodedPrompt], lay
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
     output = base(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True)
-    picked = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)  # (B, T, S)
-    return [_row_states(picked[row], prompt) for row, prompt in enumerate(prompts)]
+    return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
 
 
 @torch.inference_mode()
@@ -295,14 +299,15 @@ def _row_states(states: Tensor, prompt: EncodedPrompt) -> RowStates:
     num_request = len(prompt.request)
     query = Passage().extend(states[prompt.query_start : num_request])
     response = states[num_request : num_request + len(prompt.prefill)]
-    return RowStates(_half(query[-1]), _half(response))
+    return RowStates(half(query[-1]), half(response))
 
 
-def _half(states: Tensor) -> Tensor:
+def half(states: Tensor) -> Tensor:
+    """Return states as they are kept: in half precision, on the CPU."""
     return states.clamp(-LARGEST, LARGEST).half().cpu()
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Yield indices, shortest rows first, so that rows times longest row stays within `batch_tokens`."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -322,7 +327,12 @@ def _chunks(groups: Sequence[str]) -> Iterator[list[int]]:
             yield indices[start : start + SHARD_ROWS]
 
 
-def _check(pretrained: Pretrained, layers: Sequence[int], cut: Cut) -> None:
+def check(pretrained: Pretrained, layers: Sequence[int], cut: Cut) -> None:
+    """Refuse layers that the model does not have, and a cut that its context cannot hold.
+
+    Raises:
+        RecipeError: saying which.
+    """
     config = pretrained.model.config.get_text_config()
     if bad := [layer for layer in layers if not -1 <= layer <= config.num_hidden_layers]:
         raise RecipeError(f"head.layers: the model has layers -1 to {config.num_hidden_layers}, got {bad}")

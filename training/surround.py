@@ -51,7 +51,7 @@ def surrounded(rows: Sequence[Row], settings: Augment, seed: int) -> list[Row]:
         settings: the share of requests, and what each weighs in the request loss.
         seed: decides requests and surroundings.
     """
-    passages = sorted({text for row in _taught(rows) for text in _passages(row)})
+    passages = sorted({text for row in _taught(rows) for text in passages_of(row)})
     share = settings.surround if passages else 0.0
 
     def change(request: str, rng: random.Random) -> Conversation:
@@ -95,7 +95,7 @@ def _taught(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.part == "train" and row.request_label is not None]
 
 
-def _passages(row: Row) -> list[str]:
+def passages_of(row: Row) -> list[str]:
     """Return the harmless response of a benign request, if its length is right."""
     if row.request_label != 0 or row.response_label != 0 or row.response is None:
         return []

@@ -45,11 +45,12 @@ def assess(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[
     tokens = likeliest(ran.logits) if ran.said is None else []
     passed = []
     for number, (rows, row) in enumerate(zip(laid, ran.row_of, strict=True)):
-        of_query, of_response, cls_request, cls_response = (some.get(number, []) for some in found)
+        of_request, of_query, of_response, cls_request, cls_response = (some.get(number, []) for some in found)
         passed.append(
             Passed(
                 ran.logits[row] if rows.num_tokens else torch.empty(0),
-                request=of_query[0] if of_query else None,
+                request=of_request[0] if of_request else None,
+                query=of_query,
                 response=of_response,
                 cls_request=cls_request[0] if cls_request else None,
                 cls_response=cls_response,
@@ -64,8 +65,9 @@ Logits = tuple[dict[int, list[float]], float]
 """By number of the pass, and the seconds that they took."""
 
 
-def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> tuple[Logits, Logits]:
-    """Return what the token head says of requests and of responses."""
+def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> tuple[Logits, Logits, Logits]:
+    """Return what the token head says of requests, of the new tokens of queries, and of responses."""
+    of_request: dict[int, Tensor] = {}
     of_query: dict[int, Tensor] = {}
     of_response: dict[int, Tensor] = {}
     said_of, seconds_of_said = _say_one_more(lm, batch, laid, ran)
@@ -75,16 +77,20 @@ def _token_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -
         end, num_read = rows.first + rows.num_tokens, asked.num_query + asked.num_response
         if lm.head is not None and ran.states is not None and num_read and not is_one_more(asked):
             states = torch.cat([ran.states[layer][0, end - num_read : end] for layer in lm.head.config.layers], dim=-1)
-            query = seat.query.extend_to_last(states[: asked.num_query]) if asked.num_query else None
+            newest = None
+            if asked.num_query:
+                of_query[number] = states[: asked.num_query]
+                newest = seat.query.extend_to_last(of_query[number])
             if asked.num_response:
                 seat.newest = seat.response.extend(states[asked.num_query :])
-            if asked.asks_request and query is not None:
-                of_query[number] = query
+            if asked.asks_request and newest is not None:
+                of_request[number] = newest
         if asked.num_asked and seat.newest is not None:
             of_response[number] = seat.newest[-asked.num_asked :]
-    request = _together(lambda some: lm.assess("request", torch.cat(some)), of_query)
+    request = _together(lambda some: lm.assess("request", torch.cat(some)), of_request)
+    query = _together(lambda some: lm.assess_query(torch.cat(some)), of_query if lm.reads_query else {})
     response, seconds = _together(lambda some: lm.assess("response", torch.cat(some)), of_response)
-    return request, (response | said_of, seconds + seconds_of_said)
+    return request, query, (response | said_of, seconds + seconds_of_said)
 
 
 def _cls_logits(lm: GuardedLM, batch: Batch, laid: Sequence[Rows], ran: Ran) -> list[Logits]:

@@ -17,7 +17,7 @@ MOST_OFF = 1e-4
 
 def quicken(head: TokenHead) -> None:
     """Have a head give its logits at few positions by compiled code, where there is any."""
-    for one in (head.request, head.response):
+    for one in (head.request, head.response, *([head.query] if head.query is not None else [])):
         if one.out.weight.device.type == "cpu" and one.hidden is not None and (quick := _quick(one)) is not None:
             one.forward = quick  # type: ignore[method-assign, assignment]  # of one object, not of the class
 

@@ -10,14 +10,15 @@ from nanogcg import GCGConfig
 from evaluation.gcg import INIT, SignalGCG, main
 from evaluation.rows import read
 from model.chat import Message
-from model.config import ClsConfig, Thresholds
+from model.config import ClsConfig, Thresholds, TokenHeadConfig
 from model.errors import ModelError
 from model.guarded_lm import GuardedLM
 from model.scoring import score
 from model.testing import tiny_guarded_lm, write_tiny
 
 CLS = ClsConfig(windows=(2, 3, 2), schedule="every", request_share=0.3, response_share=0.7)
-SIGNALS = {"token": {}, "cls": {"token_head": None, "cls": CLS}, "both": {"cls": CLS}}
+QUERY = {"token_head": TokenHeadConfig((1, -1), 32, 0, reads_query=True), "smoothing": 0.3}
+SIGNALS = {"token": {}, "cls": {"token_head": None, "cls": CLS}, "both": {"cls": CLS}, "query": {"cls": CLS, **QUERY}}
 
 
 def search(lm: GuardedLM, weight: float = 1.0, **settings) -> SignalGCG:
@@ -35,6 +36,8 @@ def search(lm: GuardedLM, weight: float = 1.0, **settings) -> SignalGCG:
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_the_loss_reads_the_risks_that_scoring_finds(signal: str):
     lm = tiny_guarded_lm(**SIGNALS[signal])
+    if lm.reads_query:
+        lm.head.request.out.bias.data.fill_(-9.0)  # so that the highest token decides
     gcg = search(lm, num_steps=1)
     result = gcg.attack("do it", "yes sir")
     request = f"do it{result.best_string}"

@@ -19,7 +19,7 @@ from model.sampling import SamplingParams
 from server.engine.runner import PagedRunner
 
 CLS = ClsConfig(windows=(3, 4, 3), schedule="annealed")
-HEAD = TokenHeadConfig((1, -1), 32, 0)
+HEAD = TokenHeadConfig((1, -1), 32, 0, reads_query=True)
 SIGNALS = {
     "token": {"token_head": HEAD},
     "cls": {"token_head": None, "cls": CLS},

@@ -1,0 +1,185 @@
+"""`ballast-train query`: requests in harmless text, the loss, and the head beside a tiny checkpoint."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.chat import ChatTemplate, Message
+from model.pretrained import Pretrained, load
+from model.scoring import score
+from model.testing import byte_tokenizer
+from model.trace import probability
+from training import recipe_file
+from training.__main__ import main
+from training.config import Cut, HeadRecipe, Optimiser, Query
+from training.errors import DataError, RecipeError
+from training.hidden import Hidden, hide, place, surroundings
+from training.losses import QueryLoss, query_loss
+from training.query import add_query_head, messages
+from training.rows import Row
+from training.run import calibrate_checkpoint, train_head
+
+FILLER = "The tide comes in twice a day, and whoever walks along the shore knows when. "
+
+
+def row(prompt: str, label: int = 1, response: str | None = None) -> Row:
+    return Row("own", "Own", "MIT", (Message("user", prompt),), response, label, None if response is None else 0)
+
+
+def test_every_request_gets_surroundings_of_its_own_the_same_each_time():
+    rows = [row("request " + "z" * number) for number in range(200)]
+    found = hide(rows, [FILLER, "Bread rises."], 0)
+    assert found == hide(rows[::-1], [FILLER, "Bread rises."], 0)[::-1]
+    assert found != hide(rows, [FILLER, "Bread rises."], 1)
+    assert all(one.text == one.before + one.row.prompt + one.after for one in found)
+    bare = [not one.before and not one.after for one in found]
+    assert 0 < sum(bare) < 40
+    assert max(len(one.before) for one in found) > 500
+
+
+def test_surroundings_are_harmless_answers_and_long_harmless_requests():
+    answered = row("What of the tide?", 0, FILLER * 2)
+    long = row(FILLER * 3, 0)
+    assert surroundings([answered, long, row(FILLER * 4, 1), row("short", 0)]) == sorted(
+        [(FILLER * 2).strip(), FILLER * 3]
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("One. ", ""), ("", "\nTwo."), ("One.\n\n", "\n\nTwo.")])
+def test_the_tokens_of_the_request_are_found(before: str, after: str):
+    tokenizer = byte_tokenizer()
+    template = ChatTemplate(tokenizer, marks_content=True)
+    placed = place(Hidden(row("grab it"), before, after), tokenizer, template, Cut())
+    query = torch.tensor(placed.prompt.request[placed.prompt.query_start :])
+    assert tokenizer.decode(query[placed.inside]) == "grab it"
+
+
+def test_a_message_that_is_too_long_keeps_its_end():
+    tokenizer = byte_tokenizer()
+    template = ChatTemplate(tokenizer, marks_content=True)
+    placed = place(Hidden(row("grab it"), FILLER * 9, "!"), tokenizer, template, Cut(request_tokens=40))
+    assert len(placed.prompt.request) == len(placed.inside) == 40
+    assert tokenizer.decode(torch.tensor(placed.prompt.request)[placed.inside]) == "grab it"
+    gone = place(Hidden(row("grab it"), "", FILLER * 9), tokenizer, template, Cut(request_tokens=40))
+    assert not gone.inside.any()
+
+
+def test_the_loss_of_a_query_is_that_of_its_soft_maximum():
+    logits = torch.tensor([[1.0, 3.0, -2.0, 7.0, 50.0], [1.0, 3.0, -2.0, 7.0, 50.0], [0.0] * 5])
+    mask = torch.tensor([[True, True, True, True, False]] * 2 + [[True] * 5])
+    inside = torch.tensor([[False, True, True, False, False]] * 2 + [[True] * 5])
+    labels, weights = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])
+    found = query_loss(logits, mask, inside, labels, weights, QueryLoss(smoothing=1.0, before_weight=0.5))
+    within = math.log(math.exp(3) + math.exp(-2))
+    all_of_it = math.log(math.exp(1) + math.exp(3) + math.exp(-2) + math.exp(7))
+    expected = [
+        math.log1p(math.exp(-within)) + 0.5 * math.log1p(math.exp(1)),  # before it alone; nothing is asked after it
+        2 * math.log1p(math.exp(all_of_it)),
+        math.log1p(math.exp(-math.log(5))),
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_smooths_as_the_server_does_and_has_a_gradient_everywhere():
+    logits = torch.tensor([[0.0, 4.0]], requires_grad=True)
+    whole = torch.ones(1, 2, dtype=torch.bool)
+    (found,) = query_loss(logits, whole, whole, torch.ones(1), torch.ones(1), QueryLoss(0.25, 0.5))
+    assert found.item() == pytest.approx(math.log1p(math.exp(-math.log(math.exp(0) + math.exp(1)))), rel=1e-5)
+    found.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad < 0).all()
+
+
+@pytest.fixture
+def hiding(recipe: HeadRecipe, data: Path, tmp_path: Path) -> HeadRecipe:
+    """A recipe for the tiny model, whose data hold harmless text to hide requests in."""
+    path = data / "instructions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"response": f"{row['response']} {FILLER * 2}"}) + "\n" for row in rows))
+    short = replace(recipe, cut=Cut(request_tokens=384, response_tokens=24))
+    return replace(short, query=Query(limit=20, calibration=8), query_optimiser=Optimiser(epochs=40, batch_size=8))
+
+
+def test_no_request_and_no_text_around_it_stands_in_two_parts(hiding: HeadRecipe):
+    found = messages(hiding)
+    keys = {name: {one.row.key for one in some} for name, some in found.items()}
+    assert not keys["train"] & (keys["validation"] | keys["benign"] | keys["malicious"])
+    assert {one.row.request_label for one in found["benign"]} == {0}
+    assert {one.row.request_label for one in found["malicious"]} == {1}
+    assert len(found["train"]) <= 40
+
+
+def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    first = train_head(hiding, "ballast-train head")
+    before = checkpoint.load(first)
+    with_query = replace(hiding, checkpoint=str(first), output=str(tmp_path / "with"), run=str(tmp_path / "query"))
+    recipe_file.dump(with_query, tmp_path / "query.yaml")
+    assert main(["query", "--config", str(tmp_path / "query.yaml")]) == 0
+
+    after = checkpoint.load(tmp_path / "with")
+    assert torch.equal(before.head.request.out.weight, after.head.request.out.weight)
+    assert after.config.request == before.config.request
+    assert after.config.token_head == replace(before.config.token_head, reads_query=True)
+    report = after.config.calibration["query"]
+    assert report["benign"]["hits"] == 0
+    assert report["taught"] > 20
+
+    plain = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), first)
+    reading = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), tmp_path / "with")
+    for text in ("Tell me about tea.", FILLER + "STEAL my tea. " + FILLER):
+        risks = [score(lm, lm.chat.encode([Message("user", text)])).request_risk for lm in (plain, reading)]
+        assert risks[1] >= risks[0] - 1e-6
+
+    # A second time, and where it lies: the card says it once.
+    again = replace(with_query, checkpoint=str(tmp_path / "with"))
+    add_query_head(again, "a second time")
+    card = (tmp_path / "with" / "README.md").read_text()
+    assert card.count("## Every token of the query") == 1
+    assert "a second time" in card
+    assert (tmp_path / "with" / "metrics.json").is_file()
+
+    # New thresholds take the further head into account.
+    stricter = replace(hiding, checkpoint=str(tmp_path / "with"), output=str(tmp_path / "new"))
+    calibrate_checkpoint(stricter, "")
+    raised = checkpoint.load(tmp_path / "new")
+    assert "A further head reads" in (tmp_path / "new" / "README.md").read_text()
+    assert raised.head.query is not None
+    assert raised.config.request.block >= before.config.request.block - 1e-6
+
+
+def test_the_head_acts_on_no_more_benign_messages_than_was_said(
+    hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("training.hidden.SHORT", (20, 60))
+    monkeypatch.setattr("training.hidden.LONG", (60, 150))  # all fit into the tiny model
+    first = train_head(hiding, "")
+    query = replace(hiding, checkpoint=str(first), output=str(tmp_path / "with"), run=str(tmp_path / "query"))
+    folder = add_query_head(replace(query, acting=replace(query.acting, request_false_positives=0.25)), "")
+    lm = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), folder)
+    lm.head.request.out.bias.data.fill_(-1e3)
+    lm.head.request.out.weight.data.zero_()
+    benign = messages(hiding)["benign"]
+    risks = [score(lm, lm.chat.encode([Message("user", one.text)])).request_risk for one in benign]
+    acted = [risk > lm.config.request.block + 1e-6 for risk in risks]
+    assert sum(acted) == lm.config.calibration["query"]["benign"]["hits"] == len(benign) // 4
+    assert max(risks) > probability(-20)
+
+
+def test_what_it_needs_is_said(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    with pytest.raises(RecipeError, match="set checkpoint"):
+        add_query_head(hiding, "")
+    sources = {name: replace(source, calibration=0) for name, source in hiding.sources.items()}
+    with pytest.raises(DataError, match=r"no request is left for \['benign'\]"):
+        messages(replace(hiding, sources=sources))
+    first = train_head(hiding, "")
+    (tmp_path / "data" / "instructions.jsonl").write_text(
+        json.dumps({"prompt": "a", "response": "b", "source": "Own (MIT)"}) + "\n"
+    )
+    with pytest.raises(DataError, match="no harmless text"):
+        add_query_head(replace(hiding, checkpoint=str(first)), "")

@@ -1,0 +1,297 @@
+"""The command `ballast-train query`: a head that reads every token of the query, added to a checkpoint.
+
+A request in the middle of a long harmless message moves neither the state at the end of the query nor the mean over
+it. This head reads the state at each token; its highest smoothed logit may raise the request risk. It learns from
+requests somewhere in harmless text (`hidden.py`), up to `cut.request_tokens` long. Then its bias is moved so that it
+exceeds the checkpoint's own `block` threshold on no more harmless messages of that kind than
+`acting.request_false_positives` says. Nothing else of the checkpoint changes: `flag` and `redraw_below` stay where they
+are, until `ballast-train calibrate` sets them anew.
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from model import adapter, checkpoint
+from model.checkpoint import fingerprint_weights
+from model.config import SafetyConfig, TokenHeadConfig
+from model.pretrained import Pretrained
+from model.safety_head import RiskHead, TokenHead
+from model.trace import Highest
+from training import recipe_file
+from training.config import HeadRecipe
+from training.corpus import assemble, sample
+from training.errors import DataError, RecipeError
+from training.head import Objective, arguments, newest_checkpoint, set_scale
+from training.hidden import Hidden, hide, surroundings
+from training.licences import licence_for
+from training.logs import loggers
+from training.losses import QueryLoss, query_loss
+from training.metrics import Array, Rate, block_threshold, wilson
+from training.query_states import QueryStates
+from training.query_states import read as read_queries
+from training.report import checksums
+from training.rows import Part, Row
+from training.shards import digest
+from training.subject import load_subject
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 1e-3
+"""Of a logit: so that the message which sets the threshold stays below it, however it is rounded."""
+HARMLESS = ("instructions", "benign_prompts", "own_answers")
+"""Kinds of sources that hold harmless requests alone, nothing that only sounds harmful."""
+
+CARD = """
+## Every token of the query
+
+A further head reads the state at every token of the query; the highest of its logits, smoothed like those of a
+response, may raise the request risk. Made by:
+
+```
+{command}
+```
+
+It learned from {num_taught} requests somewhere in harmless text, in messages of up to {longest} tokens, read in
+{dtype}. Held-out messages of this kind over `block`: {benign.value:.2%} ({benign.low:.2%} to {benign.high:.2%}) of
+{benign.n} harmless ones, which set when it acts, and {malicious.value:.2%} ({malicious.low:.2%} to
+{malicious.high:.2%}) of {malicious.n} with a malicious request. `flag` was not set anew: {flagged.value:.2%}
+({flagged.low:.2%} to {flagged.high:.2%}) of the harmless ones are over it.
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The head, and how much it finds at the checkpoint's `block` threshold."""
+
+    head: RiskHead
+    num_taught: int
+    benign: Rate
+    flagged: Rate
+    """Benign messages over `flag`."""
+    malicious: Rate
+
+
+class QueryObjective(Objective):
+    """The head with its loss, in the shape that `Trainer` expects."""
+
+    def __init__(self, head: RiskHead, dropout: float, settings: QueryLoss) -> None:
+        super().__init__(head, dropout)
+        self._settings = settings
+
+    def forward(
+        self, features: Tensor, mask: Tensor, inside: Tensor, labels: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the mean loss; `features` are the states of all messages' tokens (sum of T, S), the rest (B, T)."""
+        logits = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logits(features))
+        return {"loss": query_loss(logits, mask, inside, labels, weights, self._settings).mean()}
+
+
+Items = list[tuple[QueryStates, Hidden]]
+
+
+class Labelled(Dataset[tuple[QueryStates, Hidden]]):
+    """Messages with their states, as `Trainer` takes them."""
+
+    def __init__(self, items: Items) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[QueryStates, Hidden]:
+        return self._items[index]
+
+
+def add_query_head(recipe: HeadRecipe, command: str) -> Path:
+    """Train the head, write the checkpoint with it, and return the folder.
+
+    Args:
+        recipe: names the checkpoint, and the rows.
+        command: the command line, for the model card.
+
+    Raises:
+        TrainingError: if recipe or data do not fit.
+        ModelError: if model or checkpoint cannot be loaded.
+    """
+    if recipe.checkpoint is None:
+        raise RecipeError("set checkpoint to the one that gets a head for the query")
+    folder = checkpoint.find(recipe.checkpoint)
+    before = checkpoint.load(folder)
+    if before.head is None:
+        raise RecipeError(f"checkpoint {folder} has no token head, beside which a head for the query could stand")
+    subject = load_subject(recipe)
+    if (dtype := before.config.base.dtype) != recipe.dtype:
+        logger.warning("the head is set in %s, the checkpoint's thresholds in %s", recipe.dtype, dtype)
+    parts = messages(recipe)
+    licences = {one.row.licence for hidden in parts.values() for one in hidden} | subject.brought.licences
+    licence = licence_for(recipe, licences)
+    run = Path(recipe.run)
+    run.mkdir(parents=True, exist_ok=True)
+    recipe_file.dump(recipe, run / "recipe.yaml")
+    made = _make(recipe, subject.pretrained, before.head.config, before.config, parts)
+    head = TokenHead(replace(before.head.config, reads_query=True))
+    head.load_state_dict(before.head.state_dict() | {f"query.{k}": v for k, v in made.head.state_dict().items()})
+    report = {
+        "command": command,
+        "data_sha256": checksums(recipe.sources.values(), recipe.data),
+        "taught": made.num_taught,
+        **{name: asdict(rate) for name, rate in vars(made).items() if isinstance(rate, Rate)},
+    }
+    (run / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    output = Path(recipe.output)
+    if output.resolve() != folder.resolve():
+        shutil.rmtree(output / adapter.FOLDER, ignore_errors=True)
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+    config = replace(
+        before.config,
+        token_head=head.config,
+        licence=licence,
+        calibration=before.config.calibration | {"query": report},
+    )
+    card = output / "README.md"
+    kept = card.read_text(encoding="utf-8") if card.is_file() else ""
+    (said, *_) = kept.partition(CARD.splitlines()[1])
+    text = CARD.format(command=command, longest=recipe.cut.request_tokens, dtype=recipe.dtype, **vars(made))
+    card.write_text(f"{said.rstrip()}\n{text}", encoding="utf-8")
+    checkpoint.save(output, head, config, before.cls)
+    return output
+
+
+def _make(
+    recipe: HeadRecipe,
+    pretrained: Pretrained,
+    config: TokenHeadConfig,
+    safety: SafetyConfig,
+    parts: Mapping[str, Sequence[Hidden]],
+) -> Made:
+    read = {name: _whole(read_queries(recipe, pretrained, config, hidden), hidden) for name, hidden in parts.items()}
+    if empty := [name for name, some in read.items() if not some]:
+        raise DataError(f"no request of {empty} is left whole by cut.request_tokens of {recipe.cut.request_tokens}")
+    query = _train(recipe, pretrained, read, config, safety.smoothing)
+    benign = [highest(query, one, safety.smoothing) for one, _ in read["benign"]]
+    at = block_threshold(np.array(benign), recipe.acting.request_false_positives)
+    query.out.bias.data += _logit(safety.request.block) - at - MARGIN
+
+    def over(name: str, threshold: float) -> Rate:
+        found = [highest(query, one, safety.smoothing) > _logit(threshold) for one, _ in read[name]]
+        return wilson(sum(found), len(found))
+
+    block, flag = safety.request.block, safety.request.flag
+    rates = over("benign", block), over("benign", flag), over("malicious", block)
+    return Made(query, len(read["train"]), *rates)
+
+
+def _logit(risk: float) -> float:
+    return math.log(risk) - math.log1p(-risk)
+
+
+def _whole(read: Sequence[QueryStates], hidden: Sequence[Hidden]) -> Items:
+    """Return the messages of which the cut left something of the request."""
+    return [(states, one) for states, one in zip(read, hidden, strict=True) if states.inside.any()]
+
+
+def messages(recipe: HeadRecipe) -> dict[str, list[Hidden]]:
+    """Return the messages to learn from and to validate on, and of held-out ones the benign and the malicious.
+
+    What stands around held-out requests is held out too, and of sources that hold harmless requests alone.
+
+    Raises:
+        DataError: if there are none of a kind.
+    """
+    rows = assemble(recipe, lambda prompts: ["-"] * len(prompts))  # the model's own answers are not needed
+    malicious = {row.key for row in rows if row.request_label == 1}
+    labelled = [row for row in rows if row.request_label is not None]
+    distinct = {row.key: row for row in labelled if row.request_label == 1 or row.key not in malicious}
+
+    def chosen(part: Part, label: int, limit: int | None = None) -> list[Row]:
+        of_kind = [row for row in distinct.values() if row.part == part and row.request_label == label]
+        return sample(of_kind, limit, recipe.seed)
+
+    limit, num_validated = recipe.query.limit, max(1, recipe.query.limit // 10)
+    found = {
+        "train": [*chosen("train", 0, limit), *chosen("train", 1, limit)],
+        "validation": [*chosen("validation", 0, num_validated), *chosen("validation", 1, num_validated)],
+        "benign": sample(
+            [row for row in chosen("calibration", 0) if "request" in recipe.sources[row.group].sets_block],
+            recipe.query.calibration,
+            recipe.seed,
+        ),
+        "malicious": chosen("validation", 1),
+    }
+    if empty := [name for name, some in found.items() if not some]:
+        raise DataError(f"no request is left for {empty}")
+    taught = surroundings([row for row in rows if row.part == "train"])
+    plain = [row for row in rows if row.part != "train" and recipe.sources[row.group].kind in HARMLESS]
+    others = surroundings(plain)
+    if not taught or not others:
+        raise DataError("no harmless text to put around requests: answers to harmless requests, or long ones")
+    return {name: hide(some, taught if name == "train" else others, recipe.seed) for name, some in found.items()}
+
+
+def highest_logits(recipe: HeadRecipe, pretrained: Pretrained, head: TokenHead, rows: Sequence[Row]) -> Array:
+    """Return the highest smoothed logit of the query of each row, (N,)."""
+    assert head.query is not None
+    read = read_queries(recipe, pretrained, head.config, [Hidden(row, "", "") for row in rows])
+    return np.array([highest(head.query, one, recipe.acting.smoothing) for one in read])
+
+
+def _train(
+    recipe: HeadRecipe, pretrained: Pretrained, read: Mapping[str, Items], config: TokenHeadConfig, smoothing: float
+) -> RiskHead:
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(recipe.seed)  # layers draw from the default generator
+        head = RiskHead(len(config.layers) * config.width, config.hidden)
+    set_scale(head, (one.states for one, _ in read["train"]))
+    settings = recipe.query_optimiser
+    model = [fingerprint_weights(pretrained.model), recipe.dtype, config.layers, config.hidden]
+    choices = [asdict(recipe.query), asdict(settings), asdict(recipe.cut), smoothing, recipe.seed]
+    rows = [[one.row.key, one.row.request_label, one.row.request_weight, one.text] for _, one in read["train"]]
+    run = Path(recipe.run) / f"trainer-{digest(model, choices, rows)[:12]}"
+    told = arguments(recipe, settings, len(read["train"]), run)
+    told.per_device_eval_batch_size = settings.batch_size  # a row is a whole message here
+    trainer = Trainer(
+        model=QueryObjective(head, settings.dropout, QueryLoss(smoothing, recipe.query.before_weight)),
+        args=told,
+        data_collator=collate,
+        train_dataset=Labelled(read["train"]),
+        eval_dataset=Labelled(read["validation"]),
+        callbacks=list(loggers(Path(recipe.run))),
+    )
+    trainer.train(resume_from_checkpoint=newest_checkpoint(run, recipe.resume))
+    return head.cpu().eval()
+
+
+def collate(items: Sequence[tuple[QueryStates, Hidden]]) -> dict[str, Tensor]:
+    """Return a batch for `QueryObjective`."""
+    longest = max(len(found.inside) for found, _ in items)
+    mask, inside = (torch.zeros(len(items), longest, dtype=torch.bool) for _ in range(2))
+    for index, (found, _) in enumerate(items):
+        mask[index, : len(found.inside)] = True
+        inside[index, : len(found.inside)] = found.inside
+    return {
+        "features": torch.cat([found.states for found, _ in items]).float(),
+        "mask": mask,
+        "inside": inside,
+        "labels": torch.tensor([float(one.row.request_label or 0) for _, one in items]),
+        "weights": torch.tensor([one.row.request_weight for _, one in items]),
+    }
+
+
+@torch.inference_mode()
+def highest(head: RiskHead, read: QueryStates, smoothing: float) -> float:
+    """Return the highest smoothed logit of a message, as the server finds it."""
+    found = Highest(smoothing)
+    found.add(head(read.states.float()).tolist())
+    assert found.logit is not None
+    return found.logit
