@@ -93,9 +93,13 @@ def test_one_extreme_logit_is_limited() -> None:
     assert highest.logit == LOGIT_LIMIT / 2
 
 
-def test_what_failed_stays_failed() -> None:
+@pytest.mark.parametrize("failed", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("is_of_a_token", [True, False])
+def test_what_failed_stays_failed(failed: float, is_of_a_token: bool) -> None:
     highest = Highest(0.5)
-    highest.add([0.0, math.nan, 1.0])
+    highest.add([0.0, failed, 1.0] if is_of_a_token else [0.0])
+    if not is_of_a_token:
+        highest.raise_to(failed)
     highest.raise_to(7.0)
     assert highest.logit is not None
     assert math.isnan(highest.logit)

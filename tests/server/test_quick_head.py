@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None
 def heads(hidden: int, width: int) -> tuple[TokenHead, TokenHead]:
     """Return the same random head twice."""
     generator = torch.Generator().manual_seed(hidden)
-    found = TokenHead(TokenHeadConfig((0, -1), width, hidden)), TokenHead(TokenHeadConfig((0, -1), width, hidden))
+    config = TokenHeadConfig((0, -1), width, hidden, reads_query=True)
+    found = TokenHead(config), TokenHead(config)
     for one in found:
-        for side in (one.request, one.response):
+        for side in (one.request, one.response, one.query):
             side.mean.normal_(generator=generator)
             side.std.uniform_(0.5, 2.0, generator=generator)
     found[1].load_state_dict(found[0].state_dict())
@@ -31,11 +32,13 @@ def heads(hidden: int, width: int) -> tuple[TokenHead, TokenHead]:
 def test_logits_are_those_of_the_plain_head(hidden: int, width: int):
     plain, quick = heads(hidden, width)
     quicken(quick)
-    assert ("forward" in vars(quick.request)) is (hidden > 0)
+    assert [("forward" in vars(one)) for one in (quick.request, quick.query)] == [hidden > 0] * 2
     for num_rows in (1, 2, 3, 4, 5, 8, 33, MOST_ROWS + 1):
         features = torch.randn(num_rows, 4 * width, generator=torch.Generator().manual_seed(num_rows))
         for side in ("request", "response"):
             torch.testing.assert_close(quick.of(side)(features), plain.of(side)(features), atol=2e-5, rtol=1e-5)
+        states = features[:, : 2 * width]
+        torch.testing.assert_close(quick.query(states), plain.query(states), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])

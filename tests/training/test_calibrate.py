@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import ClsConfig, Side, Thresholds
+from model.config import ClsConfig, Side, Thresholds, TokenHeadConfig
 from model.guarded_lm import GuardedLM
 from model.passes import Solo
 from model.policy import Mode, Policy
@@ -20,6 +20,7 @@ from training.calibrate import SHARES, Scored, _redraw_below, _report, calibrate
 from training.config import Acting, HeadRecipe, Source
 from training.corpus import assemble
 from training.errors import DataError
+from training.query import highest_logits
 from training.rows import Row
 from training.states import Read, States, compute, encode, forward
 from training.subject import ClsReading
@@ -88,6 +89,20 @@ def test_with_cls_too_every_row_has_the_risks_of_the_slow_twin(rows, recipe, tmp
         assert np.ptp(risks) > 0.02
         assert found.risks.tolist() == pytest.approx(list(risks), abs=2e-3)
         assert tuple(found.groups) == groups
+
+
+def test_where_every_token_of_the_query_is_read_rows_have_the_risks_of_the_slow_twin(rows, recipe, tmp_path):
+    head = TokenHeadConfig((-1,), 32, 0, reads_query=True)
+    lm = tiny_guarded_lm(token_head=head, smoothing=recipe.acting.smoothing)
+    with torch.no_grad():
+        lm.head.query.out.weight.mul_(LARGE)
+    pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
+    states = compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache")
+    queries = highest_logits(recipe, pretrained, lm.head, rows)
+    (found, _), (without, _) = (score(lm.head, rows, states, recipe, queries=some) for some in (queries, None))
+    of_rows = expected(lm, rows, recipe, "request")
+    assert found.risks.tolist() == pytest.approx([risk for _, risk, _, _ in of_rows], abs=1e-4)
+    assert (found.risks > without.risks + 1e-3).any()
 
 
 def test_rows_to_learn_from_are_read_as_a_response_that_is_generated(rows, recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def hiding(recipe: HeadRecipe, data: Path, tmp_path: Path) -> HeadRecipe:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row | {"response": f"{row['response']} {FILLER * 2}"}) + "\n" for row in rows))
     short = replace(recipe, cut=Cut(request_tokens=384, response_tokens=24))
-    return replace(short, query=Query(limit=20, calibration=8), query_optimiser=Optimiser(epochs=40, batch_size=8))
+    return replace(short, query=Query(limit=20, calibration=8), query_optimiser=Optimiser(epochs=60, batch_size=8, learning_rate=0.01))
 
 
 def test_no_request_and_no_text_around_it_stands_in_two_parts(hiding: HeadRecipe):
@@ -113,6 +114,12 @@ def test_no_request_and_no_text_around_it_stands_in_two_parts(hiding: HeadRecipe
     assert {one.row.request_label for one in found["benign"]} == {0}
     assert {one.row.request_label for one in found["malicious"]} == {1}
     assert len(found["train"]) <= 40
+    named = {
+        name: set(re.findall(r"something about (\w+)\.", "".join(one.text for one in found[name]))) for name in found
+    }
+    assert named["train"]
+    assert named["benign"]
+    assert not named["train"] & (named["validation"] | named["benign"] | named["malicious"])
 
 
 def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
@@ -129,6 +136,7 @@ def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pr
     report = after.config.calibration["query"]
     assert report["benign"]["hits"] == 0
     assert report["taught"] > 20
+    assert report["malicious"]["value"] > 0.5
 
     plain = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), first)
     reading = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), tmp_path / "with")
