@@ -52,22 +52,17 @@ MARGIN = 1e-3
 HARMLESS = ("instructions", "benign_prompts", "own_answers")
 """Kinds of sources that hold harmless requests alone, nothing that only sounds harmful."""
 
-CARD = """
-## Every token of the query
-
-A further head reads the state at every token of the query; the highest of its logits, smoothed like those of a
-response, may raise the request risk. Made by:
-
-```
-{command}
-```
-
-It learned from {num_taught} requests somewhere in harmless text, in messages of up to {longest} tokens, read in
-{dtype}. Held-out messages of this kind over `block`: {benign.value:.2%} ({benign.low:.2%} to {benign.high:.2%}) of
-{benign.n} harmless ones, which set when it acts, and {malicious.value:.2%} ({malicious.low:.2%} to
-{malicious.high:.2%}) of {malicious.n} with a malicious request. `flag` was not set anew: {flagged.value:.2%}
-({flagged.low:.2%} to {flagged.high:.2%}) of the harmless ones are over it.
-"""
+TITLE = "## Every token of the query"
+CARD = (
+    TITLE + "\n\n"
+    "A further head reads the state at every token of the query; the highest of its logits, smoothed like those of a "
+    "response, may raise the request risk. Made by:\n\n```\n{command}\n```\n\n"
+    "It learned from {num_taught} requests somewhere in harmless text, in messages of up to {longest} tokens, read in "
+    "{dtype}. Held-out messages of this kind over `block`: {benign.value:.2%} ({benign.low:.2%} to {benign.high:.2%}) "
+    "of {benign.n} harmless ones, which set when it acts, and {malicious.value:.2%} ({malicious.low:.2%} to "
+    "{malicious.high:.2%}) of {malicious.n} with a malicious request. `flag` was not set anew: {flagged.value:.2%} "
+    "({flagged.low:.2%} to {flagged.high:.2%}) of the harmless ones are over it.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -161,9 +156,9 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     )
     card = output / "README.md"
     kept = card.read_text(encoding="utf-8") if card.is_file() else ""
-    (said, *_) = kept.partition(CARD.splitlines()[1])
+    (said, *_) = kept.partition(TITLE)
     text = CARD.format(command=command, longest=recipe.cut.request_tokens, dtype=recipe.dtype, **vars(made))
-    card.write_text(f"{said.rstrip()}\n{text}", encoding="utf-8")
+    card.write_text(f"{said.rstrip()}\n\n{text}", encoding="utf-8")
     checkpoint.save(output, head, config, before.cls)
     return output
 

@@ -104,7 +104,11 @@ def hiding(recipe: HeadRecipe, data: Path, tmp_path: Path) -> HeadRecipe:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row | {"response": f"{row['response']} {FILLER * 2}"}) + "\n" for row in rows))
     short = replace(recipe, cut=Cut(request_tokens=384, response_tokens=24))
-    return replace(short, query=Query(limit=20, calibration=8), query_optimiser=Optimiser(epochs=60, batch_size=8, learning_rate=0.01))
+    return replace(
+        short,
+        query=Query(limit=20, calibration=8),
+        query_optimiser=Optimiser(epochs=60, batch_size=8, learning_rate=0.01),
+    )
 
 
 def test_no_request_and_no_text_around_it_stands_in_two_parts(hiding: HeadRecipe):
