@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from model.guarded_lm import GuardedLM
 from model.pretrained import DEFAULT_MODEL, device_of, load
 from model.safety_head import Passage
 from model.schedule import positions
+from model.trace import logit_of
 
 INIT = 20 * " x"
 MARGIN = 1.0
@@ -129,8 +129,8 @@ class SignalGCG(GCG):  # type: ignore[misc]  # untyped
         if self._weight and config is not None:
             assert request is not None
             assert response is not None
-            over = (request - _logit(config.request.block) + MARGIN).relu()
-            over = over + (response - _logit(config.response.block) + MARGIN).relu().mean(dim=1)
+            over = (request - logit_of(config.request.block) + MARGIN).relu()
+            over = over + (response - logit_of(config.response.block) + MARGIN).relu().mean(dim=1)
             found = found + self._weight * over
         return found
 
@@ -233,10 +233,6 @@ def _without_markers(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     if found.bos_token_id not in found("a").input_ids:
         found.bos_token = None
     return found
-
-
-def _logit(risk: float) -> float:
-    return math.log(risk / (1.0 - risk))
 
 
 def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, batch_size: int) -> None:

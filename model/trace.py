@@ -21,6 +21,11 @@ def probability(logit: float) -> float:
     return 1.0 / (1.0 + math.exp(-clamped))
 
 
+def logit_of(risk: float) -> float:
+    """Return the logit of a risk in (0, 1), such as a threshold: what `probability` makes that risk of."""
+    return math.log(risk) - math.log1p(-risk)
+
+
 def response_risk(smoothed: Sequence[float], patience: int) -> float:
     """Return what a policy of this patience would have acted on, from the smoothed risks of one sequence.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.config import Side, Thresholds
 from model.safety_head import TokenHead
+from model.trace import logit_of
 from training.config import Acting, HeadRecipe
 from training.errors import DataError
 from training.head import SIDES, pad
@@ -203,7 +204,7 @@ def _response_risks(head: TokenHead | None, batch: Sequence[RowStates], share: f
 
 def onset(response: Thresholds) -> float:
     """Return the risk whose logit is halfway between `flag` and `block`, and never over `block`."""
-    middle = (_logit(response.flag) + _logit(response.block)) / 2
+    middle = (logit_of(response.flag) + logit_of(response.block)) / 2
     return min(response.block, 1 / (1 + math.exp(-middle)))
 
 
@@ -261,7 +262,3 @@ def _report(scored: Scored, side: Side, recipe: HeadRecipe) -> SideReport:
         },
         reliability=reliability(risks, labels),
     )
-
-
-def _logit(risk: float) -> float:
-    return math.log(risk) - math.log1p(-risk)

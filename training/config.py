@@ -184,7 +184,7 @@ class Recipe:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class HeadRecipe(Recipe):
-    """Everything that decides what `ballast-train head` writes."""
+    """Everything that decides what `ballast-train head`, `calibrate` and `query` write."""
 
     sources: Annotated[dict[str, Source], Field(min_length=1)]
     name: str = "head"

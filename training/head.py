@@ -97,7 +97,7 @@ class Objective(nn.Module):
         self._dropout = dropout
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the logits (N,) of features (N, 2 * S); in training a share of them is put back to its mean."""
+        """Return the logits (N,) of features (N, F); in training a share of them is put back to its mean."""
         if self.training and self._dropout:
             features = self.head.mean + nn.functional.dropout(features - self.head.mean, self._dropout)
         found: Tensor = self.head(features)
@@ -195,7 +195,7 @@ def standardise(head: TokenHead, rows: Sequence[Row], states: States) -> None:
 
 
 def set_scale(head: RiskHead, batches: Iterable[Tensor]) -> None:
-    """Set mean and standard deviation from batches of features, (N, 2 * S) each; keep 0 and 1 if there are none."""
+    """Set mean and standard deviation from batches of features, (N, F) each; keep 0 and 1 if there are none."""
     count, total, squares = 0, torch.zeros_like(head.mean).double(), torch.zeros_like(head.mean).double()
     for batch in batches:
         values = batch.float()

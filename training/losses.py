@@ -4,8 +4,6 @@ Rows are averaged by the caller over all rows of a batch, labelled or not, so th
 not depend on how it was cut into batches.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
@@ -16,13 +14,6 @@ from training.risk import smooth
 
 NOTHING = -1e4
 """A logit that counts for nothing beside any other, and has a gradient."""
-
-
-class QueryLoss(NamedTuple):
-    """Settings of `query_loss`."""
-
-    smoothing: float
-    before_weight: float
 
 
 def request_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -66,7 +57,7 @@ def response_loss(
 
 
 def query_loss(
-    logits: Tensor, mask: Tensor, inside: Tensor, labels: Tensor, weights: Tensor, settings: QueryLoss
+    smoothed: Tensor, mask: Tensor, inside: Tensor, labels: Tensor, weights: Tensor, before_weight: float
 ) -> Tensor:
     """Return the weighted loss of each query, (B,), of which the highest smoothed logit will count.
 
@@ -76,14 +67,13 @@ def query_loss(
     the states may still speak of the request.
 
     Args:
-        logits: of every token of the query, (B, T).
+        smoothed: moving averages of the logits of every token of the query, (B, T).
         mask: true where there is a token; padding is at the end, (B, T).
         inside: true at tokens of the request, (B, T), at least one in each row.
         labels: 1 for malicious, 0 for benign, (B,).
         weights: weight of each row, (B,).
-        settings: smoothing, and the weight of what stands before a malicious request.
+        before_weight: of what stands before a malicious request.
     """
-    smoothed = smooth(logits, settings.smoothing)  # (B, T)
     is_malicious = labels > 0.5  # (B,)
     within = inside & mask & is_malicious[:, None]
     is_before = inside.cumsum(dim=1) == 0  # (B, T)
@@ -93,7 +83,7 @@ def query_loss(
         return smoothed.masked_fill(~chosen, NOTHING).logsumexp(dim=1)
 
     missed = torch.where(is_malicious, softplus(-most(within)), 0.0)
-    alarmed = softplus(most(without)) * torch.where(is_malicious, settings.before_weight, 1.0)
+    alarmed = softplus(most(without)) * torch.where(is_malicious, before_weight, 1.0)
     return weights * (missed + alarmed)
 
 

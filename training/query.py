@@ -10,7 +10,6 @@ are, until `ballast-train calibrate` sets them anew.
 
 import json
 import logging
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from model.checkpoint import fingerprint_weights
 from model.config import SafetyConfig, TokenHeadConfig
 from model.pretrained import Pretrained
 from model.safety_head import RiskHead, TokenHead
-from model.trace import Highest
+from model.trace import Highest, logit_of
 from training import recipe_file
 from training.config import HeadRecipe
 from training.corpus import assemble, sample
@@ -36,11 +35,12 @@ from training.head import Objective, arguments, newest_checkpoint, set_scale
 from training.hidden import Hidden, hide, surroundings
 from training.licences import licence_for
 from training.logs import loggers
-from training.losses import QueryLoss, query_loss
+from training.losses import query_loss
 from training.metrics import Array, Rate, block_threshold, wilson
 from training.query_states import QueryStates
 from training.query_states import read as read_queries
 from training.report import checksums
+from training.risk import smooth
 from training.rows import Part, Row
 from training.shards import digest
 from training.subject import load_subject
@@ -80,16 +80,18 @@ class Made:
 class QueryObjective(Objective):
     """The head with its loss, in the shape that `Trainer` expects."""
 
-    def __init__(self, head: RiskHead, dropout: float, settings: QueryLoss) -> None:
+    def __init__(self, head: RiskHead, dropout: float, smoothing: float, before_weight: float) -> None:
         super().__init__(head, dropout)
-        self._settings = settings
+        self._smoothing = smoothing
+        self._before_weight = before_weight
 
     def forward(
         self, features: Tensor, mask: Tensor, inside: Tensor, labels: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
         """Return the mean loss; `features` are the states of all messages' tokens (sum of T, S), the rest (B, T)."""
         logits = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logits(features))
-        return {"loss": query_loss(logits, mask, inside, labels, weights, self._settings).mean()}
+        smoothed = smooth(logits, self._smoothing)
+        return {"loss": query_loss(smoothed, mask, inside, labels, weights, self._before_weight).mean()}
 
 
 Items = list[tuple[QueryStates, Hidden]]
@@ -170,16 +172,16 @@ def _make(
     safety: SafetyConfig,
     parts: Mapping[str, Sequence[Hidden]],
 ) -> Made:
-    read = {name: _whole(read_queries(recipe, pretrained, config, hidden), hidden) for name, hidden in parts.items()}
+    read = {name: _kept(read_queries(recipe, pretrained, config, hidden), hidden) for name, hidden in parts.items()}
     if empty := [name for name, some in read.items() if not some]:
-        raise DataError(f"no request of {empty} is left whole by cut.request_tokens of {recipe.cut.request_tokens}")
+        raise DataError(f"no request of {empty} is left by cut.request_tokens of {recipe.cut.request_tokens}")
     query = _train(recipe, pretrained, read, config, safety.smoothing)
     benign = [highest(query, one, safety.smoothing) for one, _ in read["benign"]]
     at = block_threshold(np.array(benign), recipe.acting.request_false_positives)
-    query.out.bias.data += _logit(safety.request.block) - at - MARGIN
+    query.out.bias.data += logit_of(safety.request.block) - at - MARGIN
 
     def over(name: str, threshold: float) -> Rate:
-        found = [highest(query, one, safety.smoothing) > _logit(threshold) for one, _ in read[name]]
+        found = [highest(query, one, safety.smoothing) > logit_of(threshold) for one, _ in read[name]]
         return wilson(sum(found), len(found))
 
     block, flag = safety.request.block, safety.request.flag
@@ -187,11 +189,7 @@ def _make(
     return Made(query, len(read["train"]), *rates)
 
 
-def _logit(risk: float) -> float:
-    return math.log(risk) - math.log1p(-risk)
-
-
-def _whole(read: Sequence[QueryStates], hidden: Sequence[Hidden]) -> Items:
+def _kept(read: Sequence[QueryStates], hidden: Sequence[Hidden]) -> Items:
     """Return the messages of which the cut left something of the request."""
     return [(states, one) for states, one in zip(read, hidden, strict=True) if states.inside.any()]
 
@@ -217,11 +215,9 @@ def messages(recipe: HeadRecipe) -> dict[str, list[Hidden]]:
     found = {
         "train": [*chosen("train", 0, limit), *chosen("train", 1, limit)],
         "validation": [*chosen("validation", 0, num_validated), *chosen("validation", 1, num_validated)],
-        "benign": sample(
-            [row for row in chosen("calibration", 0) if "request" in recipe.sources[row.group].sets_block],
-            recipe.query.calibration,
-            recipe.seed,
-        ),
+        "benign": [row for row in chosen("calibration", 0) if "request" in recipe.sources[row.group].sets_block][
+            : recipe.query.calibration
+        ],
         "malicious": chosen("validation", 1),
     }
     if empty := [name for name, some in found.items() if not some]:
@@ -237,8 +233,10 @@ def messages(recipe: HeadRecipe) -> dict[str, list[Hidden]]:
 def highest_logits(recipe: HeadRecipe, pretrained: Pretrained, head: TokenHead, rows: Sequence[Row]) -> Array:
     """Return the highest smoothed logit of the query of each row, (N,)."""
     assert head.query is not None
-    read = read_queries(recipe, pretrained, head.config, [Hidden(row, "", "") for row in rows])
-    return np.array([highest(head.query, one, recipe.acting.smoothing) for one in read])
+    distinct = {row.messages: Hidden(row, "", "") for row in rows}  # many rows differ in their response alone
+    read = read_queries(recipe, pretrained, head.config, list(distinct.values()))
+    found = dict(zip(distinct, (highest(head.query, one, recipe.acting.smoothing) for one in read), strict=True))
+    return np.array([found[row.messages] for row in rows])
 
 
 def _train(
@@ -256,7 +254,7 @@ def _train(
     told = arguments(recipe, settings, len(read["train"]), run)
     told.per_device_eval_batch_size = settings.batch_size  # a row is a whole message here
     trainer = Trainer(
-        model=QueryObjective(head, settings.dropout, QueryLoss(smoothing, recipe.query.before_weight)),
+        model=QueryObjective(head, settings.dropout, smoothing, recipe.query.before_weight),
         args=told,
         data_collator=collate,
         train_dataset=Labelled(read["train"]),

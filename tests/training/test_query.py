@@ -20,8 +20,9 @@ from training.__main__ import main
 from training.config import Cut, HeadRecipe, Optimiser, Query
 from training.errors import DataError, RecipeError
 from training.hidden import Hidden, hide, place, surroundings
-from training.losses import QueryLoss, query_loss
+from training.losses import query_loss
 from training.query import add_query_head, messages
+from training.risk import smooth
 from training.rows import Row
 from training.run import calibrate_checkpoint, train_head
 
@@ -75,7 +76,7 @@ def test_the_loss_of_a_query_is_that_of_its_soft_maximum():
     mask = torch.tensor([[True, True, True, True, False]] * 2 + [[True] * 5])
     inside = torch.tensor([[False, True, True, False, False]] * 2 + [[True] * 5])
     labels, weights = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])
-    found = query_loss(logits, mask, inside, labels, weights, QueryLoss(smoothing=1.0, before_weight=0.5))
+    found = query_loss(logits, mask, inside, labels, weights, 0.5)
     within = math.log(math.exp(3) + math.exp(-2))
     all_of_it = math.log(math.exp(1) + math.exp(3) + math.exp(-2) + math.exp(7))
     expected = [
@@ -89,7 +90,7 @@ def test_the_loss_of_a_query_is_that_of_its_soft_maximum():
 def test_the_loss_smooths_as_the_server_does_and_has_a_gradient_everywhere():
     logits = torch.tensor([[0.0, 4.0]], requires_grad=True)
     whole = torch.ones(1, 2, dtype=torch.bool)
-    (found,) = query_loss(logits, whole, whole, torch.ones(1), torch.ones(1), QueryLoss(0.25, 0.5))
+    (found,) = query_loss(smooth(logits, 0.25), whole, whole, torch.ones(1), torch.ones(1), 0.5)
     assert found.item() == pytest.approx(math.log1p(math.exp(-math.log(math.exp(0) + math.exp(1)))), rel=1e-5)
     found.backward()
     assert logits.grad is not None
@@ -156,13 +157,16 @@ def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pr
     assert "a second time" in card
     assert (tmp_path / "with" / "metrics.json").is_file()
 
-    # New thresholds take the further head into account.
+    # New thresholds take the further head into account, which is made to find everything harmful here.
+    loud = checkpoint.load(tmp_path / "with")
+    loud.head.query.out.bias.data += 30.0
+    checkpoint.save(tmp_path / "with", loud.head, loud.config, loud.cls)
     stricter = replace(hiding, checkpoint=str(tmp_path / "with"), output=str(tmp_path / "new"))
     calibrate_checkpoint(stricter, "")
     raised = checkpoint.load(tmp_path / "new")
     assert "A further head reads" in (tmp_path / "new" / "README.md").read_text()
     assert raised.head.query is not None
-    assert raised.config.request.block >= before.config.request.block - 1e-6
+    assert raised.config.request.block > before.config.request.block + 1e-3
 
 
 def test_the_head_acts_on_no_more_benign_messages_than_was_said(
