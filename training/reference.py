@@ -1,6 +1,6 @@
 """Log-probabilities of the model that training starts from, computed once for the constrained objective."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,27 +12,26 @@ from training.objectives import IGNORED, token_logprobs
 from training.output_head import predicting
 from training.progress import tracked
 from training.shards import digest, write_atomically
-from training.steps import Encoded, EncodedPart, Example, collate
+from training.steps import Encoded, Example, RowKey, collate
 
-Reference = dict[tuple[str, int], Tensor]
-"""By part and row: log pi_aligned of every response token, (T,)."""
+Reference = dict[RowKey, Tensor]
+"""log pi_aligned of every response token of a row, (T,)."""
 
 
 @torch.no_grad()  # not inference mode, in which weights in shares may not be gathered
 def reference_logprobs(
-    model: nn.Module, parts: Sequence[EncodedPart], *, pad_id: int, batch_size: int, cache: Path, identity: str
+    model: nn.Module, rows: Mapping[RowKey, Encoded], *, pad_id: int, batch_size: int, cache: Path, identity: str
 ) -> Reference:
-    """Return the log-probabilities of all rows' responses, from `cache` if they are there.
+    """Return the log-probabilities of the responses of rows, from `cache` if they are there.
 
     Args:
         model: the model before the first step; read in evaluation mode and left in it.
-        parts: the rows.
+        rows: those that training will read.
         pad_id: token that fills the ends of short rows.
         batch_size: rows of one forward pass.
         cache: folder of the file.
         identity: of the model with its precision; another one is computed anew.
     """
-    rows = {(part.name, number): row for part in parts for number, row in enumerate(part.rows)}
     path = cache / "reference" / f"{digest(identity, [[*key, *row] for key, row in rows.items()])[:32]}.safetensors"
     if not path.is_file():
         found = _compute(model.eval(), rows, pad_id, batch_size)
@@ -42,7 +41,7 @@ def reference_logprobs(
     return {(name, number): loaded[f"{name}/{number}"] for name, number in rows}
 
 
-def _compute(model: nn.Module, rows: dict[tuple[str, int], Encoded], pad_id: int, batch_size: int) -> Reference:
+def _compute(model: nn.Module, rows: Mapping[RowKey, Encoded], pad_id: int, batch_size: int) -> Reference:
     device = next(model.parameters()).device
     keys = sorted(rows, key=lambda key: len(rows[key].request) + len(rows[key].response))
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
@@ -59,5 +58,5 @@ def _compute(model: nn.Module, rows: dict[tuple[str, int], Encoded], pad_id: int
     return found
 
 
-def _example(key: tuple[str, int], row: Encoded) -> Example:
+def _example(key: RowKey, row: Encoded) -> Example:
     return Example((*row.request, *row.response), len(row.request), 1.0, key)

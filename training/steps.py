@@ -24,6 +24,9 @@ from training.errors import DataError
 from training.objectives import IGNORED, recovery_depth, share_weights
 from training.tune_config import Recovery, Signal
 
+RowKey = tuple[str, int]
+"""The part and the number of its row."""
+
 
 class Encoded(NamedTuple):
     """Token ids of one dialogue."""
@@ -48,8 +51,7 @@ class Example(NamedTuple):
     """Tokens that are read and not learned: the request, and a harmful prefix."""
     weight: float
     """Of each learned token in the loss of its step."""
-    row: tuple[str, int]
-    """The part and the number of its row."""
+    row: RowKey
     is_distilled: bool = False
     """Its responses are learned as the plain model expects them."""
     spans: tuple[Span, ...] = ()
@@ -160,6 +162,12 @@ class Steps(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         step, place = divmod(index, self.per_step)
         return self._step(step)[place]
+
+    def rows(self) -> dict[RowKey, Encoded]:
+        """Return the rows that any step draws."""
+        of_part = {part.name: part.rows for part in self._parts}
+        drawn = sorted({example.row for example in (self[index] for index in range(len(self)))})
+        return {(name, number): of_part[name][number] for name, number in drawn}
 
     def _make(self, step: int) -> list[Example]:
         """Return the examples of one step."""

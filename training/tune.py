@@ -84,7 +84,12 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     if recipe.constraint is not None:
         with torch.autocast(device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
             reference = reference_logprobs(
-                model, parts, pad_id=pretrained.pad_id, batch_size=recipe.batch_size, cache=run, identity=identity
+                model,
+                steps.rows(),
+                pad_id=pretrained.pad_id,
+                batch_size=recipe.batch_size,
+                cache=run,
+                identity=identity,
             )
     once = _reads_common_once(recipe, pretrained.model, arguments)
     whole: nn.Module = model

@@ -83,6 +83,16 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
     assert backwards[::-1] == [other[i] for i in range(len(other))]
 
 
+def test_the_rows_of_all_steps_are_those_that_any_of_them_draws_and_no_others():
+    parts = [part(rows=50, per_step=3), part("anchors", rows=4)]
+    steps = Steps(parts, 5, seed=0)
+    found = steps.rows()
+    assert {*found} == {steps[index].row for index in range(len(steps))}
+    assert sum(name == "refusals" for name, _ in found) == 15
+    assert sum(name == "anchors" for name, _ in found) == 4
+    assert all(row is {one.name: one for one in parts}[name].rows[number] for (name, number), row in found.items())
+
+
 def test_another_seed_gives_other_steps():
     assert [Steps([part(rows=50)], 5, seed=0)[i].row for i in range(10)] != [
         Steps([part(rows=50)], 5, seed=1)[i].row for i in range(10)
