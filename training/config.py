@@ -219,5 +219,5 @@ class HeadRecipe(Recipe):
     request_optimiser: Optimiser = Optimiser()
     response_optimiser: Optimiser = Optimiser()
     query: Query = Query()
-    query_optimiser: Optimiser = Optimiser()
+    query_optimiser: Optimiser = Optimiser(epochs=6, batch_size=32, dropout=0.3, weight_decay=1.0)
     acting: Acting = Acting()

@@ -23,6 +23,7 @@ from training.corpus import assemble
 from training.dialogues import read_openings, read_part, read_prompts
 from training.harden_config import HardenRecipe
 from training.licences import licence_beside, licence_for
+from training.query import add_query_head, messages
 from training.run import train_head
 from training.templates import SHIPPED
 from training.tune import tune
@@ -81,11 +82,13 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
         **shared,
         sources=sources,
         adapter=str(adapter),
-        output=recipe.output,
+        output=str(run / "head" / "checkpoint"),
         run=str(run / "head"),
         cache=cache,
     )
-    folder = train_head(head, command)
+    with_head = train_head(head, command)
+    query = replace(head, adapter=None, checkpoint=str(with_head), output=recipe.output, run=str(run / "query"))
+    folder = add_query_head(query, command)
     dtype = getattr(torch, head.dtype)
     return folder, check(checkpoint.attach(load(recipe.model, dtype=dtype, device=device_of(recipe.device)), folder))
 
@@ -114,6 +117,7 @@ def _check_first(recipe: HardenRecipe, shared: Mapping[str, Any]) -> None:
     head = replace(recipe.head, **shared, sources=sources)
     rows = assemble(head, lambda rows: ["an answer"] * len(rows))
     calibrate.check(rows, head)
+    messages(head)
     licence_for(head, {row.licence for row in rows} | {licence_for(signal, learned)})
     sliding_windows(load(recipe.model, dtype=getattr(torch, head.dtype), device="cpu").model)
 

@@ -27,7 +27,7 @@ class HardenRecipe(Recipe):
     signal: TuneRecipe
     """Deepened refusals and the `[CLS]` signal, in one run."""
     head: HeadRecipe
-    """The token head, and all thresholds."""
+    """The token head, all thresholds, and the head that reads every token of the query."""
 
     def __post_init__(self) -> None:
         outputs = [anchors.output for anchors in self.anchors.values()]

@@ -207,18 +207,18 @@ def messages(recipe: HeadRecipe) -> dict[str, list[Hidden]]:
     labelled = [row for row in rows if row.request_label is not None]
     distinct = {row.key: row for row in labelled if row.request_label == 1 or row.key not in malicious}
 
-    def chosen(part: Part, label: int, limit: int | None = None) -> list[Row]:
-        of_kind = [row for row in distinct.values() if row.part == part and row.request_label == label]
+    def chosen(parts: tuple[Part, ...], label: int, limit: int | None = None) -> list[Row]:
+        of_kind = [row for row in distinct.values() if row.part in parts and row.request_label == label]
         return sample(of_kind, limit, recipe.seed)
 
     limit, num_validated = recipe.query.limit, max(1, recipe.query.limit // 10)
     found = {
-        "train": [*chosen("train", 0, limit), *chosen("train", 1, limit)],
-        "validation": [*chosen("validation", 0, num_validated), *chosen("validation", 1, num_validated)],
-        "benign": [row for row in chosen("calibration", 0) if "request" in recipe.sources[row.group].sets_block][
-            : recipe.query.calibration
-        ],
-        "malicious": chosen("validation", 1),
+        "train": [*chosen(("train",), 0, limit), *chosen(("train",), 1, limit)],
+        "validation": [*chosen(("validation",), 0, num_validated), *chosen(("validation",), 1, num_validated)],
+        "benign": [
+            row for row in chosen(("validation", "calibration"), 0) if "request" in recipe.sources[row.group].sets_block
+        ][: recipe.query.calibration],
+        "malicious": chosen(("validation",), 1),
     }
     if empty := [name for name, some in found.items() if not some]:
         raise DataError(f"no request is left for {empty}")

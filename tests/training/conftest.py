@@ -1,6 +1,7 @@
 """Sentences of our own, mild ones, in the documented files; and the tiny model on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from pydantic import TypeAdapter
 
 from model.pretrained import Pretrained
 from model.testing import byte_tokenizer, tiny_lm
-from training.config import HeadRecipe
+from training.config import Cut, HeadRecipe, Optimiser, Query
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,7 @@ TOPICS = [
     "bread", "tea", "kites", "boats", "snow", "trains", "maps", "bees", "clocks", "paint", "moss", "drums",
     "lamps", "rivers", "socks", "pears", "stars", "wheels", "glue", "ferns", "chalk", "bells", "soap", "yarn",
 ]  # fmt: skip
+FILLER = "The tide comes in twice a day, and whoever walks along the shore knows when. "
 
 
 @pytest.fixture
@@ -110,3 +112,17 @@ def tiny(tmp_path: Path) -> Pretrained:
 def saved_model(tiny: Pretrained, tmp_path: Path) -> Path:
     """Folder of the tiny model."""
     return tmp_path / "model"
+
+
+@pytest.fixture
+def hiding(recipe: HeadRecipe, data: Path, tmp_path: Path) -> HeadRecipe:
+    """A recipe for the tiny model, whose data hold harmless text to hide requests in."""
+    path = data / "instructions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"response": f"{row['response']} {FILLER * 2}"}) + "\n" for row in rows))
+    short = replace(recipe, cut=Cut(request_tokens=384, response_tokens=24))
+    return replace(
+        short,
+        query=Query(limit=20, calibration=8),
+        query_optimiser=Optimiser(epochs=60, batch_size=8, learning_rate=0.01),
+    )

@@ -31,16 +31,14 @@ SHORT: dict[str, Any] = {"benign": {"path": "benign_prompts.jsonl", "limit": 4}}
 
 
 @pytest.fixture
-def config(recipe: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) -> Path:
+def config(hiding: HeadRecipe, saved_model: Path, data: Path, tmp_path: Path) -> Path:
     """A recipe whose answers become the benign part of the signal's training."""
     signal = joint(saved_model, data, tmp_path, steps=1)
     signal.parts["benign"].sources["i"] = TypeAdapter(type(signal.parts["benign"].sources["i"])).validate_python(
         {"path": "runs/anchors.jsonl", "request_label": 0, "response_label": 0}
     )
-    recipe = replace(
-        recipe, sources={**recipe.sources, "alpaca": replace(recipe.sources["alpaca"], without=("runs/short.jsonl",))}
-    )
-    recipe = replace(recipe, head=replace(recipe.head, layers=()))
+    alpaca = replace(hiding.sources["alpaca"], without=("runs/short.jsonl",))
+    recipe = replace(hiding, sources={**hiding.sources, "alpaca": alpaca}, head=replace(hiding.head, layers=()))
     found = {
         "model": "overwritten",
         "data": str(data),
@@ -77,6 +75,7 @@ def test_a_model_goes_the_whole_way_and_again_without_doing_anything_twice(
     lm = checkpoint.attach(load(str(saved_model), dtype=torch.float32), tmp_path / "hardened")
     assert (lm.head is None, lm.cls is None) == (False, False)
     assert lm.head.config.layers == (0, 1, 2, -1)  # spread over a model of three layers
+    assert lm.head.config.reads_query
     assert lm.config.base.adapter
     answers = (tmp_path / "run" / "anchors.jsonl").read_text()
     assert answers.count("\n") >= 1
@@ -112,7 +111,7 @@ def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     assert found.signal.adapter is None
     assert found.signal.steps == 7
     assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal_balanced").parts
-    off = ["seed=3", "acting.redraw_share=null", "head.layers=[]"]
+    off = ["seed=3", "acting.redraw_share=null", "head.layers=[]", "query.limit=1000", "query.calibration=500"]
     assert found.head == recipe_file.load(HeadRecipe, "head_deepened_signal", off)
 
 
@@ -136,6 +135,7 @@ def test_an_unknown_key_of_a_step_is_named():
         ("signal.parts.onsets.onset.openings.path=nowhere.jsonl", "nowhere.jsonl"),
         ("signal.parts.refusals.sources.t.match=Nobody", "no row is left in the part 'refusals'"),
         ("signal.parts.refusals.sources.t.path=unclear.jsonl", "set recipe key licence"),
+        ("head.sources.instructions.path=short.jsonl", "no harmless text to put around requests"),
     ],
 )
 def test_what_would_end_a_later_step_ends_it_before_the_first(
@@ -145,6 +145,7 @@ def test_what_would_end_a_later_step_ends_it_before_the_first(
     (data / "unclear.jsonl").write_text(
         (data / "triplets.jsonl").read_text().replace("Own sentences (MIT)", "Own sentences (GPL-3.0)")
     )
+    (data / "short.jsonl").write_text('{"prompt": "Hello?", "response": "Hello.", "source": "Own (MIT)"}\n' * 9)
     recipe = recipe_file.load(HardenRecipe, str(config), [f"model={saved_model}", change])
     with pytest.raises(TrainingError, match=message):
         harden(recipe, "")

@@ -15,9 +15,10 @@ from model.pretrained import Pretrained, load
 from model.scoring import score
 from model.testing import byte_tokenizer
 from model.trace import probability
+from tests.training.conftest import FILLER
 from training import recipe_file
 from training.__main__ import main
-from training.config import Cut, HeadRecipe, Optimiser, Query
+from training.config import Cut, HeadRecipe
 from training.errors import DataError, RecipeError
 from training.hidden import Hidden, hide, place, surroundings
 from training.losses import query_loss
@@ -25,8 +26,6 @@ from training.query import add_query_head, messages
 from training.risk import smooth
 from training.rows import Row
 from training.run import calibrate_checkpoint, train_head
-
-FILLER = "The tide comes in twice a day, and whoever walks along the shore knows when. "
 
 
 def row(prompt: str, label: int = 1, response: str | None = None) -> Row:
@@ -96,20 +95,6 @@ def test_the_loss_smooths_as_the_server_does_and_has_a_gradient_everywhere():
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
     assert (logits.grad < 0).all()
-
-
-@pytest.fixture
-def hiding(recipe: HeadRecipe, data: Path, tmp_path: Path) -> HeadRecipe:
-    """A recipe for the tiny model, whose data hold harmless text to hide requests in."""
-    path = data / "instructions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row | {"response": f"{row['response']} {FILLER * 2}"}) + "\n" for row in rows))
-    short = replace(recipe, cut=Cut(request_tokens=384, response_tokens=24))
-    return replace(
-        short,
-        query=Query(limit=20, calibration=8),
-        query_optimiser=Optimiser(epochs=60, batch_size=8, learning_rate=0.01),
-    )
 
 
 def test_no_request_and_no_text_around_it_stands_in_two_parts(hiding: HeadRecipe):
@@ -183,14 +168,15 @@ def test_the_head_acts_on_no_more_benign_messages_than_was_said(
     benign = messages(hiding)["benign"]
     risks = [score(lm, lm.chat.encode([Message("user", one.text)])).request_risk for one in benign]
     acted = [risk > lm.config.request.block + 1e-6 for risk in risks]
-    assert sum(acted) == lm.config.calibration["query"]["benign"]["hits"] == len(benign) // 4
+    assert sum(acted) == lm.config.calibration["query"]["benign"]["hits"]
+    assert 0 < sum(acted) <= len(benign) // 4
     assert max(risks) > probability(-20)
 
 
 def test_what_it_needs_is_said(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
     with pytest.raises(RecipeError, match="set checkpoint"):
         add_query_head(hiding, "")
-    sources = {name: replace(source, calibration=0) for name, source in hiding.sources.items()}
+    sources = {name: replace(source, sets_block=()) for name, source in hiding.sources.items()}
     with pytest.raises(DataError, match=r"no request is left for \['benign'\]"):
         messages(replace(hiding, sources=sources))
     first = train_head(hiding, "")
