@@ -117,7 +117,7 @@ def _check_first(recipe: HardenRecipe, shared: Mapping[str, Any]) -> None:
     head = replace(recipe.head, **shared, sources=sources)
     rows = assemble(head, lambda rows: ["an answer"] * len(rows))
     calibrate.check(rows, head)
-    messages(head)
+    messages(rows, head)  # raises where the head for the query would find nothing to learn from
     licence_for(head, {row.licence for row in rows} | {licence_for(signal, learned)})
     sliding_windows(load(recipe.model, dtype=getattr(torch, head.dtype), device="cpu").model)
 

@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 MARGIN = 1e-3
 """Of a logit: so that the message which sets the threshold stays below it, however it is rounded."""
+SHIFTS = 4
+"""Of the bias: logits are limited before they are smoothed, so one shift does not move the highest by just as much."""
 HARMLESS = ("instructions", "benign_prompts", "own_answers")
 """Kinds of sources that hold harmless requests alone, nothing that only sounds harmful."""
 
@@ -130,9 +132,9 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     subject = load_subject(recipe)
     if (dtype := before.config.base.dtype) != recipe.dtype:
         logger.warning("the head is set in %s, the checkpoint's thresholds in %s", recipe.dtype, dtype)
-    parts = messages(recipe)
-    licences = {one.row.licence for hidden in parts.values() for one in hidden} | subject.brought.licences
-    licence = licence_for(recipe, licences)
+    rows = unanswered(recipe)
+    parts = messages(rows, recipe)
+    licence = licence_for(recipe, {row.licence for row in rows} | subject.brought.licences)  # any may be surroundings
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
@@ -176,9 +178,10 @@ def _make(
     if empty := [name for name, some in read.items() if not some]:
         raise DataError(f"no request of {empty} is left by cut.request_tokens of {recipe.cut.request_tokens}")
     query = _train(recipe, pretrained, read, config, safety.smoothing)
-    benign = [highest(query, one, safety.smoothing) for one, _ in read["benign"]]
-    at = block_threshold(np.array(benign), recipe.acting.request_false_positives)
-    query.out.bias.data += logit_of(safety.request.block) - at - MARGIN
+    for _ in range(SHIFTS):
+        benign = np.array([highest(query, one, safety.smoothing) for one, _ in read["benign"]])
+        at = block_threshold(benign, recipe.acting.request_false_positives)
+        query.out.bias.data += logit_of(safety.request.block) - at - MARGIN
 
     def over(name: str, threshold: float) -> Rate:
         found = [highest(query, one, safety.smoothing) > logit_of(threshold) for one, _ in read[name]]
@@ -194,7 +197,16 @@ def _kept(read: Sequence[QueryStates], hidden: Sequence[Hidden]) -> Items:
     return [(states, one) for states, one in zip(read, hidden, strict=True) if states.inside.any()]
 
 
-def messages(recipe: HeadRecipe) -> dict[str, list[Hidden]]:
+def unanswered(recipe: HeadRecipe) -> list[Row]:
+    """Return the rows of a recipe without the model's own answers, which nothing here needs.
+
+    Raises:
+        DataError: as `training.corpus.assemble`.
+    """
+    return assemble(recipe, lambda prompts: ["-"] * len(prompts))
+
+
+def messages(rows: Sequence[Row], recipe: HeadRecipe) -> dict[str, list[Hidden]]:
     """Return the messages to learn from and to validate on, and of held-out ones the benign and the malicious.
 
     What stands around held-out requests is held out too, and of sources that hold harmless requests alone.
@@ -202,7 +214,6 @@ def messages(recipe: HeadRecipe) -> dict[str, list[Hidden]]:
     Raises:
         DataError: if there are none of a kind.
     """
-    rows = assemble(recipe, lambda prompts: ["-"] * len(prompts))  # the model's own answers are not needed
     malicious = {row.key for row in rows if row.request_label == 1}
     labelled = [row for row in rows if row.request_label is not None]
     distinct = {row.key: row for row in labelled if row.request_label == 1 or row.key not in malicious}

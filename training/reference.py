@@ -15,14 +15,14 @@ from training.shards import digest, write_atomically
 from training.steps import Encoded, Example, RowKey, collate
 
 Reference = dict[RowKey, Tensor]
-"""log pi_aligned of every response token of a row, (T,)."""
+"""By row: log pi_aligned of every response token, (T,)."""
 
 
 @torch.no_grad()  # not inference mode, in which weights in shares may not be gathered
 def reference_logprobs(
     model: nn.Module, rows: Mapping[RowKey, Encoded], *, pad_id: int, batch_size: int, cache: Path, identity: str
 ) -> Reference:
-    """Return the log-probabilities of the responses of rows, from `cache` if they are there.
+    """Return the log-probabilities of the rows' responses, from `cache` if they are there.
 
     Args:
         model: the model before the first step; read in evaluation mode and left in it.

@@ -25,7 +25,7 @@ from training.objectives import IGNORED, recovery_depth, share_weights
 from training.tune_config import Recovery, Signal
 
 RowKey = tuple[str, int]
-"""The part and the number of its row."""
+"""The name of a part and the number of one of its rows."""
 
 
 class Encoded(NamedTuple):

@@ -22,7 +22,7 @@ from training.config import Cut, HeadRecipe
 from training.errors import DataError, RecipeError
 from training.hidden import Hidden, hide, place, surroundings
 from training.losses import query_loss
-from training.query import add_query_head, messages
+from training.query import add_query_head, messages, unanswered
 from training.risk import smooth
 from training.rows import Row
 from training.run import calibrate_checkpoint, train_head
@@ -98,7 +98,7 @@ def test_the_loss_smooths_as_the_server_does_and_has_a_gradient_everywhere():
 
 
 def test_no_request_and_no_text_around_it_stands_in_two_parts(hiding: HeadRecipe):
-    found = messages(hiding)
+    found = messages(unanswered(hiding), hiding)
     keys = {name: {one.row.key for one in some} for name, some in found.items()}
     assert not keys["train"] & (keys["validation"] | keys["benign"] | keys["malicious"])
     assert {one.row.request_label for one in found["benign"]} == {0}
@@ -165,12 +165,17 @@ def test_the_head_acts_on_no_more_benign_messages_than_was_said(
     lm = checkpoint.attach(load(str(tmp_path / "model"), dtype=torch.float32), folder)
     lm.head.request.out.bias.data.fill_(-1e3)
     lm.head.request.out.weight.data.zero_()
-    benign = messages(hiding)["benign"]
+    benign = messages(unanswered(hiding), hiding)["benign"]
     risks = [score(lm, lm.chat.encode([Message("user", one.text)])).request_risk for one in benign]
     acted = [risk > lm.config.request.block + 1e-6 for risk in risks]
-    assert sum(acted) == lm.config.calibration["query"]["benign"]["hits"]
-    assert 0 < sum(acted) <= len(benign) // 4
+    assert sum(acted) == lm.config.calibration["query"]["benign"]["hits"] == len(benign) // 4
     assert max(risks) > probability(-20)
+
+
+def test_validation_rows_set_when_it_acts_too_as_they_set_block(hiding: HeadRecipe):
+    sources = {name: replace(source, calibration=0) for name, source in hiding.sources.items()}
+    recipe = replace(hiding, sources=sources)
+    assert {one.row.part for one in messages(unanswered(recipe), recipe)["benign"]} == {"validation"}
 
 
 def test_what_it_needs_is_said(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
@@ -178,7 +183,7 @@ def test_what_it_needs_is_said(hiding: HeadRecipe, tiny: Pretrained, tmp_path: P
         add_query_head(hiding, "")
     sources = {name: replace(source, sets_block=()) for name, source in hiding.sources.items()}
     with pytest.raises(DataError, match=r"no request is left for \['benign'\]"):
-        messages(replace(hiding, sources=sources))
+        messages(unanswered(hiding), replace(hiding, sources=sources))
     first = train_head(hiding, "")
     (tmp_path / "data" / "instructions.jsonl").write_text(
         json.dumps({"prompt": "a", "response": "b", "source": "Own (MIT)"}) + "\n"

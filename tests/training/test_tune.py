@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -223,6 +224,8 @@ def test_the_reference_is_computed_once_for_the_same_weights_and_rows(
     )
     tune(constrained, "")
     first = weights(tmp_path)
+    (kept,) = Path(constrained.run).glob("reference/*")
+    assert len(load_file(kept)) == 12  # what two steps of six draw, of 24 rows
     monkeypatch.setattr("training.reference._compute", None)
     tune(constrained, "")
     assert all(torch.equal(first[name], again) for name, again in weights(tmp_path).items())
