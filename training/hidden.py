@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.chat import ChatTemplate, EncodedPrompt, Message
 from training.config import Cut
+from training.corpus import sample
 from training.rows import Row
 from training.surround import LINKS, passages_of
 
@@ -22,6 +23,8 @@ SHARES = (0.25, 0.65, 0.1)
 """Of sides with nothing, with short and with long text."""
 LONG_REQUEST = 120
 """Harmless requests of so many characters are surroundings too."""
+REFUSED = 0.1
+"""Most refusals among surroundings, for each other text."""
 
 
 class Hidden(NamedTuple):
@@ -46,10 +49,15 @@ class Placed(NamedTuple):
     tokens where the template does not say which are its own. All of them false where the cut took the request."""
 
 
-def surroundings(rows: Sequence[Row]) -> list[str]:
-    """Return harmless texts: answers to harmless requests, and such requests themselves where they are long."""
+def surroundings(rows: Sequence[Row], seed: int) -> list[str]:
+    """Return harmless texts: answers to harmless requests, such requests where they are long, and some refusals.
+
+    A refusal often names what it refuses; who pastes one into a message does not ask for it.
+    """
     long = {row.prompt for row in rows if row.request_label == 0 and len(row.prompt) >= LONG_REQUEST}
-    return sorted({text for row in rows for text in passages_of(row)} | long)
+    texts = {text for row in rows for text in passages_of(row)} | long
+    refused = sample([row for row in rows if passages_of(row, 1)], int(len(texts) * REFUSED), seed)
+    return sorted(texts.union(*(passages_of(row, 1) for row in refused)))
 
 
 def hide(rows: Sequence[Row], texts: Sequence[str], seed: int) -> list[Hidden]:

@@ -11,8 +11,10 @@ are, until `ballast-train calibrate` sets them anew.
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -218,27 +220,42 @@ def messages(rows: Sequence[Row], recipe: HeadRecipe) -> dict[str, list[Hidden]]
     labelled = [row for row in rows if row.request_label is not None]
     distinct = {row.key: row for row in labelled if row.request_label == 1 or row.key not in malicious}
 
-    def chosen(parts: tuple[Part, ...], label: int, limit: int | None = None) -> list[Row]:
+    def chosen(label: int, *parts: Part) -> list[Row]:
         of_kind = [row for row in distinct.values() if row.part in parts and row.request_label == label]
-        return sample(of_kind, limit, recipe.seed)
+        return sample(of_kind, None, recipe.seed)
 
-    limit, num_validated = recipe.query.limit, max(1, recipe.query.limit // 10)
+    def in_turn(part: Part, limit: int) -> list[Row]:
+        return [row for label in (0, 1) for row in evenly(chosen(label, part))[:limit]]
+
     found = {
-        "train": [*chosen(("train",), 0, limit), *chosen(("train",), 1, limit)],
-        "validation": [*chosen(("validation",), 0, num_validated), *chosen(("validation",), 1, num_validated)],
+        "train": in_turn("train", recipe.query.limit),
+        "validation": in_turn("validation", max(1, recipe.query.limit // 10)),
         "benign": [
-            row for row in chosen(("validation", "calibration"), 0) if "request" in recipe.sources[row.group].sets_block
+            row for row in chosen(0, "validation", "calibration") if "request" in recipe.sources[row.group].sets_block
         ][: recipe.query.calibration],
-        "malicious": chosen(("validation",), 1),
+        "malicious": chosen(1, "validation"),
     }
     if empty := [name for name, some in found.items() if not some]:
         raise DataError(f"no request is left for {empty}")
-    taught = surroundings([row for row in rows if row.part == "train"])
+    taught = surroundings([row for row in rows if row.part == "train"], recipe.seed)
     plain = [row for row in rows if row.part != "train" and recipe.sources[row.group].kind in HARMLESS]
-    others = surroundings(plain)
+    others = surroundings(plain, recipe.seed)
     if not taught or not others:
         raise DataError("no harmless text to put around requests: answers to harmless requests, or long ones")
     return {name: hide(some, taught if name == "train" else others, recipe.seed) for name, some in found.items()}
+
+
+def evenly(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows in turn from each source, as long as it has any.
+
+    So a limit keeps the few that only sound harmful, which a draw would take in proportion to the many that do not.
+    """
+    seen: Counter[str] = Counter()
+    turns = []
+    for row in rows:
+        turns.append(seen[row.group])
+        seen[row.group] += 1
+    return [row for _, row in sorted(zip(turns, rows, strict=True), key=itemgetter(0))]
 
 
 def highest_logits(recipe: HeadRecipe, pretrained: Pretrained, head: TokenHead, rows: Sequence[Row]) -> Array:

@@ -95,9 +95,9 @@ def _taught(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.part == "train" and row.request_label is not None]
 
 
-def passages_of(row: Row) -> list[str]:
-    """Return the harmless response of a benign request, if its length is right."""
-    if row.request_label != 0 or row.response_label != 0 or row.response is None:
+def passages_of(row: Row, request_label: int = 0) -> list[str]:
+    """Return the harmless response of a request with this label, if its length is right."""
+    if row.request_label != request_label or row.response_label != 0 or row.response is None:
         return []
     low, high = PASSAGE_CHARACTERS
     return [row.response.strip()] if low <= len(row.response) <= high else []

@@ -22,7 +22,7 @@ from training.config import Cut, HeadRecipe
 from training.errors import DataError, RecipeError
 from training.hidden import Hidden, hide, place, surroundings
 from training.losses import query_loss
-from training.query import add_query_head, messages, unanswered
+from training.query import add_query_head, evenly, messages, unanswered
 from training.risk import smooth
 from training.rows import Row
 from training.run import calibrate_checkpoint, train_head
@@ -46,9 +46,25 @@ def test_every_request_gets_surroundings_of_its_own_the_same_each_time():
 def test_surroundings_are_harmless_answers_and_long_harmless_requests():
     answered = row("What of the tide?", 0, FILLER * 2)
     long = row(FILLER * 3, 0)
-    assert surroundings([answered, long, row(FILLER * 4, 1), row("short", 0)]) == sorted(
+    assert surroundings([answered, long, row(FILLER * 4, 1), row("short", 0)], 0) == sorted(
         [(FILLER * 2).strip(), FILLER * 3]
     )
+
+
+def test_a_few_refusals_are_surroundings_too():
+    answered = [row(f"What of tide {number}?", 0, f"Tide {number}. " + FILLER * 2) for number in range(20)]
+    refused = [row(f"Grab {number}!", 1, f"No, not {number}. " + FILLER * 2) for number in range(9)]
+    complied = replace(row("Grab it!", 1, "Yes. " + FILLER * 2), response_label=1)
+    found = surroundings([*answered, *refused, complied], 0)
+    assert sum(text.startswith("No") for text in found) == 2
+    assert len(found) == 22
+    assert found == surroundings([complied, *refused[::-1], *answered], 0)
+
+
+def test_rows_come_from_each_source_in_turn():
+    many = [replace(row(f"a {number}"), group="many") for number in range(5)]
+    few = [replace(row(f"b {number}"), group="few") for number in range(2)]
+    assert evenly([*many, *few]) == [many[0], few[0], many[1], few[1], *many[2:]]
 
 
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("One. ", ""), ("", "\nTwo."), ("One.\n\n", "\n\nTwo.")])
