@@ -141,9 +141,9 @@ class Optimiser:
 class Query:
     """What the head that reads every token of the query learns from; see `hidden.py`."""
 
-    limit: AtLeastOne = 3000
-    """Most requests of either label to learn from."""
-    calibration: AtLeastOne = 1000
+    limit: AtLeastOne = 2000
+    """Most requests of either label to learn from, in turn from each source."""
+    calibration: AtLeastOne = 500
     """Most harmless held-out requests that decide when it acts."""
     before_weight: NonNegative = 0.5
     """Weight of the harmless text before a malicious request."""

@@ -24,7 +24,7 @@ SHARES = (0.25, 0.65, 0.1)
 LONG_REQUEST = 120
 """Harmless requests of so many characters are surroundings too."""
 REFUSED = 0.1
-"""Most refusals among surroundings, for each other text."""
+"""At most so many refusals among surroundings for each other text."""
 
 
 class Hidden(NamedTuple):
@@ -52,12 +52,13 @@ class Placed(NamedTuple):
 def surroundings(rows: Sequence[Row], seed: int) -> list[str]:
     """Return harmless texts: answers to harmless requests, such requests where they are long, and some refusals.
 
-    A refusal often names what it refuses; who pastes one into a message does not ask for it.
+    A refusal often names what it refuses; who pastes one into a message does not ask for it. Whatever harmless was
+    said to a malicious request counts as one.
     """
     long = {row.prompt for row in rows if row.request_label == 0 and len(row.prompt) >= LONG_REQUEST}
     texts = {text for row in rows for text in passages_of(row)} | long
     refused = sample([row for row in rows if passages_of(row, 1)], int(len(texts) * REFUSED), seed)
-    return sorted(texts.union(*(passages_of(row, 1) for row in refused)))
+    return sorted(texts | {text for row in refused for text in passages_of(row, 1)})
 
 
 def hide(rows: Sequence[Row], texts: Sequence[str], seed: int) -> list[Hidden]:

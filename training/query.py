@@ -11,10 +11,10 @@ are, until `ballast-train calibrate` sets them anew.
 import json
 import logging
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from operator import itemgetter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +61,12 @@ CARD = (
     TITLE + "\n\n"
     "A further head reads the state at every token of the query; the highest of its logits, smoothed like those of a "
     "response, may raise the request risk. Made by:\n\n```\n{command}\n```\n\n"
-    "It learned from {num_taught} requests somewhere in harmless text, in messages of up to {longest} tokens, read in "
-    "{dtype}. Held-out messages of this kind over `block`: {benign.value:.2%} ({benign.low:.2%} to {benign.high:.2%}) "
-    "of {benign.n} harmless ones, which set when it acts, and {malicious.value:.2%} ({malicious.low:.2%} to "
-    "{malicious.high:.2%}) of {malicious.n} with a malicious request. `flag` was not set anew: {flagged.value:.2%} "
-    "({flagged.low:.2%} to {flagged.high:.2%}) of the harmless ones are over it.\n"
+    "The tables above are without it. It learned from {num_taught} requests somewhere in harmless text, in messages of "
+    "up to {longest} tokens, read in {dtype}. Held-out messages of this kind over `block`: {benign.value:.2%} "
+    "({benign.low:.2%} to {benign.high:.2%}) of {benign.n} harmless ones, which set when it acts, and "
+    "{malicious.value:.2%} ({malicious.low:.2%} to {malicious.high:.2%}) of {malicious.n} with a malicious request. "
+    "`flag` was not set anew: {flagged.value:.2%} ({flagged.low:.2%} to {flagged.high:.2%}) of the harmless ones are "
+    "over it.\n"
 )
 
 
@@ -211,7 +212,8 @@ def unanswered(recipe: HeadRecipe) -> list[Row]:
 def messages(rows: Sequence[Row], recipe: HeadRecipe) -> dict[str, list[Hidden]]:
     """Return the messages to learn from and to validate on, and of held-out ones the benign and the malicious.
 
-    What stands around held-out requests is held out too, and of sources that hold harmless requests alone.
+    What stands around held-out requests is held out too, and of sources that hold harmless requests alone. Refusals
+    stand around the requests to learn from, and around no others.
 
     Raises:
         DataError: if there are none of a kind.
@@ -250,12 +252,8 @@ def evenly(rows: Sequence[Row]) -> list[Row]:
 
     So a limit keeps the few that only sound harmful, which a draw would take in proportion to the many that do not.
     """
-    seen: Counter[str] = Counter()
-    turns = []
-    for row in rows:
-        turns.append(seen[row.group])
-        seen[row.group] += 1
-    return [row for _, row in sorted(zip(turns, rows, strict=True), key=itemgetter(0))]
+    turns: dict[str, Iterator[int]] = defaultdict(count)
+    return sorted(rows, key=lambda row: next(turns[row.group]))
 
 
 def highest_logits(recipe: HeadRecipe, pretrained: Pretrained, head: TokenHead, rows: Sequence[Row]) -> Array:

@@ -117,9 +117,10 @@ def saved_model(tiny: Pretrained, tmp_path: Path) -> Path:
 @pytest.fixture
 def hiding(recipe: HeadRecipe, data: Path, tmp_path: Path) -> HeadRecipe:
     """A recipe for the tiny model, whose data hold harmless text to hide requests in."""
-    path = data / "instructions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row | {"response": f"{row['response']} {FILLER * 2}"}) + "\n" for row in rows))
+    for path in (data / "instructions.jsonl", data / "refusals.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        longer = [row | {"response": f"{row['response']} {FILLER * 2}"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in longer))
     short = replace(recipe, cut=Cut(request_tokens=384, response_tokens=24))
     return replace(
         short,

@@ -54,11 +54,13 @@ def test_surroundings_are_harmless_answers_and_long_harmless_requests():
 def test_a_few_refusals_are_surroundings_too():
     answered = [row(f"What of tide {number}?", 0, f"Tide {number}. " + FILLER * 2) for number in range(20)]
     refused = [row(f"Grab {number}!", 1, f"No, not {number}. " + FILLER * 2) for number in range(9)]
-    complied = replace(row("Grab it!", 1, "Yes. " + FILLER * 2), response_label=1)
-    found = surroundings([*answered, *refused, complied], 0)
+    complied = [replace(one, response=f"Yes, {one.response}", response_label=1) for one in refused]
+    found = surroundings([*answered, *refused, *complied], 0)
     assert sum(text.startswith("No") for text in found) == 2
     assert len(found) == 22
-    assert found == surroundings([complied, *refused[::-1], *answered], 0)
+    assert found == surroundings([*complied, *refused[::-1], *answered], 0)
+    assert found != surroundings([*answered, *refused, *complied], 1)
+    assert len(surroundings([*answered, *complied, refused[0]], 0)) == 21
 
 
 def test_rows_come_from_each_source_in_turn():
@@ -126,6 +128,18 @@ def test_no_request_and_no_text_around_it_stands_in_two_parts(hiding: HeadRecipe
     assert named["train"]
     assert named["benign"]
     assert not named["train"] & (named["validation"] | named["benign"] | named["malicious"])
+
+
+def test_what_is_learned_from_comes_from_each_source_and_stands_beside_refusals_too(hiding: HeadRecipe):
+    few = replace(hiding, query=replace(hiding.query, limit=3))
+    taught = messages(unanswered(few), few)["train"]
+    assert len({(one.row.group, one.row.request_label) for one in taught}) == len(taught) == 6
+    around = {
+        name: "".join(one.before + one.after for one in some)
+        for name, some in messages(unanswered(hiding), hiding).items()
+    }
+    assert "stay whole" in around["train"]
+    assert "stay whole" not in around["validation"] + around["benign"] + around["malicious"]
 
 
 def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
