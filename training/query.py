@@ -4,8 +4,8 @@ A request in the middle of a long harmless message moves neither the state at th
 it. This head reads the state at each token; its highest smoothed logit may raise the request risk. It learns from
 requests somewhere in harmless text (`hidden.py`), up to `cut.request_tokens` long. Then its bias is moved so that it
 exceeds the checkpoint's own `block` threshold on no more harmless messages of that kind than
-`acting.request_false_positives` says. Nothing else of the checkpoint changes: `flag` and `redraw_below` stay where they
-are, until `ballast-train calibrate` sets them anew.
+`acting.request_false_positives` says, and `flag` of requests is set anew. Nothing else of the checkpoint changes:
+`redraw_below` stays where it is, until `ballast-train calibrate` sets it anew.
 """
 
 import json
@@ -30,6 +30,7 @@ from model.pretrained import Pretrained
 from model.safety_head import RiskHead, TokenHead
 from model.trace import Highest, logit_of
 from training import recipe_file
+from training.calibrate import score
 from training.config import HeadRecipe
 from training.corpus import assemble, sample
 from training.errors import DataError, RecipeError
@@ -38,14 +39,15 @@ from training.hidden import Hidden, hide, surroundings
 from training.licences import licence_for
 from training.logs import loggers
 from training.losses import query_loss
-from training.metrics import Array, Rate, block_threshold, wilson
+from training.metrics import Array, Rate, balanced_weights, block_threshold, flag_threshold, wilson
 from training.query_states import QueryStates
 from training.query_states import read as read_queries
 from training.report import checksums
 from training.risk import smooth
 from training.rows import Part, Row
 from training.shards import digest
-from training.subject import load_subject
+from training.states import compute
+from training.subject import Subject, load_subject
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +67,18 @@ CARD = (
     "up to {longest} tokens, read in {dtype}. Held-out messages of this kind over `block`: {benign.value:.2%} "
     "({benign.low:.2%} to {benign.high:.2%}) of {benign.n} harmless ones, which set when it acts, and "
     "{malicious.value:.2%} ({malicious.low:.2%} to {malicious.high:.2%}) of {malicious.n} with a malicious request. "
-    "`flag` was not set anew: {flagged.value:.2%} ({flagged.low:.2%} to {flagged.high:.2%}) of the harmless ones are "
-    "over it.\n"
+    "`flag` of requests is {flag:.4f} since, by the best F1 on validation requests as they are; {flagged.value:.2%} "
+    "({flagged.low:.2%} to {flagged.high:.2%}) of the harmless messages are over it.\n"
 )
 
 
 @dataclass(frozen=True)
 class Made:
-    """The head, and how much it finds at the checkpoint's `block` threshold."""
+    """The checkpoint's token head with the further one, and how much this finds at the `block` threshold."""
 
-    head: RiskHead
+    head: TokenHead
+    flag: float
+    """The threshold of the request risk with it."""
     num_taught: int
     benign: Rate
     flagged: Rate
@@ -141,13 +145,12 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
-    made = _make(recipe, subject.pretrained, before.head.config, before.config, parts)
-    head = TokenHead(replace(before.head.config, reads_query=True))
-    head.load_state_dict(before.head.state_dict() | {f"query.{k}": v for k, v in made.head.state_dict().items()})
+    made = _make(recipe, subject, before.head, before.config, rows, parts)
     report = {
         "command": command,
         "data_sha256": checksums(recipe.sources.values(), recipe.data),
         "taught": made.num_taught,
+        "flag": made.flag,
         **{name: asdict(rate) for name, rate in vars(made).items() if isinstance(rate, Rate)},
     }
     (run / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -157,7 +160,8 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
         shutil.copytree(folder, output, dirs_exist_ok=True)
     config = replace(
         before.config,
-        token_head=head.config,
+        token_head=made.head.config,
+        request=replace(before.config.request, flag=made.flag),
         licence=licence,
         calibration=before.config.calibration | {"query": report},
     )
@@ -166,17 +170,19 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     (said, *_) = kept.partition(TITLE)
     text = CARD.format(command=command, longest=recipe.cut.request_tokens, dtype=recipe.dtype, **vars(made))
     card.write_text(f"{said.rstrip()}\n\n{text}", encoding="utf-8")
-    checkpoint.save(output, head, config, before.cls)
+    checkpoint.save(output, made.head, config, before.cls)
     return output
 
 
 def _make(
     recipe: HeadRecipe,
-    pretrained: Pretrained,
-    config: TokenHeadConfig,
+    subject: Subject,
+    before: TokenHead,
     safety: SafetyConfig,
+    rows: Sequence[Row],
     parts: Mapping[str, Sequence[Hidden]],
 ) -> Made:
+    pretrained, config = subject.pretrained, before.config
     read = {name: _kept(read_queries(recipe, pretrained, config, hidden), hidden) for name, hidden in parts.items()}
     if empty := [name for name, some in read.items() if not some]:
         raise DataError(f"no request of {empty} is left by cut.request_tokens of {recipe.cut.request_tokens}")
@@ -185,14 +191,39 @@ def _make(
         benign = np.array([highest(query, one, safety.smoothing) for one, _ in read["benign"]])
         at = block_threshold(benign, recipe.acting.request_false_positives)
         query.out.bias.data += logit_of(safety.request.block) - at - MARGIN
+    head = TokenHead(replace(config, reads_query=True))
+    head.load_state_dict(before.state_dict() | {f"query.{name}": value for name, value in query.state_dict().items()})
+    flag = _flag(recipe, subject, head, rows)
 
     def over(name: str, threshold: float) -> Rate:
         found = [highest(query, one, safety.smoothing) > logit_of(threshold) for one, _ in read[name]]
         return wilson(sum(found), len(found))
 
-    block, flag = safety.request.block, safety.request.flag
+    block = safety.request.block
     rates = over("benign", block), over("benign", flag), over("malicious", block)
-    return Made(query, len(read["train"]), *rates)
+    return Made(head, flag, len(read["train"]), *rates)
+
+
+def _flag(recipe: HeadRecipe, subject: Subject, head: TokenHead, rows: Sequence[Row]) -> float:
+    """Return the `flag` of requests, as `training.calibrate` finds it, on validation requests as they are."""
+    distinct = {(row.group, row.key, row.request_label): row for row in rows if row.part == "validation"}
+    asked = [
+        replace(row, response=None, response_label=None) for row in distinct.values() if row.request_label is not None
+    ]
+    cls = subject.brought.cls
+    states = compute(
+        subject.pretrained,
+        asked,
+        head.config.layers,
+        recipe.cut,
+        batch_tokens=recipe.batch_tokens,
+        cache=Path(recipe.cache),
+        cls=cls,
+    )
+    share = cls.config.request_share if cls is not None else 1.0
+    scored, _ = score(head, asked, states, recipe, share, highest_logits(recipe, subject.pretrained, head, asked))
+    weights = {name: source.flag_weight for name, source in recipe.sources.items()}
+    return flag_threshold(scored.risks, scored.labels, balanced_weights(scored.groups, weights))
 
 
 def _kept(read: Sequence[QueryStates], hidden: Sequence[Hidden]) -> Items:

@@ -151,7 +151,7 @@ def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pr
 
     after = checkpoint.load(tmp_path / "with")
     assert torch.equal(before.head.request.out.weight, after.head.request.out.weight)
-    assert after.config.request == before.config.request
+    assert after.config.request.block == before.config.request.block
     assert after.config.token_head == replace(before.config.token_head, reads_query=True)
     report = after.config.calibration["query"]
     assert report["benign"]["hits"] == 0
@@ -200,6 +200,18 @@ def test_the_head_acts_on_no_more_benign_messages_than_was_said(
     acted = [risk > lm.config.request.block + 1e-6 for risk in risks]
     assert sum(acted) == lm.config.calibration["query"]["benign"]["hits"] == len(benign) // 4
     assert max(risks) > probability(-20)
+
+
+def test_flag_of_requests_is_what_a_calibration_finds(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
+    plain = replace(hiding, augment=replace(hiding.augment, history=0.0, system=0.0))
+    first = train_head(plain, "")
+    query = replace(plain, checkpoint=str(first), output=str(tmp_path / "with"), run=str(tmp_path / "query"))
+    folder = add_query_head(replace(query, acting=replace(query.acting, request_false_positives=0.5)), "")
+    found, before = checkpoint.load(folder).config, checkpoint.load(first).config
+    calibrate_checkpoint(replace(plain, checkpoint=str(folder), output=str(tmp_path / "new")), "")
+    assert found.request.flag == pytest.approx(checkpoint.load(tmp_path / "new").config.request.flag, abs=1e-6)
+    assert found.request.flag != pytest.approx(before.request.flag, abs=1e-4)
+    assert found.response == before.response
 
 
 def test_validation_rows_set_when_it_acts_too_as_they_set_block(hiding: HeadRecipe):
