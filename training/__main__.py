@@ -156,7 +156,7 @@ The recipe's sources are the rows that thresholds are set on. Every key is expla
     "query": Command(
         run_query,
         "query_deepened_signal",
-        "add a head to a checkpoint that reads every token of the query, against requests hidden in long messages",
+        "add a head that reads every token of the query, against requests hidden in long messages, and set `flag` anew",
         """examples:
   ballast-train query data=data/train output=checkpoints/mine
   ballast-train query --config my_recipe.yaml checkpoint=checkpoints/mine query.limit=1000
@@ -216,7 +216,7 @@ Every key of a recipe is explained in training/tune_config.py.""",
     "harden": Command(
         run_harden,
         "harden",
-        "take a model the whole way: anchors, deepened refusals with [CLS], token head, thresholds, a quick check",
+        "take a model the whole way: anchors, deepened refusals with [CLS], the heads, thresholds, a quick check",
         """examples:
   ballast-train harden --model HuggingFaceTB/SmolLM2-360M-Instruct --data data/train
   ballast-train harden --model models/mine --data data/train --output checkpoints/mine signal.steps=300 seed=1

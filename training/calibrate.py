@@ -231,17 +231,31 @@ def _scored(risks: Array, rows: Sequence[Row], chosen: Sequence[int], side: Side
     )
 
 
+def best_flag(scored: Scored, recipe: HeadRecipe) -> float:
+    """Return the threshold with the best F1 on validation rows, each source having its weight.
+
+    Raises:
+        ValueError: if no harmful validation row has weight.
+    """
+    validation = scored.is_validation
+    return flag_threshold(scored.risks[validation], scored.labels[validation], _weights(scored, recipe))
+
+
+def _weights(scored: Scored, recipe: HeadRecipe) -> Array:
+    """Return the weight of each validation row where the best F1 is sought."""
+    weights = {name: source.flag_weight for name, source in recipe.sources.items()}
+    return balanced_weights(scored.groups[scored.is_validation], weights)
+
+
 def _report(scored: Scored, side: Side, recipe: HeadRecipe) -> SideReport:
     block_sources = tuple(name for name, source in recipe.sources.items() if side in source.sets_block)
     benign = _benign(scored, block_sources)
     validation = scored.is_validation
-    weights = balanced_weights(
-        scored.groups[validation], {name: source.flag_weight for name, source in recipe.sources.items()}
-    )
+    weights = _weights(scored, recipe)
     risks, labels = scored.risks[validation], scored.labels[validation]
     target = getattr(recipe.acting, f"{side}_false_positives")
     try:
-        thresholds = Thresholds(block=block_threshold(benign, target), flag=flag_threshold(risks, labels, weights))
+        thresholds = Thresholds(block=block_threshold(benign, target), flag=best_flag(scored, recipe))
     except ValueError as error:
         under = " under a permissive licence" if recipe.is_permissive_only else ""
         raise DataError(f"cannot calibrate the {side} side on sources {list(block_sources)}{under}: {error}") from error

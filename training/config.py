@@ -192,7 +192,7 @@ class HeadRecipe(Recipe):
     """Folder of an adapter that is added to the model, and goes into the checkpoint, with a `[CLS]` signal if one lies
     beside it; null takes the model as it is."""
     checkpoint: str | None = None
-    """Of `ballast-train calibrate` and `query`: the checkpoint that gets new thresholds, or a further head."""
+    """Of `ballast-train calibrate` and `query`: the checkpoint to get new thresholds, or a further head and `flag`."""
     schedule: str | None = None
     """When a `[CLS]` signal will be assessed while a response is generated, as `model.schedule.parse` reads it; null
     takes the checkpoint's, or `annealed`."""

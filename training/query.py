@@ -30,7 +30,7 @@ from model.pretrained import Pretrained
 from model.safety_head import RiskHead, TokenHead
 from model.trace import Highest, logit_of
 from training import recipe_file
-from training.calibrate import score
+from training.calibrate import best_flag, score
 from training.config import HeadRecipe
 from training.corpus import assemble, sample
 from training.errors import DataError, RecipeError
@@ -39,7 +39,7 @@ from training.hidden import Hidden, hide, surroundings
 from training.licences import licence_for
 from training.logs import loggers
 from training.losses import query_loss
-from training.metrics import Array, Rate, balanced_weights, block_threshold, flag_threshold, wilson
+from training.metrics import Array, Rate, block_threshold, wilson
 from training.query_states import QueryStates
 from training.query_states import read as read_queries
 from training.report import checksums
@@ -67,8 +67,9 @@ CARD = (
     "up to {longest} tokens, read in {dtype}. Held-out messages of this kind over `block`: {benign.value:.2%} "
     "({benign.low:.2%} to {benign.high:.2%}) of {benign.n} harmless ones, which set when it acts, and "
     "{malicious.value:.2%} ({malicious.low:.2%} to {malicious.high:.2%}) of {malicious.n} with a malicious request. "
-    "`flag` of requests is {flag:.4f} since, by the best F1 on validation requests as they are; {flagged.value:.2%} "
-    "({flagged.low:.2%} to {flagged.high:.2%}) of the harmless messages are over it.\n"
+    "`flag` of requests is {flag:.4f} since, set in {dtype} too, by the best F1 on {num_malicious} malicious and "
+    "{num_harmless} harmless validation requests, without surroundings; this head alone puts {flagged.value:.2%} "
+    "({flagged.low:.2%} to {flagged.high:.2%}) of the harmless messages over it.\n"
 )
 
 
@@ -79,10 +80,13 @@ class Made:
     head: TokenHead
     flag: float
     """The threshold of the request risk with it."""
+    num_malicious: int
+    """Of the requests that set `flag`."""
+    num_harmless: int
     num_taught: int
     benign: Rate
     flagged: Rate
-    """Benign messages over `flag`."""
+    """Benign messages that the further head alone puts over `flag`."""
     malicious: Rate
 
 
@@ -138,19 +142,20 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
         raise RecipeError(f"checkpoint {folder} has no token head, beside which a head for the query could stand")
     subject = load_subject(recipe)
     if (dtype := before.config.base.dtype) != recipe.dtype:
-        logger.warning("the head is set in %s, the checkpoint's thresholds in %s", recipe.dtype, dtype)
+        logger.warning("the head and `flag` are set in %s, the checkpoint's thresholds in %s", recipe.dtype, dtype)
     rows = unanswered(recipe)
-    parts = messages(rows, recipe)
+    parts, asked = messages(rows, recipe), flagged_by(rows, recipe)
     licence = licence_for(recipe, {row.licence for row in rows} | subject.brought.licences)  # any may be surroundings
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
-    made = _make(recipe, subject, before.head, before.config, rows, parts)
+    made = _make(recipe, subject, before.head, before.config, parts, asked)
     report = {
         "command": command,
         "data_sha256": checksums(recipe.sources.values(), recipe.data),
         "taught": made.num_taught,
         "flag": made.flag,
+        "flag_set_on": {"malicious": made.num_malicious, "harmless": made.num_harmless},
         **{name: asdict(rate) for name, rate in vars(made).items() if isinstance(rate, Rate)},
     }
     (run / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -179,8 +184,8 @@ def _make(
     subject: Subject,
     before: TokenHead,
     safety: SafetyConfig,
-    rows: Sequence[Row],
     parts: Mapping[str, Sequence[Hidden]],
+    asked: Sequence[Row],
 ) -> Made:
     pretrained, config = subject.pretrained, before.config
     read = {name: _kept(read_queries(recipe, pretrained, config, hidden), hidden) for name, hidden in parts.items()}
@@ -193,7 +198,7 @@ def _make(
         query.out.bias.data += logit_of(safety.request.block) - at - MARGIN
     head = TokenHead(replace(config, reads_query=True))
     head.load_state_dict(before.state_dict() | {f"query.{name}": value for name, value in query.state_dict().items()})
-    flag = _flag(recipe, subject, head, rows)
+    flag = request_flag(recipe, subject, head, asked, safety.smoothing)
 
     def over(name: str, threshold: float) -> Rate:
         found = [highest(query, one, safety.smoothing) > logit_of(threshold) for one, _ in read[name]]
@@ -201,15 +206,34 @@ def _make(
 
     block = safety.request.block
     rates = over("benign", block), over("benign", flag), over("malicious", block)
-    return Made(head, flag, len(read["train"]), *rates)
+    num_malicious, num_harmless = (_num_counted(asked, recipe, label) for label in (1, 0))
+    return Made(head, flag, num_malicious, num_harmless, len(read["train"]), *rates)
 
 
-def _flag(recipe: HeadRecipe, subject: Subject, head: TokenHead, rows: Sequence[Row]) -> float:
-    """Return the `flag` of requests, as `training.calibrate` finds it, on validation requests as they are."""
-    distinct = {(row.group, row.key, row.request_label): row for row in rows if row.part == "validation"}
-    asked = [
-        replace(row, response=None, response_label=None) for row in distinct.values() if row.request_label is not None
-    ]
+def flagged_by(rows: Sequence[Row], recipe: HeadRecipe) -> list[Row]:
+    """Return the validation requests that set `flag`, without responses.
+
+    Raises:
+        DataError: if no malicious one has weight.
+    """
+    labelled = [row for row in rows if row.part == "validation" and row.request_label is not None]
+    if not _num_counted(labelled, recipe, 1):
+        raise DataError("no malicious validation request, of a source with a flag_weight, is there to set `flag`")
+    first = {(row.group, row.key, row.request_label): row for row in reversed(labelled)}  # which `score` takes too
+    return [replace(row, response=None, response_label=None) for row in reversed(first.values())]
+
+
+def _num_counted(rows: Sequence[Row], recipe: HeadRecipe, label: int) -> int:
+    return sum(row.request_label == label and recipe.sources[row.group].flag_weight > 0 for row in rows)
+
+
+def request_flag(
+    recipe: HeadRecipe, subject: Subject, head: TokenHead, asked: Sequence[Row], smoothing: float
+) -> float:
+    """Return the `flag` of requests, found as `training.calibrate` finds it.
+
+    It may find another one on the same rows, some of which get an earlier exchange or a system message there.
+    """
     cls = subject.brought.cls
     states = compute(
         subject.pretrained,
@@ -221,9 +245,9 @@ def _flag(recipe: HeadRecipe, subject: Subject, head: TokenHead, rows: Sequence[
         cls=cls,
     )
     share = cls.config.request_share if cls is not None else 1.0
-    scored, _ = score(head, asked, states, recipe, share, highest_logits(recipe, subject.pretrained, head, asked))
-    weights = {name: source.flag_weight for name, source in recipe.sources.items()}
-    return flag_threshold(scored.risks, scored.labels, balanced_weights(scored.groups, weights))
+    queries = highest_logits(recipe, subject.pretrained, head, asked, smoothing)
+    scored, _ = score(head, asked, states, recipe, share, queries)
+    return best_flag(scored, recipe)
 
 
 def _kept(read: Sequence[QueryStates], hidden: Sequence[Hidden]) -> Items:
@@ -287,12 +311,14 @@ def evenly(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: next(turns[row.group]))
 
 
-def highest_logits(recipe: HeadRecipe, pretrained: Pretrained, head: TokenHead, rows: Sequence[Row]) -> Array:
+def highest_logits(
+    recipe: HeadRecipe, pretrained: Pretrained, head: TokenHead, rows: Sequence[Row], smoothing: float
+) -> Array:
     """Return the highest smoothed logit of the query of each row, (N,)."""
     assert head.query is not None
     distinct = {row.messages: Hidden(row, "", "") for row in rows}  # many rows differ in their response alone
     read = read_queries(recipe, pretrained, head.config, list(distinct.values()))
-    found = dict(zip(distinct, (highest(head.query, one, recipe.acting.smoothing) for one in read), strict=True))
+    found = dict(zip(distinct, (highest(head.query, one, smoothing) for one in read), strict=True))
     return np.array([found[row.messages] for row in rows])
 
 

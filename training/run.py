@@ -123,7 +123,7 @@ def _calibrate(
     """
     queries = None
     if head is not None and head.query is not None:
-        queries = highest_logits(recipe, subject.pretrained, head, rows)
+        queries = highest_logits(recipe, subject.pretrained, head, rows, recipe.acting.smoothing)
     found = calibrate(head, rows, states, recipe, queries=queries)
     if head is None or subject.brought.cls is None or found.response_share > 0.0:
         return found

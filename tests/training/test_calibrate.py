@@ -1,5 +1,6 @@
 """Risks of held-out rows are those of `model.scoring`, and thresholds come from the rows that they should."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from training.calibrate import SHARES, Scored, _redraw_below, _report, calibrate
 from training.config import Acting, HeadRecipe, Source
 from training.corpus import assemble
 from training.errors import DataError
-from training.query import highest_logits
+from training.metrics import balanced_weights, flag_threshold
+from training.query import flagged_by, highest_logits, request_flag
 from training.rows import Row
 from training.states import Read, States, compute, encode, forward
-from training.subject import ClsReading
+from training.subject import Brought, ClsReading, Subject
 
 LARGE = 8.0
 """The weights of the random head times this give risks that differ from row to row."""
@@ -98,11 +100,30 @@ def test_where_every_token_of_the_query_is_read_rows_have_the_risks_of_the_slow_
         lm.head.query.out.weight.mul_(LARGE)
     pretrained = Pretrained("tiny", lm.model, lm.tokenizer)
     states = compute(pretrained, rows, (-1,), recipe.cut, batch_tokens=2000, cache=tmp_path / "cache")
-    queries = highest_logits(recipe, pretrained, lm.head, rows)
+    queries = highest_logits(recipe, pretrained, lm.head, rows, recipe.acting.smoothing)
     (found, _), (without, _) = (score(lm.head, rows, states, recipe, queries=some) for some in (queries, None))
     of_rows = expected(lm, rows, recipe, "request")
     assert found.risks.tolist() == pytest.approx([risk for _, risk, _, _ in of_rows], abs=1e-4)
     assert (found.risks > without.risks + 1e-3).any()
+
+
+def test_flag_of_requests_is_set_on_what_both_signals_and_every_token_of_the_query_say(rows, recipe, tmp_path):
+    cls = ClsConfig((3, 4, 3), request_share=0.25)
+    lm = tiny_guarded_lm(
+        token_head=TokenHeadConfig((-1,), 32, 0, reads_query=True), smoothing=recipe.acting.smoothing, cls=cls
+    )
+    with torch.no_grad():
+        lm.head.query.out.weight.mul_(LARGE)
+        lm.cls.out.weight.mul_(LARGE)
+    brought = Brought(cls=ClsReading(lm.cls, cls, "a fingerprint"), head=lm.head)
+    subject = Subject(Pretrained("tiny", lm.model, lm.tokenizer), lm.config.base, brought)
+    where = replace(recipe, cache=str(tmp_path / "cache"))
+    asked = flagged_by(rows, where)
+    assert {row.part for row in asked} == {"validation"}
+    groups, risks, labels, _ = (np.array(found) for found in zip(*expected(lm, asked, recipe, "request"), strict=True))
+    weights = balanced_weights(groups, {name: source.flag_weight for name, source in recipe.sources.items()})
+    found = request_flag(where, subject, lm.head, asked, recipe.acting.smoothing)
+    assert found == pytest.approx(flag_threshold(risks, labels, weights), abs=1e-4)
 
 
 def test_rows_to_learn_from_are_read_as_a_response_that_is_generated(rows, recipe, tmp_path):

@@ -111,7 +111,7 @@ def test_the_shipped_recipe_is_made_of_those_of_its_steps():
     assert found.signal.adapter is None
     assert found.signal.steps == 7
     assert found.signal.parts == recipe_file.load(TuneRecipe, "deepened_signal_balanced").parts
-    off = ["seed=3", "acting.redraw_share=null", "head.layers=[]", "query.limit=1000", "query.calibration=500"]
+    off = ["seed=3", "acting.redraw_share=null", "head.layers=[]"]
     assert found.head == recipe_file.load(HeadRecipe, "head_deepened_signal", off)
 
 

@@ -22,7 +22,7 @@ from training.config import Cut, HeadRecipe
 from training.errors import DataError, RecipeError
 from training.hidden import Hidden, hide, place, surroundings
 from training.losses import query_loss
-from training.query import add_query_head, evenly, messages, unanswered
+from training.query import add_query_head, evenly, flagged_by, messages, unanswered
 from training.risk import smooth
 from training.rows import Row
 from training.run import calibrate_checkpoint, train_head
@@ -206,7 +206,8 @@ def test_flag_of_requests_is_what_a_calibration_finds(hiding: HeadRecipe, tiny: 
     plain = replace(hiding, augment=replace(hiding.augment, history=0.0, system=0.0))
     first = train_head(plain, "")
     query = replace(plain, checkpoint=str(first), output=str(tmp_path / "with"), run=str(tmp_path / "query"))
-    folder = add_query_head(replace(query, acting=replace(query.acting, request_false_positives=0.5)), "")
+    acting = replace(query.acting, request_false_positives=0.5, smoothing=0.9)  # that of the checkpoint counts
+    folder = add_query_head(replace(query, acting=acting), "")
     found, before = checkpoint.load(folder).config, checkpoint.load(first).config
     calibrate_checkpoint(replace(plain, checkpoint=str(folder), output=str(tmp_path / "new")), "")
     assert found.request.flag == pytest.approx(checkpoint.load(tmp_path / "new").config.request.flag, abs=1e-6)
@@ -226,6 +227,9 @@ def test_what_it_needs_is_said(hiding: HeadRecipe, tiny: Pretrained, tmp_path: P
     sources = {name: replace(source, sets_block=()) for name, source in hiding.sources.items()}
     with pytest.raises(DataError, match=r"no request is left for \['benign'\]"):
         messages(unanswered(hiding), replace(hiding, sources=sources))
+    weightless = {name: replace(source, flag_weight=0.0) for name, source in hiding.sources.items()}
+    with pytest.raises(DataError, match="no malicious validation request"):
+        flagged_by(unanswered(hiding), replace(hiding, sources=weightless))
     first = train_head(hiding, "")
     (tmp_path / "data" / "instructions.jsonl").write_text(
         json.dumps({"prompt": "a", "response": "b", "source": "Own (MIT)"}) + "\n"
