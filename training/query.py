@@ -46,7 +46,7 @@ from training.report import checksums
 from training.risk import smooth
 from training.rows import Part, Row
 from training.shards import digest
-from training.states import compute
+from training.states import compute_for
 from training.subject import Subject, load_subject
 
 logger = logging.getLogger(__name__)
@@ -235,15 +235,7 @@ def request_flag(
     It may find another one on the same rows, some of which get an earlier exchange or a system message there.
     """
     cls = subject.brought.cls
-    states = compute(
-        subject.pretrained,
-        asked,
-        head.config.layers,
-        recipe.cut,
-        batch_tokens=recipe.batch_tokens,
-        cache=Path(recipe.cache),
-        cls=cls,
-    )
+    states = compute_for(recipe, subject, asked, head.config.layers)
     share = cls.config.request_share if cls is not None else 1.0
     queries = highest_logits(recipe, subject.pretrained, head, asked, smoothing)
     scored, _ = score(head, asked, states, recipe, share, queries)

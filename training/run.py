@@ -35,7 +35,7 @@ from training.rephrase import rephrased
 from training.report import calibration_report, checksums, count_sources, metrics
 from training.rows import Row
 from training.shards import digest
-from training.states import States, compute
+from training.states import States, compute_for
 from training.subject import Subject, load_subject
 from training.surround import surrounded
 
@@ -128,21 +128,8 @@ def _calibrate(
     if head is None or subject.brought.cls is None or found.response_share > 0.0:
         return found
     held_out = [row for row in rows if row.part != "train"]
-    read = _compute(recipe, subject, held_out, is_scheduled=True)
+    read = compute_for(recipe, subject, held_out, recipe.head.layers, is_scheduled=True)
     return calibrate(head, held_out, read, recipe, (found.request_share, found.response_share), queries)
-
-
-def _compute(recipe: HeadRecipe, subject: Subject, rows: Sequence[Row], *, is_scheduled: bool = False) -> States:
-    return compute(
-        subject.pretrained,
-        rows,
-        recipe.head.layers,
-        recipe.cut,
-        batch_tokens=recipe.batch_tokens,
-        cache=Path(recipe.cache),
-        cls=subject.brought.cls,
-        is_scheduled=is_scheduled,
-    )
 
 
 def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = False) -> tuple[list[Row], str, States]:
@@ -154,7 +141,7 @@ def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = F
     _write_run(recipe, rows)
     if is_held_out_only:
         rows = [row for row in rows if row.part != "train"]
-    return rows, licence, _compute(recipe, subject, rows)
+    return rows, licence, compute_for(recipe, subject, rows, recipe.head.layers)
 
 
 def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:

@@ -27,13 +27,13 @@ from model.cls_signal import forward as forward_masked
 from model.errors import TemplateError
 from model.pretrained import Pretrained
 from model.safety_head import Passage
-from training.config import Cut
+from training.config import Cut, HeadRecipe
 from training.errors import DataError, RecipeError
 from training.progress import tracked
 from training.rows import Row
 from training.shards import digest, write_atomically
 from training.signal_model import padded_masks
-from training.subject import ClsReading
+from training.subject import ClsReading, Subject
 
 SHARD_ROWS = 512
 """Rows per file: an interruption loses at most this many."""
@@ -197,6 +197,22 @@ def compute(
         shards.append(Shard(**load_file(path)))
     places = tuple((number, row) for number, chunk in enumerate(chunks) for row in range(len(chunk)))
     return States(tuple(shards), places)
+
+
+def compute_for(
+    recipe: HeadRecipe, subject: Subject, rows: Sequence[Row], layers: Sequence[int], *, is_scheduled: bool = False
+) -> States:
+    """Return the states of `rows` as `compute` does, of the subject and as its recipe says."""
+    return compute(
+        subject.pretrained,
+        rows,
+        layers,
+        recipe.cut,
+        batch_tokens=recipe.batch_tokens,
+        cache=Path(recipe.cache),
+        cls=subject.brought.cls,
+        is_scheduled=is_scheduled,
+    )
 
 
 def forward(

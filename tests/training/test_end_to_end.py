@@ -144,7 +144,7 @@ def test_weights_of_unclear_licence_are_refused(recipe: HeadRecipe, tiny: Pretra
 def test_a_side_without_benign_rows_is_named_before_anything_is_computed(
     recipe: HeadRecipe, tiny: Pretrained, monkeypatch
 ):
-    monkeypatch.setattr("training.run.compute", None)
+    monkeypatch.setattr("training.run.compute_for", None)
     sources = {name: replace(source, sets_block=()) for name, source in recipe.sources.items()}
     with pytest.raises(DataError, match="cannot calibrate the request side"):
         train_head(replace(recipe, sources=sources), "plain")
