@@ -74,7 +74,12 @@ def _token_head(head: TokenHeadConfig) -> str:
     return (
         f"A Ballast token head ({shape}, layers {list(head.layers)}, each state beside the mean of its passage) that "
         "reads a request risk at the end of the request and a response risk at every response token."
-        + (" A further head reads the state at every token of the query, alone." if head.reads_query else "")
+        + (
+            " A further head reads the state at every token of the query, alone; `calibration.query` of "
+            "`safety_config.json` says how it was made."
+            if head.reads_query
+            else ""
+        )
     )
 
 

@@ -212,7 +212,7 @@ def _write_checkpoint(
         redraw_below=calibration.redraw_below,
         refusal=brought.refusal,
         licence=licence,
-        calibration=calibration_report(rows, calibration, recipe),
+        calibration=calibration_report(rows, calibration, recipe) | ({"query": brought.query} if brought.query else {}),
     )
     card = model_card(
         config, recipe, count_sources(rows), checksums(recipe.sources.values(), recipe.data), calibration, command

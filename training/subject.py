@@ -43,6 +43,10 @@ class ClsReading:
         return [BEFORE, *(Span(n, window(n, windows, is_malicious=False)) for n in numbers)]
 
 
+MADE_OF = ("command", "data_sha256", "taught")
+"""What new thresholds leave true of what `training.query` says of its head."""
+
+
 class Brought(NamedTuple):
     """What an adapter's folder, or a checkpoint, adds to the model."""
 
@@ -55,6 +59,8 @@ class Brought(NamedTuple):
     """Of these weights."""
     acting: Mapping[str, float] = {}
     """What a checkpoint's policy does with the risks, but for thresholds: keys of `training.config.Acting`."""
+    query: Mapping[str, object] = {}
+    """How the head that reads every token of the query was made, where a checkpoint has one."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def _of_checkpoint(recipe: HeadRecipe, folder: Path, pretrained: Pretrained) -> 
         refusal=config.refusal,
         licences=frozenset({config.licence}),
         acting={name: getattr(config, name) for name in ("smoothing", "patience", "lookback")},
+        query={name: value for name, value in config.calibration.get("query", {}).items() if name in MADE_OF},
     )
 
 

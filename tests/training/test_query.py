@@ -18,7 +18,7 @@ from model.trace import probability
 from tests.training.conftest import FILLER
 from training import recipe_file
 from training.__main__ import main
-from training.config import Cut, HeadRecipe
+from training.config import Cut, HeadRecipe, Optimiser, Query
 from training.errors import DataError, RecipeError
 from training.hidden import Hidden, hide, place, surroundings
 from training.losses import query_loss
@@ -182,6 +182,25 @@ def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pr
     assert "A further head reads" in (tmp_path / "new" / "README.md").read_text()
     assert raised.head.query is not None
     assert raised.config.request.block > before.config.request.block + 1e-3
+    said = loud.config.calibration["query"]
+    assert raised.config.calibration["query"] == {key: said[key] for key in ("command", "data_sha256", "taught")}
+
+
+def test_rows_that_only_stand_around_requests_bind_the_weights_too(
+    hiding: HeadRecipe, data: Path, tiny: Pretrained, tmp_path: Path
+):
+    bound = {"own_answers", "alpaca", "refusals"}
+    free = replace(hiding, sources={name: one for name, one in hiding.sources.items() if name not in bound})
+    free = replace(free, query=Query(limit=4, calibration=8), query_optimiser=Optimiser(epochs=1, batch_size=8))
+    first = train_head(free, "")
+    answers = [
+        {"prompt": "", "response": f"{n}. {FILLER * 2}", "harmful": 0, "source": "O (CC-BY-NC-4.0)"} for n in "ab"
+    ]
+    (data / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    around = free.sources | {"others": replace(free.sources["responses"], path="others.jsonl", request_label=None)}
+    for sources, licence in ((free.sources, "Apache-2.0"), (around, "CC-BY-NC-SA-4.0")):
+        folder = add_query_head(replace(free, checkpoint=str(first), sources=sources, output=str(tmp_path / "q")), "")
+        assert checkpoint.load(folder).config.licence == licence
 
 
 def test_the_head_acts_on_no_more_benign_messages_than_was_said(
