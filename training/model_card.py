@@ -57,6 +57,8 @@ def fit_card(name: str, base: str, kind: str, licence: str, rows: Mapping[str, M
 def _head(config: SafetyConfig, recipe: HeadRecipe, command: str) -> str:
     note = _LICENCE_NOTES.get(config.licence, f"The licence of these weights is {config.licence}.")
     parts = [_token_head(config.token_head)] if config.token_head is not None else []
+    if "query" in config.calibration:
+        parts.append("`calibration.query` of `safety_config.json` says how the further head was made.")
     parts += [_cls(config.cls, has_head=config.token_head is not None)] if config.cls is not None else []
     tuned = "fine-tuned by the adapter beside this file" if config.base.adapter else "frozen"
     base = config.base
@@ -74,12 +76,7 @@ def _token_head(head: TokenHeadConfig) -> str:
     return (
         f"A Ballast token head ({shape}, layers {list(head.layers)}, each state beside the mean of its passage) that "
         "reads a request risk at the end of the request and a response risk at every response token."
-        + (
-            " A further head reads the state at every token of the query, alone; `calibration.query` of "
-            "`safety_config.json` says how it was made."
-            if head.reads_query
-            else ""
-        )
+        + (" A further head reads the state at every token of the query, alone." if head.reads_query else "")
     )
 
 

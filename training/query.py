@@ -268,6 +268,7 @@ def messages(rows: Sequence[Row], recipe: HeadRecipe) -> dict[str, list[Hidden]]
     malicious = {row.key for row in rows if row.request_label == 1}
     labelled = [row for row in rows if row.request_label is not None]
     distinct = {row.key: row for row in labelled if row.request_label == 1 or row.key not in malicious}
+    setting = {row.key: row for row in labelled if "request" in recipe.sources[row.group].sets_block}
 
     def chosen(label: int, *parts: Part) -> list[Row]:
         of_kind = [row for row in distinct.values() if row.part in parts and row.request_label == label]
@@ -279,9 +280,9 @@ def messages(rows: Sequence[Row], recipe: HeadRecipe) -> dict[str, list[Hidden]]
     found = {
         "train": in_turn("train", recipe.query.limit),
         "validation": in_turn("validation", max(1, recipe.query.limit // 10)),
-        "benign": [
-            row for row in chosen(0, "validation", "calibration") if "request" in recipe.sources[row.group].sets_block
-        ][: recipe.query.calibration],
+        "benign": [setting[row.key] for row in chosen(0, "validation", "calibration") if row.key in setting][
+            : recipe.query.calibration
+        ],
         "malicious": chosen(1, "validation"),
     }
     if empty := [name for name, some in found.items() if not some]:

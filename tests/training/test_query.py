@@ -186,7 +186,7 @@ def test_the_head_is_added_and_finds_what_is_hidden(hiding: HeadRecipe, tiny: Pr
     assert raised.config.calibration["query"] == {key: said[key] for key in ("command", "data_sha256", "taught")}
 
 
-def test_rows_that_only_stand_around_requests_bind_the_weights_too(
+def test_rows_without_a_label_of_their_request_bind_the_weights_too(
     hiding: HeadRecipe, data: Path, tiny: Pretrained, tmp_path: Path
 ):
     bound = {"own_answers", "alpaca", "refusals"}
@@ -238,6 +238,13 @@ def test_validation_rows_set_when_it_acts_too_as_they_set_block(hiding: HeadReci
     sources = {name: replace(source, calibration=0) for name, source in hiding.sources.items()}
     recipe = replace(hiding, sources=sources)
     assert {one.row.part for one in messages(unanswered(recipe), recipe)["benign"]} == {"validation"}
+
+
+def test_a_prompt_of_two_sources_sets_when_it_acts_if_one_of_them_does(hiding: HeadRecipe):
+    sets = {"own_answers": ("request",), "instructions": (), "alpaca": ()}  # alpaca has those of own_answers, and more
+    sources = {name: replace(hiding.sources[name], sets_block=value) for name, value in sets.items()}
+    recipe = replace(hiding, sources=hiding.sources | sources)
+    assert {one.row.group for one in messages(unanswered(recipe), recipe)["benign"]} == {"own_answers"}
 
 
 def test_what_it_needs_is_said(hiding: HeadRecipe, tiny: Pretrained, tmp_path: Path):
