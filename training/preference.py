@@ -39,6 +39,7 @@ def dpo(recipe: DpoRecipe, command: str, callbacks: tuple[TrainerCallback, ...] 
         ModelError: if the model cannot be loaded.
     """
     fit.check_processes()
+    fit.warn_of_precision(recipe)
     rows = read_part("preferences", recipe.part, recipe)
     if any(row.harmful is None for row in rows):
         raise RecipeError("part.sources must be triplets: a preference needs a harmful response too")

@@ -53,6 +53,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         ModelError: if the model cannot be loaded.
     """
     fit.check_processes()
+    fit.warn_of_precision(recipe)
     place = "cpu" if recipe.fsdp else fit.own_device(recipe)  # shares go to their GPUs when they are made
     pretrained = load(recipe.model, dtype=_storage(recipe), device=place)
     if _is_short(recipe, pretrained.model):

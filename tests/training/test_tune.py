@@ -152,6 +152,17 @@ def test_in_bfloat16_too_the_first_constrained_step_is_plain(
     assert loss == pytest.approx(4 * math.log(2), rel=1e-3)  # (2 / beta) log 2 where nothing has moved
 
 
+@pytest.mark.parametrize(
+    ("dtype", "has", "warns"), [("bfloat16", False, 1), ("float32", False, 0), ("bfloat16", True, 0)]
+)
+def test_a_slow_precision_is_said(
+    saved_model: Path, data: Path, tmp_path: Path, dtype: str, has: bool, warns: int, monkeypatch, caplog
+):
+    monkeypatch.setattr("training.fit.has_products", lambda: has)
+    tune(recipe(saved_model, data, tmp_path, dtype=dtype, steps=1), "")
+    assert caplog.text.count("dtype=float32") == warns
+
+
 def test_all_weights_can_be_trained(saved_model: Path, data: Path, tmp_path: Path):
     tune(recipe(saved_model, data, tmp_path, lora=None), "")
     before, after = (load(str(path), dtype=torch.float32).model for path in (saved_model, tmp_path / "adapter"))
