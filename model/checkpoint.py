@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -75,17 +76,24 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: Path, head: TokenHead | None, config: SafetyConfig, cls: ClsSignal | None = None) -> None:
-    """Write a checkpoint; the configuration comes last and atomically, so a torn write is never valid."""
+    """Write a checkpoint, in place of one that lies there.
+
+    All is written beside it first, so a write that fails leaves the one before. Then the configuration goes first and
+    comes last: it never vouches for weights of another checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG_FILE, HEAD_FILE, cls_signal.FILE):
-        (folder / name).unlink(missing_ok=True)  # an older configuration must not vouch for the new weights
-    if head is not None:
-        tensors.write(head, folder / HEAD_FILE)
-    if cls is not None and config.cls is not None:
-        cls_signal.save(cls, folder, config.cls)
-    scratch = folder / f".{CONFIG_FILE}"
-    scratch.write_text(config.to_json(), encoding="utf-8")
-    os.replace(scratch, folder / CONFIG_FILE)
+    with TemporaryDirectory(dir=folder, prefix=".new-") as name:
+        new = Path(name)
+        if head is not None:
+            tensors.write(head, new / HEAD_FILE)
+        if cls is not None and config.cls is not None:
+            cls_signal.save(cls, new, config.cls)
+        (new / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+        for file in (CONFIG_FILE, HEAD_FILE, cls_signal.FILE):
+            (folder / file).unlink(missing_ok=True)
+        for file in (HEAD_FILE, cls_signal.FILE, CONFIG_FILE):
+            if (new / file).is_file():
+                os.replace(new / file, folder / file)
 
 
 def load(folder: Path) -> Checkpoint:

@@ -1,6 +1,7 @@
 """The script `ballast-train`: a table of commands, each with a recipe and `key=value` overrides."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -36,13 +37,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"{self.prog}: {message}; see --help\n")
 
 
+def _say(text: str) -> None:
+    """Tell the user, once for all processes of a parallel run."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{text}\n")
+
+
 def run_head(arguments: argparse.Namespace, command: str) -> None:
     """Train and calibrate a token head."""
     recipe = recipe_file.load(HeadRecipe, arguments.config, arguments.overrides)
     from training.run import train_head  # here, because torch and transformers take seconds to import
 
     folder = train_head(recipe, command)
-    sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
+    _say(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}")
 
 
 def run_calibrate(arguments: argparse.Namespace, command: str) -> None:
@@ -51,7 +58,7 @@ def run_calibrate(arguments: argparse.Namespace, command: str) -> None:
     from training.run import calibrate_checkpoint
 
     folder = calibrate_checkpoint(recipe, command)
-    sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
+    _say(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}")
 
 
 def run_query(arguments: argparse.Namespace, command: str) -> None:
@@ -60,7 +67,7 @@ def run_query(arguments: argparse.Namespace, command: str) -> None:
     from training.query import add_query_head
 
     folder = add_query_head(recipe, command)
-    sys.stderr.write(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}\n")
+    _say(f"wrote {folder}; serve it with BALLAST_CHECKPOINT={folder}")
 
 
 def run_tune(arguments: argparse.Namespace, command: str) -> None:
@@ -80,7 +87,7 @@ def _tune(recipe: TuneRecipe, command: str) -> None:
     from training.tune import tune
 
     keep_freed()
-    sys.stderr.write(f"wrote {tune(recipe, command)}\n")
+    _say(f"wrote {tune(recipe, command)}")
 
 
 def run_anchors(arguments: argparse.Namespace, command: str) -> None:
@@ -88,7 +95,7 @@ def run_anchors(arguments: argparse.Namespace, command: str) -> None:
     recipe = recipe_file.load(AnchorRecipe, arguments.config, arguments.overrides)
     from training.anchors import write_anchors
 
-    sys.stderr.write(f"wrote {write_anchors(recipe)}\n")
+    _say(f"wrote {write_anchors(recipe)}")
 
 
 def run_dpo(arguments: argparse.Namespace, command: str) -> None:
@@ -96,7 +103,7 @@ def run_dpo(arguments: argparse.Namespace, command: str) -> None:
     recipe = recipe_file.load(DpoRecipe, arguments.config, arguments.overrides)
     from training.preference import dpo
 
-    sys.stderr.write(f"wrote {dpo(recipe, command)}\n")
+    _say(f"wrote {dpo(recipe, command)}")
 
 
 def run_harden(arguments: argparse.Namespace, command: str) -> None:
@@ -108,9 +115,7 @@ def run_harden(arguments: argparse.Namespace, command: str) -> None:
 
     keep_freed()
     folder, found = harden(recipe, command)
-    sys.stderr.write(
-        f"{found}\nwrote {folder}; serve it with BALLAST_MODEL={recipe.model} BALLAST_CHECKPOINT={folder}\n"
-    )
+    _say(f"{found}\nwrote {folder}; serve it with BALLAST_MODEL={recipe.model} BALLAST_CHECKPOINT={folder}")
 
 
 def run_merge(arguments: argparse.Namespace, command: str) -> None:
@@ -118,7 +123,7 @@ def run_merge(arguments: argparse.Namespace, command: str) -> None:
     recipe = recipe_file.load(MergeRecipe, arguments.config, arguments.overrides)
     from training.merge import merge
 
-    sys.stderr.write(f"wrote {merge(recipe)}\n")
+    _say(f"wrote {merge(recipe)}")
 
 
 COMMANDS = {

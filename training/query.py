@@ -137,11 +137,11 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     if recipe.checkpoint is None:
         raise RecipeError("set checkpoint to the one that gets a head for the query")
     folder = checkpoint.find(recipe.checkpoint)
-    before = checkpoint.load(folder)
-    if before.head is None:
-        raise RecipeError(f"checkpoint {folder} has no token head, beside which a head for the query could stand")
     subject = load_subject(recipe)
-    if (dtype := before.config.base.dtype) != recipe.dtype:
+    head, before = subject.brought.head, subject.brought.config
+    if head is None or before is None:
+        raise RecipeError(f"checkpoint {folder} has no token head, beside which a head for the query could stand")
+    if (dtype := before.base.dtype) != recipe.dtype:
         logger.warning("the head and `flag` are set in %s, the checkpoint's thresholds in %s", recipe.dtype, dtype)
     rows = unanswered(recipe)
     parts, asked = messages(rows, recipe), flagged_by(rows, recipe)
@@ -149,8 +149,8 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     recipe_file.dump(recipe, run / "recipe.yaml")
-    made = _make(recipe, subject, before.head, before.config, parts, asked)
-    report = {
+    made = _make(recipe, subject, head, before, parts, asked)
+    report: dict[str, object] = {
         "command": command,
         "data_sha256": checksums(recipe.sources.values(), recipe.data),
         "taught": made.num_taught,
@@ -159,24 +159,36 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
         **{name: asdict(rate) for name, rate in vars(made).items() if isinstance(rate, Rate)},
     }
     (run / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    config = replace(
+        before,
+        token_head=made.head.config,
+        request=replace(before.request, flag=made.flag),
+        licence=licence,
+        calibration=before.calibration | {"query": report},
+    )
     output = Path(recipe.output)
     if output.resolve() != folder.resolve():
         shutil.rmtree(output / adapter.FOLDER, ignore_errors=True)
         shutil.copytree(folder, output, dirs_exist_ok=True)
-    config = replace(
-        before.config,
-        token_head=made.head.config,
-        request=replace(before.config.request, flag=made.flag),
-        licence=licence,
-        calibration=before.config.calibration | {"query": report},
-    )
-    card = output / "README.md"
+    text = CARD.format(command=command, longest=recipe.cut.request_tokens, dtype=recipe.dtype, **vars(made))
+    _extend(output / "README.md", text)
+    cls = subject.brought.cls
+    checkpoint.save(output, made.head, config, cls.signal if cls is not None else None)
+    return output
+
+
+def _extend(card: Path, text: str) -> None:
+    """Put what is said of this head at the end of a model card, in place of what was said of one before."""
     kept = card.read_text(encoding="utf-8") if card.is_file() else ""
     (said, *_) = kept.partition(TITLE)
-    text = CARD.format(command=command, longest=recipe.cut.request_tokens, dtype=recipe.dtype, **vars(made))
     card.write_text(f"{said.rstrip()}\n\n{text}", encoding="utf-8")
-    checkpoint.save(output, made.head, config, before.cls)
-    return output
+
+
+def still_true(config: SafetyConfig | None) -> dict[str, object]:
+    """Return what new thresholds leave true of a checkpoint's report on its head for the query, under its key."""
+    report = config.calibration.get("query", {}) if config is not None else {}
+    kept = {name: report[name] for name in ("command", "data_sha256", "taught") if name in report}
+    return {"query": kept} if kept else {}
 
 
 def _make(

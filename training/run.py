@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from model import adapter, checkpoint
 from model.chat import ChatTemplate
-from model.config import VERSION, SafetyConfig
+from model.config import VERSION, RefusalConfig, SafetyConfig
 from model.pretrained import Pretrained
 from model.safety_head import TokenHead
 from training import recipe_file
@@ -30,7 +30,7 @@ from training.licences import licence_beside, licence_for
 from training.logs import loggers
 from training.model_card import model_card
 from training.plots import draw
-from training.query import highest_logits
+from training.query import highest_logits, still_true
 from training.rephrase import rephrased
 from training.report import calibration_report, checksums, count_sources, metrics
 from training.rows import Row
@@ -78,8 +78,9 @@ def spread(depth: int) -> tuple[int, ...]:
 
 def _warn(recipe: HeadRecipe, subject: Subject) -> None:
     """Say what a calibration changes that nobody may have asked for, and what may make `block` too low."""
-    for name, before in subject.brought.acting.items():
-        if (now := getattr(recipe.acting, name)) != before:
+    for name in ("smoothing", "patience", "lookback"):
+        now = getattr(recipe.acting, name)
+        if now != (before := getattr(subject.brought.config, name, now)):
             logger.warning("acting.%s becomes %s, the checkpoint's was %s", name, now, before)
     if subject.brought.adapter is not None:
         for name in [name for name, source in recipe.sources.items() if source.sets_block and not source.without]:
@@ -210,9 +211,9 @@ def _write_checkpoint(
         patience=recipe.acting.patience,
         lookback=recipe.acting.lookback,
         redraw_below=calibration.redraw_below,
-        refusal=brought.refusal,
+        refusal=brought.config.refusal if brought.config is not None else RefusalConfig(),
         licence=licence,
-        calibration=calibration_report(rows, calibration, recipe) | ({"query": brought.query} if brought.query else {}),
+        calibration=calibration_report(rows, calibration, recipe) | still_true(brought.config),
     )
     card = model_card(
         config, recipe, count_sources(rows), checksums(recipe.sources.values(), recipe.data), calibration, command

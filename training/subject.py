@@ -1,6 +1,5 @@
 """What a head is trained on and thresholds are set for: a model, its adapter, and its `[CLS]` signal."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from model import adapter, checkpoint, cls_signal
 from model.attention import Span, Windows, window
 from model.chat import ChatTemplate
 from model.cls_signal import ClsSignal
-from model.config import BaseModel, ClsConfig, RefusalConfig
+from model.config import BaseModel, ClsConfig, SafetyConfig
 from model.pretrained import Pretrained, device_of, load, sha256_of
 from model.reader import BEFORE
 from model.safety_head import TokenHead
@@ -43,10 +42,6 @@ class ClsReading:
         return [BEFORE, *(Span(n, window(n, windows, is_malicious=False)) for n in numbers)]
 
 
-MADE_OF = ("command", "data_sha256", "taught")
-"""What new thresholds leave true of what `training.query` says of its head."""
-
-
 class Brought(NamedTuple):
     """What an adapter's folder, or a checkpoint, adds to the model."""
 
@@ -54,13 +49,10 @@ class Brought(NamedTuple):
     cls: ClsReading | None = None
     head: TokenHead | None = None
     """Only of a checkpoint."""
-    refusal: RefusalConfig = RefusalConfig()
+    config: SafetyConfig | None = None
+    """Only of a checkpoint."""
     licences: frozenset[str] = frozenset()
     """Of these weights."""
-    acting: Mapping[str, float] = {}
-    """What a checkpoint's policy does with the risks, but for thresholds: keys of `training.config.Acting`."""
-    query: Mapping[str, object] = {}
-    """How the head that reads every token of the query was made, where a checkpoint has one."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +103,8 @@ def _of_checkpoint(recipe: HeadRecipe, folder: Path, pretrained: Pretrained) -> 
         adapter=folder / adapter.FOLDER if config.base.adapter else None,
         cls=_reading(recipe, folder, signal, config.cls),
         head=head,
-        refusal=config.refusal,
+        config=config,
         licences=frozenset({config.licence}),
-        acting={name: getattr(config, name) for name in ("smoothing", "patience", "lookback")},
-        query={name: value for name, value in config.calibration.get("query", {}).items() if name in MADE_OF},
     )
 
 

@@ -220,6 +220,18 @@ def test_a_later_checkpoint_leaves_no_signal_of_an_earlier_one(tmp_path):
     assert not (tmp_path / CLS_FILE).exists()
 
 
+def test_a_write_that_fails_leaves_the_checkpoint_before_and_nothing_else(tmp_path, monkeypatch):
+    lm = tiny_guarded_lm(cls=ClsConfig())
+    save(tmp_path, lm.head, lm.config, lm.cls)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        lm.head.request.out.bias += 1.0
+    monkeypatch.setattr("model.checkpoint.cls_signal.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, lm.head, lm.config, lm.cls)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_missing_cls_signal_is_named(tmp_path):
     lm = tiny_guarded_lm(cls=ClsConfig())
     save(tmp_path, lm.head, lm.config, lm.cls)
