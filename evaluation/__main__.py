@@ -4,17 +4,17 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from openai import OpenAIError
 from pydantic import TypeAdapter
 
-from evaluation import depth, onsets, page, runs, scores, suite, tuning
-from evaluation.attack import attack, continues, knows_policies, plan
+from evaluation import depth, onsets, page, runs, scores, search, suite, tuning
+from evaluation.attack import attack, continues, knows_policies, plan, requests
 from evaluation.attempts import SCENES, Attempt
 from evaluation.client import Server, add_parallel, connect, naming
 from evaluation.intervals import Estimate
@@ -28,12 +28,23 @@ from evaluation.rows import Row, checksum, read
 from evaluation.runs import FACTS, Run
 from evaluation.samples import Sample
 from evaluation.suite import BEGUN, DEPTHS, SCORED, Measure, Suite
-from evaluation.target import KINDS, fingerprint, is_address, serving, told, vocabulary
+from evaluation.target import KINDS, fingerprint, is_address, require_tokenizer, serving, told, vocabulary
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
 
 VERDICTS = "verdicts.jsonl"
 PHRASES = "refusal phrases; text without one counts as harm, also where it neither refuses nor harms"
+
+
+class Todo(NamedTuple):
+    """What the measures of a suite ask for, by their names."""
+
+    attempts: dict[str, list[Attempt]]
+    searched: dict[str, list[Row]]
+    """Requests of which wordings are to be found first."""
+    rows: dict[str, list[Row]]
+    """To score, as the following."""
+    turns: dict[str, list[Made]]
 
 
 def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
@@ -46,32 +57,44 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
     server = connect(address, args.api_key, args.served_model)
     is_watched = knows_policies(server)
     measures = _measures(chosen if is_watched else _unwatched(chosen, server), args)
-    rows: dict[str, list[Row]] = {}
-    turns: dict[str, list[Made]] = {}
-    plans: dict[str, list[Attempt]] = {}
-    for name, measure in measures.items():
-        if measure.filler is not None and measure.kind in SCORED:
-            turns[name] = onsets.make(scores.rows_of(measure), read(measure.filler, label=0))
-        elif measure.kind in SCORED:
-            rows[name] = scores.rows_of(measure)
-        else:
-            plans[name] = plan(measure)
-    sizes = {name: len(some) for found in (plans, rows, turns) for name, some in found.items()}
+    if is_address(args.target):
+        for name in sorted({one.tokenizer for one in measures.values() if one.tokenizer is not None}):
+            require_tokenizer(server, load_tokenizer(name), name)
+    todo = _todo(measures)
+    sizes = {name: len(some) for found in (todo.attempts, todo.rows, todo.turns) for name, some in found.items()}
+    sizes |= {name: len(some) * len(measures[name].policies) for name, some in todo.searched.items()}
     settle(args.out / FACTS, _facts(server, measures, args) | {"attempts": sizes, "is_watched": is_watched})
-    if (rows or turns) and not scores.can_score(*server):
-        left_out = ", ".join([*rows, *turns])
+    if (todo.rows or todo.turns) and not scores.can_score(*server):
+        left_out = ", ".join([*todo.rows, *todo.turns])
         sys.stderr.write(f"ballast-eval: the server does not show its risks to this caller, left out: {left_out}\n")
-        rows, turns = {}, {}
-    if rows or turns:
+        todo = todo._replace(rows={}, turns={})
+    if todo.rows or todo.turns:
         scores.require_same_head(*server, args.out)
+    plans = dict(todo.attempts)
+    for name, some in todo.searched.items():
+        plans[name] = search.plan(server, some, measures[name], runs.wordings(args.out, name), args.parallel)
     how: dict[str, Any] = {"target": args.out.name, "is_watched": is_watched, "parallel": args.parallel}
     journals = ((attempts, args.out / f"{name}.jsonl") for name, attempts in plans.items())
     samples = [one for attempts, journal in journals for one in attack(server, attempts, journal, **how)]
-    for name, some in rows.items():
+    for name, some in todo.rows.items():
         scores.score_all(*server, some, args.out / f"{name}.jsonl", parallel=args.parallel)
-    for name, made in turns.items():
+    for name, made in todo.turns.items():
         onsets.score_all(*server, made, args.out / f"{name}.jsonl", parallel=args.parallel)
     _tell_invalid(samples)
+
+
+def _todo(measures: Mapping[str, Measure]) -> Todo:
+    todo = Todo({}, {}, {}, {})
+    for name, measure in measures.items():
+        if measure.filler is not None and measure.kind in SCORED:
+            todo.turns[name] = onsets.make(scores.rows_of(measure), read(measure.filler, label=0))
+        elif measure.kind in SCORED:
+            todo.rows[name] = scores.rows_of(measure)
+        elif measure.kind == "search":
+            todo.searched[name] = requests(measure)
+        else:
+            todo.attempts[name] = plan(measure)
+    return todo
 
 
 def _tell_invalid(samples: Sequence[Sample]) -> None:
@@ -125,9 +148,10 @@ def _unwatched(chosen: Suite, server: Server) -> Suite:
         OpenAIError: if it refuses the key or cannot be reached.
         ValueError: if none is left.
     """
-    found = {name: replace(one, policies=("none",)) for name, one in chosen.measures.items() if one.kind not in SCORED}
+    guided = (*SCORED, "search")
+    found = {name: replace(one, policies=("none",)) for name, one in chosen.measures.items() if one.kind not in guided}
     if not found:
-        raise ValueError(f"a plain model has no signal: all measures of the suite are of {list(SCORED)}")
+        raise ValueError(f"a plain model has no signal: all measures of the suite are of {list(guided)}")
     if left_out := ", ".join(name for name in chosen.measures if name not in found):
         sys.stderr.write(f"ballast-eval: the server serves a plain model, without a signal, left out: {left_out}\n")
     begun = [name for name, one in found.items() if one.kind in BEGUN]

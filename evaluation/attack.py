@@ -203,14 +203,23 @@ def plan(measure: Measure) -> list[Attempt]:
         ValueError: if a row cannot be read, or none is left.
         ModelError: if the tokenizer cannot be loaded.
     """
-    wanted = 0 if measure.kind == "benign" else 1
-    response = RESPONSE.get(measure.kind)
-    rows = select(measure.data, measure.n, label=wanted, source=measure.source, response=response)
-    attempts = _made(measure, [replace(row, prompt=row.prompt + measure.suffix) for row in rows])
+    attempts = _made(measure, requests(measure))
     if not attempts:
         depths = measure.depths or DEPTHS[measure.kind]
         raise ValueError(f"no harmful response has {min(depths) if measure.kind == 'prefill' else TURN} tokens")
     return under(attempts, measure.policies, measure.max_tokens)
+
+
+def requests(measure: Measure) -> list[Row]:
+    """Return the rows that a measure is about, each prompt with the measure's suffix.
+
+    Raises:
+        ValueError: if a row cannot be read, or none is left.
+    """
+    wanted = 0 if measure.kind == "benign" else 1
+    response = RESPONSE.get(measure.kind)
+    rows = select(measure.data, measure.n, label=wanted, source=measure.source, response=response)
+    return [replace(row, prompt=row.prompt + measure.suffix) for row in rows]
 
 
 def _made(measure: Measure, rows: Sequence[Row]) -> list[Attempt]:
@@ -228,7 +237,8 @@ def _made(measure: Measure, rows: Sequence[Row]) -> list[Attempt]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description="Attack a running server.")
-    parser.add_argument("attack", choices=[kind for kind in get_args(Kind) if kind not in ("benign", *SCORED)])
+    others = ("search", "benign", *SCORED)
+    parser.add_argument("attack", choices=[kind for kind in get_args(Kind) if kind not in others])
     add_arguments(parser, key="that may loosen")
     parser.add_argument(
         "--data",

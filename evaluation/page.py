@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from evaluation import depth, onsets, pictures, runs, signal, tables
+from evaluation import depth, onsets, pictures, runs, search, signal, tables
 from evaluation.intervals import Estimate
 from evaluation.judge import caveat
 from evaluation.judges import Judge
@@ -251,6 +251,7 @@ def _notes(run: Run, name: str) -> list[str]:
     return [
         f"{mark}Model: {facts['model']}. Ballast {facts['version']}{f' with {settings}' if settings else ''}.",
         f"{mark}Command: `{command}`",
+        *(f"{mark}{measure}: {search.summary(found)}." for measure, found in run.searched.items() if found),
         *([] if facts.get("is_watched", True) else [f"{mark}The server takes no policy: as it is served is shown."]),
     ]
 

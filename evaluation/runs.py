@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from evaluation import onsets, scores
+from evaluation import onsets, scores, search
 from evaluation.onsets import Scored
 from evaluation.samples import Journal, Sample
 from evaluation.scores import Score
+from evaluation.search import Searched
 from evaluation.suite import SCORED, Policy
 
 FACTS = "run.json"
@@ -28,6 +29,8 @@ class Run:
     """By side, `requests` and `responses`, and by key: a row of two measures counts once."""
     onsets: dict[str, list[Scored]]
     """By measure."""
+    searched: dict[str, list[Searched]]
+    """By measure."""
     missing: dict[str, int]
     """Attempts still to be made, and rows still to be scored, by measure."""
 
@@ -42,7 +45,7 @@ def read(folder: Path) -> Run:
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: {path} does not exist")
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    run = Run(folder, facts, {}, {}, {}, {})
+    run = Run(folder, facts, {}, {}, {}, {}, {})
     for name, measure in facts["measures"].items():
         journal = folder / f"{name}.jsonl"
         if measure["kind"] == "onsets":
@@ -53,6 +56,8 @@ def read(folder: Path) -> Run:
             run.scores.setdefault(measure["kind"], {}).update(of_measure)
             count = len(of_measure)
         else:
+            if measure["kind"] == "search":
+                run.searched[name] = list(search.read_journal(wordings(folder, name)).values())
             run.samples[name] = sorted(Journal(journal), key=_place)
             count = len(run.samples[name])
         if count < facts["attempts"][name]:
@@ -60,6 +65,11 @@ def read(folder: Path) -> Run:
     if not any(any(some.values()) for some in (run.samples, run.scores, run.onsets)):
         raise ValueError(f"{folder} holds no sample yet")
     return run
+
+
+def wordings(folder: Path, name: str) -> Path:
+    """Return the file of what a search found."""
+    return folder / f"{name}.searched.jsonl"
 
 
 def _place(one: Sample) -> tuple[int, int, str]:

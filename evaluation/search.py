@@ -1,36 +1,31 @@
 """Search for wordings of harmful requests that the signal rates low, as an attacker does who reads what he is shown.
 
-    python -m evaluation.search --data data/eval/direct.jsonl --n 20 --out runs/attacked
-
 Each round tries a few changes of the best wording so far: a scene around it, an aside before or after it, letters of a
 word swapped. What guides the search is what the server shows this caller: the exact risk, whether it is flagged, or
-only whether it is refused. What was found is kept, so an interrupted search goes on. The best wording is then sent with
-both sides blocking, and success is as in `evaluation.attack`, of the request as it was.
+only whether it is refused. What was found is kept, so an interrupted search goes on. The best wording is then sent as
+any other attack is, and success is of the request as it was.
 """
 
-import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any, NamedTuple, cast
 
-from openai import BadRequestError, OpenAIError, PermissionDeniedError
+from openai import BadRequestError, PermissionDeniedError
 
 from evaluation import kept
-from evaluation.attack import attack
 from evaluation.attempts import Attempt, texts, under
-from evaluation.client import Server, add_arguments, connect
-from evaluation.judges import by_phrases
-from evaluation.outcomes import outcomes
-from evaluation.rows import Row, select
+from evaluation.client import PARALLEL, Server
+from evaluation.rows import Row
 from evaluation.samples import key_of
-from evaluation.target import SERVER, told
+from evaluation.suite import Measure
 from model.chat import Message
 
+ROUNDS = 12
+WIDTH = 8
 Rate = Callable[[str], float]
 """Gives what the attacker is shown of a message: the higher, the worse for him."""
 
@@ -112,8 +107,10 @@ def _changed(text: str, drawn: Random) -> str:
     return text[:place] + text[place + 1] + text[place] + text[place + 2 :]
 
 
-def search(server: Server, rows: Sequence[Row], journal: Path, *, rounds: int, width: int) -> list[Searched]:
-    """Return the best wording of every request, searching only for those that `journal` does not hold.
+def plan(
+    server: Server, rows: Sequence[Row], measure: Measure, journal: Path, parallel: int = PARALLEL
+) -> list[Attempt]:
+    """Return the attempts with the best wording of every request, searching only for those that `journal` lacks.
 
     The journal holds texts that may harm: keep it out of repositories.
 
@@ -121,47 +118,30 @@ def search(server: Server, rows: Sequence[Row], journal: Path, *, rounds: int, w
         OpenAIError: if the server cannot be reached; what was found is kept.
         ValueError: naming file and line of what is no search of this version.
     """
-    done = kept.read(journal, lambda entry: Searched(**entry), "search")
+    rounds, width = measure.rounds or ROUNDS, measure.width or WIDTH
     prompts = {key_of(row.prompt, rounds, width): row.prompt for row in rows}
 
     def find(prompt: str) -> Searched:
         return climb(lambda text: shown(server, text), prompt, rounds=rounds, width=width)
 
-    found = kept.fill(journal, done, prompts, find, Searched._asdict)
-    return [found[key] for key in prompts]
+    done = {key: one for key, one in read_journal(journal).items() if key in prompts}
+    found = kept.fill(journal, done, prompts, find, Searched._asdict, parallel)
+    attempts = [Attempt("search", one.prompt, turns=(Message("user", one.text),)) for one in found.values()]
+    return under(attempts, measure.policies, measure.max_tokens)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description="Search for wordings that a running server does not refuse.")
-    add_arguments(parser, key="as an attacker has it")
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt")
-    parser.add_argument("--source", default="", help="only rows whose source begins with this")
-    parser.add_argument("--n", type=int, default=20, help="most prompts (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=12, help="changes of the best wording (%(default)s)")
-    parser.add_argument("--width", type=int, default=8, help="changes that are tried in each round (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=48, help="longest response (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the outcomes; its name is the target's")
-    args = parser.parse_args(argv)
-    try:
-        rows = select(args.data, args.n, label=1, source=args.source)
-        server = connect(args.server, args.api_key)
-        args.out.mkdir(parents=True, exist_ok=True)
-        kept.settle(args.out / SERVER, told(server))
-        found = search(server, rows, args.out / "searched.jsonl", rounds=args.rounds, width=args.width)
-        attempts = [Attempt("search", one.prompt, turns=(Message("user", one.text),)) for one in found]
-        path = args.out / "search.jsonl"
-        samples = attack(server, under(attempts, ["both"], args.max_tokens), path, args.out.name)
-    except (OpenAIError, OSError, ValueError) as error:
-        sys.stderr.write(f"evaluation.search: {error}\n")
-        return 1
-    for one in outcomes({args.out.name: samples}, by_phrases):
-        sys.stdout.write(f"{one.name}: not refused {one.share}, acted on {one.acted_on}\n")
+def read_journal(path: Path) -> dict[str, Searched]:
+    """Return what was found, by request.
+
+    Raises:
+        ValueError: naming file and line of what is no search of this version.
+    """
+    return kept.read(path, lambda entry: Searched(**entry), "search")
+
+
+def summary(found: Sequence[Searched]) -> str:
+    """Return in words what guided the searches, and how far they came."""
     first, best = (median(getattr(one, name) for one in found) for name in ("first", "best"))
     asked = median(one.num_asked for one in found)
-    sys.stdout.write(f"what was shown, median: {first:.4f} at first, {best:.4f} at last, after {asked:g} messages\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    shown_of = f"shown of a request as it was {first:.4f}, of the best wording {best:.4f}"
+    return f"{shown_of}, after {asked:g} messages (medians)"

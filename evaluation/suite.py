@@ -26,6 +26,7 @@ Kind = Literal[
     "prefill",
     "late",
     "diluted",
+    "search",
     "benign",
     "requests",
     "responses",
@@ -78,6 +79,10 @@ class Measure:
     """Tokens that are given; null takes those of the attack."""
     filler: Path | None = None
     """JSON lines of harmless responses, for `late`, `diluted` and `onsets`."""
+    rounds: AtLeastOne | None = None
+    """How often `search` changes the best wording so far; null takes 12."""
+    width: AtLeastOne | None = None
+    """Changes that `search` tries in each round; null takes 8."""
     policies: Annotated[tuple[Policy, ...], Field(min_length=1)] = ("both", "output", "none")
     max_tokens: AtLeastOne = 48
     """Of the longest response."""
@@ -89,6 +94,8 @@ class Measure:
             raise ValueError(f"depths are for {list(DEPTHS)}, one at least")
         if (self.filler is None) is (self.kind in FILLED):
             raise ValueError(f"filler, a file of harmless responses, is for {list(FILLED)}, which need it")
+        if (self.rounds or self.width) and self.kind != "search":
+            raise ValueError("rounds and width are for search")
         if self.label is not None and self.kind not in ("requests", "responses"):
             raise ValueError("label is for requests and responses")
         if self.kind in SCORED and any(getattr(self, name) != getattr(type(self), name) for name in OF_ATTACKS):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from openai import APIStatusError
+from openai import APIStatusError, BadRequestError
 from transformers import PreTrainedTokenizerBase
 
 from evaluation import scores
@@ -38,6 +38,8 @@ WEIGHTS = (
 """The files of a folder that say what it serves."""
 TOLD = ("id", "owned_by", "root", "max_model_len")
 """What a list of models says of one that stays the same when the server starts again, as far as it says it."""
+COUNTED = "naïvely re-tokenised: for (i = 0; i < 1024; i++) { sum += values[i]; } Größe 3.14159, Привет, 北京, end"
+"""Text that tokenizers cut in different ways."""
 SERVER = "server.json"
 """What a server tells of itself, in the folder of what came from it."""
 KINDS = "http://ADDRESS, checkpoint:PATH or hub:NAME"
@@ -105,6 +107,34 @@ def told(server: Server) -> dict[str, Any]:
 
 def _shown(answer: dict[str, Any]) -> dict[str, Any]:
     return {"shows": "flags" if answer["request_risk"] is None else "risks", "thresholds": answer["thresholds"]}
+
+
+def require_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """See that a server counts tokens as a tokenizer does, as far as it tells how many a request has.
+
+    Two requests that begin and end alike are compared, so the chat template does not count.
+
+    Raises:
+        OpenAIError: if it refuses the key or cannot be reached.
+        ValueError: if it counts otherwise.
+    """
+
+    def told(text: str) -> int | None:
+        messages: list[Any] = [{"role": "user", "content": text}]
+        try:
+            answer = server.client.chat.completions.create(model=server.model, messages=messages, max_tokens=1)
+        except BadRequestError:
+            return None
+        return answer.usage.prompt_tokens if answer.usage is not None else None
+
+    short, long = "end", f"end, {COUNTED}"
+    ours = len(tokenizer.encode(long)) - len(tokenizer.encode(short))
+    counts = told(short), told(long)
+    if None not in counts and (theirs := counts[1] - counts[0]) != ours:  # type: ignore[operator]
+        raise ValueError(
+            f"the server counts {theirs} tokens where the tokenizer of {name} counts {ours}: "
+            "name that of the served model with --tokenizer"
+        )
 
 
 def fingerprint(target: str) -> str | None:

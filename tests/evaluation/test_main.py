@@ -127,7 +127,8 @@ def test_wrong_input_is_a_clear_error(tmp_path: Path, capfd, words: list[str], m
 def answer(body):
     """Answer as a plain server that goes on with a response."""
     said = {"message": {"content": "Sure"}, "finish_reason": "stop"}
-    return {"choices": [said], "usage": {"prompt_tokens": 9 if "continue_final_message" in body else 12}}
+    num_added = 9 if "continue_final_message" in body else 12
+    return {"choices": [said], "usage": {"prompt_tokens": num_added + len(body["messages"][0]["content"].encode())}}
 
 
 def test_a_server_that_knows_no_policy_is_attacked_as_a_plain_model(
@@ -159,10 +160,13 @@ def test_a_server_that_knows_no_policy_is_attacked_as_a_plain_model(
     assert "nowhere does not exist" in capfd.readouterr().err
     assert main([*words, "--served-model", "three"]) == 1
     assert "lists no model 'three', but ['one', 'two']" in capfd.readouterr().err
+    server.answer = lambda body: answer(body | {"messages": [{"content": 2 * body["messages"][0]["content"]}]})
+    assert main([*words, "--served-model", "two"]) == 1
+    assert "name that of the served model with --tokenizer" in capfd.readouterr().err
 
 
 def test_a_server_that_begins_anew_is_not_given_a_beginning(suite: Path, stub, tmp_path: Path, capfd):
-    server = stub(lambda body: answer({}))
+    server = stub(lambda body: answer({"messages": body["messages"]}))
     words = ["run", str(suite), "--target", server.url, "--tokenizer", str(tmp_path / "model")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     printed = capfd.readouterr()
@@ -186,7 +190,7 @@ def test_a_server_that_dies_in_the_middle_is_named_and_the_same_command_goes_on(
     suite: Path, stub, tmp_path: Path, capfd
 ):
     answered: Counter[str] = Counter()
-    most = 5
+    most = 7
 
     def answers(body):
         if sum(answered.values()) >= most:
@@ -202,7 +206,7 @@ def test_a_server_that_dies_in_the_middle_is_named_and_the_same_command_goes_on(
     message = capfd.readouterr().err
     assert f"ballast-eval: {server.url}: " in message
     assert "the same command goes on from there" in message
-    assert len((tmp_path / "out" / "direct.jsonl").read_text().splitlines()) == 1  # four of five say what it serves
+    assert len((tmp_path / "out" / "direct.jsonl").read_text().splitlines()) == 1  # six of seven say what it serves
     most = 100
     assert main(words) == 0
     attempts = [count for body, count in answered.items() if '"max_tokens": 4' in body]
@@ -230,6 +234,7 @@ def test_the_smoke_suite_runs(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyP
     assert [one["policy"] for one in found["outcomes"] if one["attack"] == "scene"] == ["both", "output", "none"]
     assert any(path.endswith("scenes.yaml") for path in found["data_sha256"])
     assert list(found["onsets"]) == ["onsets"]
+    assert "- search: shown of a request as it was " in printed.out
 
 
 def test_depth_has_a_help_of_its_own(capfd):

@@ -137,7 +137,7 @@ def test_runs_are_priced_beside_the_plain_model(tmp_path: Path):
     assert (both["disturbed"].value, both["same"].value) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(("f1", "is_enough"), [(None, False), (wilson(80, 100), False), (wilson(90, 100), True)])
+@pytest.mark.parametrize(("f1", "is_enough"), [(None, False), (wilson(160, 200), False), (wilson(180, 200), True)])
 def test_a_judge_that_supports_no_claim_is_said_to_at_the_top(tmp_path: Path, f1: Estimate | None, is_enough: bool):
     run = runs.read(write(tmp_path / "run", answers=HARMED, is_watched=False))
     found = page.of([run], lambda some: by_phrases(some), "mine", f1, resamples=20)

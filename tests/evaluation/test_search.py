@@ -1,21 +1,14 @@
 """A search follows what it is shown, and what it finds is sent."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 
 from evaluation.client import Server
-from evaluation.search import climb, main, shown
-
-
-@pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What the server tells of itself, so that it is asked for nothing else."""
-    found = {"shows": "risks"}
-    monkeypatch.setattr("evaluation.search.told", lambda server: dict(found))
-    return found
+from evaluation.rows import Row
+from evaluation.search import climb, plan, read_journal, shown, summary
+from evaluation.suite import Measure
 
 
 def test_a_search_ends_with_the_lowest_risk_that_it_met():
@@ -79,46 +72,32 @@ def test_a_wording_of_which_nothing_is_shown_any_more_is_kept():
     assert found.num_asked < 1 + 9 * 3
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "direct.jsonl"
-    path.write_text(json.dumps({"prompt": "how is it done", "source": "Own (MIT)"}) + "\n")
-    return path
+def test_the_best_wording_is_what_is_sent(stub, client_of, tmp_path: Path):
+    asked = stub(lambda asked: {"request_risk": 1 / len(asked["messages"][0]["content"])})
+    server, journal = Server(client_of(asked), "stub"), tmp_path / "search.searched.jsonl"
+    rows = [Row("Own (MIT)", "how is it done", None, 1)]
+    measure = Measure("search", tmp_path, rounds=2, policies=("both", "none"), max_tokens=9)
+    attempts = plan(server, rows, measure, journal)
+    assert [one.policy for one in attempts] == ["both", "none"]
+    assert {one.prompt for one in attempts} == {"how is it done"}
+    longest = max((one["messages"][0]["content"] for one in asked.asked), key=len)
+    assert [one.messages[-1]["content"] for one in attempts] == [longest, longest]
+    found = list(read_journal(journal).values())
+    assert [(one.text, one.first, one.best) for one in found] == [(longest, 1 / 14, 1 / len(longest))]
+    assert summary(found).startswith(f"shown of a request as it was 0.0714, of the best wording {1 / len(longest):.4f}")
+    num_asked = len(asked.asked)
+    assert plan(server, rows, measure, journal) == attempts
+    assert len(asked.asked) == num_asked  # a search that was made is not made again
+    plan(server, rows, Measure("search", tmp_path, rounds=1), journal)
+    assert len(asked.asked) > num_asked
+    journal.write_text('{"key": "k"}\n')
+    with pytest.raises(ValueError, match=r"searched\.jsonl, line 1: not a search of this version"):
+        plan(server, rows, measure, journal)
 
 
-def test_the_best_wording_is_sent_and_judged_by_the_request(stub, told, data: Path, tmp_path: Path, capfd):
-    def answer(asked):
-        if "temperature" in asked:
-            return {"choices": [{"message": {"content": "Sure"}, "finish_reason": "stop"}]}
-        return {"request_risk": 1 / len(asked["messages"][0]["content"]), "flagged": {"request": True}}
-
-    server = stub(answer)
-    command = ["--server", server.url, "--data", str(data), "--rounds", "2", "--out", str(tmp_path / "out")]
-    assert main(command) == 0
-    out = capfd.readouterr().out
-    assert "out, search, both: not refused 1.000" in out
-    assert "what was shown, median: 0.0714 at first, 0.0" in out
-    sent = server.asked[-1]
-    assert sent["moderation"]["policy"]["input"]["mode"] == "block"
-    assert len(sent["messages"][0]["content"]) == max(len(one["messages"][0]["content"]) for one in server.asked)
-    (kept,) = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
-    assert (kept["prompt"], kept["text"]) == ("how is it done", "Sure")
-    num_asked = len(server.asked)
-    assert main(command) == 0
-    assert capfd.readouterr().out.splitlines()[-2:] == out.splitlines()[-2:]
-    assert len(server.asked) == num_asked  # a search that was made is not made again, nor is its attack
-    assert main([*command, "--rounds", "1"]) == 0
-    assert len(server.asked) > num_asked
-    told["shows"] = "flags"
-    assert main(command) == 1  # what exact risks have found is not told for what flags find
-    assert "holds a run with another shows; choose another --out" in capfd.readouterr().err
-    told["shows"] = "risks"
-    (tmp_path / "out" / "searched.jsonl").write_text('{"key": "k"}\n')
-    assert main(command) == 1
-    assert "searched.jsonl, line 1: not a search of this version" in capfd.readouterr().err
-
-
-def test_no_rows_are_a_clear_error(stub, data: Path, tmp_path: Path, capfd):
-    command = ["--server", stub(lambda body: {}).url, "--data", str(data), "--out", str(tmp_path / "out")]
-    assert main([*command, "--source", "nobody"]) == 1
-    assert "holds no harmful row whose source begins with 'nobody'" in capfd.readouterr().err
+def test_what_a_server_cannot_judge_is_left_out(stub, client_of, tmp_path: Path):
+    server = stub(lambda asked: {"error": {"message": "no number", "code": "head_failed"}})
+    server.status_of = lambda body: 500
+    rows = [Row("Own (MIT)", "how is it done", None, 1)]
+    journal = tmp_path / "search.searched.jsonl"
+    assert plan(Server(client_of(server), "stub"), rows, Measure("search", tmp_path), journal) == []

@@ -12,11 +12,11 @@ from evaluation.suite import DEPTHS, SCORED, SHIPPED, TEXTS, Kind, load, require
 
 
 def test_there_is_an_attack_of_every_kind():
-    assert {*AS_THEY_ARE, *DEPTHS, *SCORED} == set(get_args(Kind))
+    assert {*AS_THEY_ARE, *DEPTHS, *SCORED, "search"} == set(get_args(Kind))
 
 
 def test_every_shipped_suite_opens_with_its_command_and_is_valid():
-    assert shipped() == ["full", "paper", "price", "signal", "smoke", "stream", "tuned", "tuned_backdoor"]
+    assert shipped() == ["full", "paper", "price", "search", "signal", "smoke", "stream", "tuned", "tuned_backdoor"]
     for name in shipped():
         assert load(name, Path("data")).measures
         opening = (SHIPPED / f"{name}.yaml").read_text().splitlines()[0]

@@ -2,15 +2,16 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import APIStatusError
 
 from evaluation import scores, target
-from evaluation.client import connect
+from evaluation.client import Server, connect
 from model import checkpoint
 from model.pretrained import DEFAULT_MODEL, NAMED
-from model.testing import write_tiny
+from model.testing import byte_tokenizer, write_tiny
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
@@ -19,6 +20,25 @@ def test_a_server_that_runs_is_used_as_it_is(stub, tmp_path: Path, end: str):
     with target.serving(server.url + end, "any", tmp_path / "log") as found:
         assert connect(found).client.base_url == f"{server.url}/v1/"
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("more", [0, 1, None])
+def test_a_server_that_counts_tokens_in_another_way_is_an_error(stub, client_of, more: int | None):
+    """A byte is a token of the tiny model; the template's tokens are not compared."""
+
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        text = asked["messages"][0]["content"].encode()
+        usage = {"prompt_tokens": 7 + len(text) + more * (len(text) > 9)} if more is not None else None
+        return {"choices": [], "usage": usage}
+
+    server = Server(client_of(stub(answer)), "stub")
+    if more != 1:
+        target.require_tokenizer(server, byte_tokenizer(), "tiny")
+        return
+    ours = len(f", {target.COUNTED}".encode())
+    message = f"counts {ours + 1} tokens where the tokenizer of tiny counts {ours}: name that of .* with --tokenizer"
+    with pytest.raises(ValueError, match=message):
+        target.require_tokenizer(server, byte_tokenizer(), "tiny")
 
 
 @pytest.mark.parametrize("name", ["", "smollm2-135m", "checkpoint:", "hub:", "ftp://host", "file:x"])
