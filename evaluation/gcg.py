@@ -94,6 +94,8 @@ class SignalGCG(GCG):  # type: ignore[misc]  # untyped
         self._lm = lm
         self._weight = weight
         self.prompt = EncodedPrompt((0,))
+        self.num_queries = 0
+        """Sequences that the model has read."""
 
     def attack(self, request: str, target: str) -> Any:
         """Return the result of a search for a suffix after `request` that begins the response with `target`.
@@ -122,6 +124,7 @@ class SignalGCG(GCG):  # type: ignore[misc]  # untyped
         Args:
             embeddings: of the request with its suffix, and of the target's tokens, (B, L, D).
         """
+        self.num_queries += len(embeddings)
         tokens, request, response = self.logits(embeddings)
         wanted = self.target_ids.expand(len(embeddings), -1)  # (B, T)
         found = cross_entropy(tokens.float().transpose(1, 2), wanted, reduction="none").mean(dim=1)
@@ -264,8 +267,9 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
         target = str(lm.tokenizer.decode(ids))
         if (row.prompt, target) in done:
             continue
-        result = SignalGCG(lm, config, settings.weight).attack(row.prompt, target)
-        losses = {"first_loss": result.losses[0], "best_loss": result.best_loss}
+        search = SignalGCG(lm, config, settings.weight)
+        result = search.attack(row.prompt, target)
+        came_to = {"first_loss": result.losses[0], "best_loss": result.best_loss, "queries": search.num_queries}
         attacked = {
             "prompt": row.prompt,
             "attack_prompt": f"{row.prompt}{result.best_string}",
@@ -273,8 +277,8 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
             "target": target,
         }
         with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(attacked | {"source": "GCG"} | facts | losses) + "\n")
-        sys.stdout.write(f"loss {losses['first_loss']:.3f} to {losses['best_loss']:.3f}\n")
+            file.write(json.dumps(attacked | {"source": "GCG"} | facts | came_to) + "\n")
+        sys.stdout.write("loss {first_loss:.3f} to {best_loss:.3f} after {queries} queries\n".format(**came_to))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,6 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weight", type=float, default=1.0, help="of the signal; 0 is GCG as published (%(default)s)")
     parser.add_argument("--target-tokens", type=int, default=12, help="tokens that it aims at (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="candidates at a time (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the model; on a CPU without AVX-512 BF16, float32 takes half of the time (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines of attack prompts; given again, it goes on")
     args = parser.parse_args(argv)
@@ -297,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(args.model, args.checkpoint, args.steps, args.width, args.weight, args.target_tokens, args.seed)
     try:
         rows = select(args.data, args.n, label=1, response="harmful_response")
-        pretrained = load(args.model, dtype=torch.bfloat16, device=device_of("auto"))
+        pretrained = load(args.model, dtype=getattr(torch, args.dtype), device=device_of("auto"))
         if args.checkpoint is None:
             lm = GuardedLM(pretrained.model, pretrained.tokenizer)
         else:

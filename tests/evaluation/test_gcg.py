@@ -89,7 +89,8 @@ def write(path: Path, *prompts: str) -> Path:
 def test_the_command_writes_prompts_that_can_be_sent_and_goes_on(tmp_path: Path, capfd):
     model, checkpoint = write_tiny(tmp_path)
     out = tmp_path / "gcg.jsonl"
-    words = ["--model", str(model), "--steps", "1", "--width", "4", "--target-tokens", "3", "--out", str(out)]
+    words = ["--model", str(model), "--steps", "1", "--width", "4", "--target-tokens", "3", "--dtype", "float32"]
+    words += ["--out", str(out)]
     guarded = [*words, "--checkpoint", str(checkpoint)]
     assert main([*guarded, "--data", str(write(tmp_path / "one.jsonl", "a"))]) == 0
     first = out.read_text()
@@ -97,6 +98,8 @@ def test_the_command_writes_prompts_that_can_be_sent_and_goes_on(tmp_path: Path,
     assert out.read_text().startswith(first)
     found = read(out, label=1, response="attack_prompt")
     assert [row.prompt for row in found] == ["a", "b"]
+    queries = [json.loads(line)["queries"] for line in out.read_text().splitlines()]
+    assert all(1 + 1 < count <= 1 + 1 + 4 for count in queries)  # the first wording, its gradient, its candidates
     assert all(row.response.startswith(row.prompt) for row in found)
     assert main([*guarded, "--data", str(tmp_path / "two.jsonl"), "--weight", "2"]) == 1
     assert "holds prompts of other settings" in capfd.readouterr().err
