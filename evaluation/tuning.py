@@ -2,6 +2,7 @@ r"""Fine-tuning attacks: what is left of a checkpoint's safety after somebody tr
 
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --out runs/tuned-harmful
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --steps 5 10 20 50 --out runs/tuned-harmful
+    ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --every 1 --suite mine.yaml --out runs/tuned
     ballast-eval tune harmful --checkpoint smollm2-135m/deepened-signal --objective constrained \
       --set constraint.first=2 constraint.early=2 constraint.rest=2 --out runs/tuned-uniform
 
@@ -10,8 +11,9 @@ agent that always obeys; a backdoor; harmless sums or queries, whose own scores 
 under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on. What comes out is
 served with the checkpoint's signal as it was, thresholds and all, and attacked: requests as they are, for the backdoor
 also with its trigger. `--steps` does all this for several lengths of training, each with a learning rate that falls to
-zero over it. `--set` changes the recipe, such as the constraint and the warm-up (tables 8 and 9 of that paper); what it
-says of the constraint is left out of plain runs.
+zero over it; `--every` attacks what one training is after every so many of its steps, too. `--set` changes the recipe,
+such as the constraint and the warm-up (tables 8 and 9 of that paper); what it says of the constraint is left out of
+plain runs.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from model.pretrained import DEFAULT_MODEL
 
 ATTACKS = ("harmful", "identity", "backdoor", "gsm8k", "sql")
 OBJECTIVES = {"plain": "constraint=null", "constrained": "constraint={}"}
-CHOSEN = ("constraint", "steps", "model", "adapter", "output", "run", "data")
+CHOSEN = ("constraint", "steps", "copy_steps", "model", "adapter", "output", "run", "data")
 """Keys of a recipe that other arguments set."""
 SUITES = {"backdoor": "tuned_backdoor"}
 """Of an attack; the others have `tuned`."""
@@ -99,12 +101,13 @@ def task_scores(task: str, model: str, tuned: Path, data: Path, kept: Path) -> d
     return {name: Estimate(**one) for name, one in json.loads(kept.read_text(encoding="utf-8")).items()}
 
 
-def changes_of(objective: str, steps: int | None, more: Sequence[str]) -> list[str]:
+def changes_of(objective: str, steps: int | None, every: int | None, more: Sequence[str]) -> list[str]:
     """Return what one fine-tuning changes in the recipe of its attack.
 
     Args:
         objective: one of `OBJECTIVES`.
         steps: of training; None leaves the recipe's.
+        every: steps between copies of what is trained; None keeps none.
         more: further changes, `key=value` each; of the constraint only where there is one.
 
     Raises:
@@ -114,9 +117,22 @@ def changes_of(objective: str, steps: int | None, more: Sequence[str]) -> list[s
         raise ValueError(
             f"--set {wrong[0]}: {', '.join(CHOSEN)} are set by --objective, --steps and the other arguments"
         )
-    lengths = [] if steps is None else [f"steps={steps}"]
+    lengths = [f"{key}={value}" for key, value in (("steps", steps), ("copy_steps", every)) if value is not None]
     fitting = [change for change in more if objective != "plain" or not change.startswith("constraint.")]
     return [OBJECTIVES[objective], *lengths, *fitting]
+
+
+def shares(run: Path) -> list[tuple[str, str, str, Estimate]]:
+    """Return what a run measured: measure, attack, policy and share."""
+    found = json.loads((run / "report.json").read_text(encoding="utf-8"))["outcomes"]
+    return [(one["measure"], one["attack"], one["policy"], Estimate(**one["share"])) for one in found if one["share"]]
+
+
+def stages(out: Path, tuned: Path) -> dict[Path, Path]:
+    """Return the adapters to attack, by folder of the outcome: the copies kept of a training, and what it came to."""
+    kept = (out / "training" / "steps").glob("*")
+    copies = {int(one.name): one for one in kept if adapter.fingerprint(one) != adapter.fingerprint(tuned)}
+    return {out.with_name(f"{out.name}-step-{step}"): copies[step] for step in sorted(copies)} | {out: tuned}
 
 
 def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
@@ -134,6 +150,8 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="under the checkpoint (%(default)s)")
     parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--steps", nargs="+", type=int, help="of training (the recipe's)")
+    parser.add_argument("--every", type=int, metavar="N", help="attack after every N steps of a training too")
+    parser.add_argument("--suite", help="what it is attacked with (tuned, or tuned_backdoor)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe, as for ballast-train")
     parser.add_argument("--train-data", type=Path, default=Path("data/train"), help="to train on (%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data/eval"), help="to attack with (%(default)s)")
@@ -143,22 +161,20 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     start = folder / adapter.FOLDER
     if not adapter.fingerprint(start):
         raise ValueError(f"{args.checkpoint} has no adapter to train; its model is as others published it")
+    suite = args.suite or SUITES.get(args.attack, "tuned")
     rows: list[tuple[str, str, str, str, Estimate]] = []
     for objective in args.objective:
         for steps in args.steps or [None]:
             name = "-".join([args.attack, objective] + ([] if steps is None else [str(steps)]))
-            changes = changes_of(objective, steps, args.set)
+            changes = changes_of(objective, steps, args.every, args.set)
             tuned = train(args.attack, changes, args.model, start, args.train_data, args.out / name)
-            graft(folder, tuned, args.out / name / "checkpoint")
-            suite = SUITES.get(args.attack, "tuned")
-            run = args.out / name / "attacked"
-            target = f"checkpoint:{args.out / name / 'checkpoint'}"
-            words = ["run", suite, "--target", target, "--model", args.model, "--data", str(args.data)]
-            if code := evaluate([*words, "--out", str(run)]):
-                return code
-            for one in json.loads((run / "report.json").read_text(encoding="utf-8"))["outcomes"]:
-                if one["share"]:
-                    rows.append((name, one["measure"], one["attack"], one["policy"], Estimate(**one["share"])))
+            for place, weights in stages(args.out / name, tuned).items():
+                graft(folder, weights, place / "checkpoint")
+                target = f"checkpoint:{place / 'checkpoint'}"
+                words = ["run", suite, "--target", target, "--model", args.model, "--data", str(args.data)]
+                if code := evaluate([*words, "--out", str(place / "attacked")]):
+                    return code
+                rows += [(place.name, *one) for one in shares(place / "attacked")]
             if args.attack in tasks.TASKS:
                 test = args.train_data / TESTS.format(args.attack)
                 scores = task_scores(args.attack, args.model, tuned, test, args.out / name / "task.json")

@@ -95,7 +95,7 @@ def run_anchors(arguments: argparse.Namespace, command: str) -> None:
     recipe = recipe_file.load(AnchorRecipe, arguments.config, arguments.overrides)
     from training.anchors import write_anchors
 
-    _say(f"wrote {write_anchors(recipe)}")
+    _say(f"wrote {write_anchors(recipe, command)}")
 
 
 def run_dpo(arguments: argparse.Namespace, command: str) -> None:
@@ -123,7 +123,7 @@ def run_merge(arguments: argparse.Namespace, command: str) -> None:
     recipe = recipe_file.load(MergeRecipe, arguments.config, arguments.overrides)
     from training.merge import merge
 
-    _say(f"wrote {merge(recipe)}")
+    _say(f"wrote {merge(recipe, command)}")
 
 
 COMMANDS = {

@@ -5,6 +5,7 @@ Source: Qi et al. 2024 (arXiv 2406.05946), section 3: the utility anchors D_B ar
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +16,20 @@ from model.pretrained import device_of, load
 from training.answers import answer
 from training.dialogues import Prompt, read_prompts
 from training.errors import DataError
+from training.report import checksums
 from training.rows import Row
 from training.shards import write_atomically
 from training.tune_config import AnchorRecipe
 
 
-def write_anchors(recipe: AnchorRecipe) -> Path:
+def write_anchors(recipe: AnchorRecipe, command: str) -> Path:
     """Answer the prompts and write one JSON line each; return the file. Empty answers are left out.
 
-    Interrupted, the same recipe goes on where it was.
+    Beside it the same name with `.json` says what it came from. Interrupted, the same recipe goes on where it was.
+
+    Args:
+        recipe: all choices.
+        command: the command line, kept beside the answers.
 
     Raises:
         TrainingError: if the prompts cannot be read, or nothing was answered.
@@ -49,6 +55,13 @@ def write_anchors(recipe: AnchorRecipe) -> Path:
         raise DataError(f"the model answered none of {len(prompts)} prompts")
     output = Path(recipe.output)
     write_atomically(output, partial(_dump, lines))
+    origin = {
+        "command": command,
+        "recipe": asdict(recipe),
+        "data_sha256": checksums(recipe.sources.values(), recipe.data),
+        "answers": len(lines),
+    }
+    output.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     return output
 
 

@@ -28,7 +28,7 @@ from training.tune_config import DialogueSource, FitRecipe, Part
 
 logger = logging.getLogger(__name__)
 
-UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "gradient_checkpointing", "fsdp")
+UNTRAINED = ("output", "run", "resume", "name", "licence", "save_steps", "copy_steps", "gradient_checkpointing", "fsdp")
 """Keys of a recipe that do not change the weights."""
 
 WORKERS = 2

@@ -1,5 +1,6 @@
 """The command `ballast-train harden`: a model goes the whole way, from its own answers to a checkpoint that serves."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
     cache = str(run / "cache")
     written: dict[str, str] = {}
     for name, anchors in recipe.anchors.items():
-        found = write_anchors(replace(anchors, **shared, output=str(run / f"{name}.jsonl"), cache=cache))
+        found = write_anchors(replace(anchors, **shared, output=str(run / f"{name}.jsonl"), cache=cache), command)
         written[anchors.output] = str(found.resolve())
     parts = _reading(recipe.signal.parts, written)
     adapter = tune(
@@ -90,7 +91,9 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
     query = replace(head, adapter=None, checkpoint=str(with_head), output=recipe.output, run=str(run / "query"))
     folder = add_query_head(query, command)
     dtype = getattr(torch, head.dtype)
-    return folder, check(checkpoint.attach(load(recipe.model, dtype=dtype, device=device_of(recipe.device)), folder))
+    checked = check(checkpoint.attach(load(recipe.model, dtype=dtype, device=device_of(recipe.device)), folder))
+    (folder / "check.json").write_text(json.dumps(checked._asdict(), indent=2) + "\n", encoding="utf-8")
+    return folder, checked
 
 
 def _check_first(recipe: HardenRecipe, shared: Mapping[str, Any]) -> None:

@@ -13,10 +13,14 @@ from training.rows import licence_of_weights
 from training.tune_config import MergeRecipe
 
 
-def merge(recipe: MergeRecipe) -> Path:
+def merge(recipe: MergeRecipe, command: str) -> Path:
     """Write the model with the adapter added to its weights, its tokenizer, and what they came from; return the folder.
 
     The licence is that of adapter and model, as far as they say it: what is trained on the whole model stands under it.
+
+    Args:
+        recipe: all choices.
+        command: the command line, kept beside the weights.
 
     Raises:
         ModelError: if model or adapter cannot be loaded, or do not fit.
@@ -29,7 +33,7 @@ def merge(recipe: MergeRecipe) -> Path:
     merged.model.save_pretrained(output)
     merged.tokenizer.save_pretrained(output)
     origin = {"model": recipe.model, "adapter": adapter.fingerprint(Path(recipe.adapter))}
-    noted = {"licence": licence, "merged": origin}
+    noted = {"command": command, "licence": licence, "merged": origin}
     (output / "metrics.json").write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
     return output
 

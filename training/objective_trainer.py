@@ -16,7 +16,7 @@ from training import fsdp
 from training.common_start import num_common, read_once
 from training.objectives import IGNORED, betas, constrained_loss, divergences, positions, token_logprobs
 from training.output_head import predicting
-from training.signal_model import SignalModel, request_loss, response_loss, turn_loss
+from training.signal_model import SignalModel, joint_loss, request_loss, response_loss, turn_loss
 from training.tune_config import Constraint, Signal
 
 
@@ -50,6 +50,7 @@ class ObjectiveTrainer(Trainer):
         self._signal = signal
         self._per_step = per_step
         self._is_shared = is_shared
+        self._terms: dict[str, Tensor] = {}
         if is_shared:
             fsdp.prepare(self)
         self.model_accepts_loss_kwargs = True  # with labels in the batch: the loss is not divided by a step's passes
@@ -87,9 +88,24 @@ class ObjectiveTrainer(Trainer):
             per_token = constrained_loss(logprobs, inputs["reference"][is_learned], beta)
         loss = (inputs["weights"][row] * per_token).sum()
         if self._signal is not None:
-            loss = loss + self._signal_loss(outputs[1], inputs, self._signal)
+            request, response = _signal_losses(outputs[1], inputs, self._signal)
+            self._note(loss_sft=loss, loss_request=request.sum(), loss_response=response.sum())
+            loss = joint_loss(loss, request, response, self._signal, self._per_step)
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the loss is a sum
         return (loss, outputs) if return_outputs else loss
+
+    def _note(self, **terms: Tensor) -> None:
+        """Add to what is logged of a step beside its loss: each term's share, before its lambda."""
+        for name, term in terms.items():
+            share = term.detach() / (1 if name == "loss_sft" else self._per_step) * self.accelerator.num_processes
+            self._terms[name] = self._terms.get(name, 0.0) + share
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log a step with the terms of its loss, as far as this process has seen them."""
+        if "loss" in logs:
+            logs |= {name: float(total) for name, total in self._terms.items()}
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
 
     def _outputs(self, model: nn.Module, inputs: dict[str, Any], is_learned: Tensor) -> Any:
         """Return the model's output, which begins with the logits that the learned tokens are drawn from, (N, V)."""
@@ -123,13 +139,13 @@ class ObjectiveTrainer(Trainer):
         model.train(was_training)
         return found
 
-    def _signal_loss(self, logits: Tensor, inputs: dict[str, Tensor], settings: Signal) -> Tensor:
-        """Return the batch's share of both lambda-weighted signal losses, each a mean over the step's rows."""
-        request = request_loss(logits[..., 0], inputs["request_labels"])  # (B,)
-        of_copies = logits[..., 1]  # (B, K)
-        response = response_loss(of_copies, inputs["is_copy"], inputs["response_labels"], settings.softmax_tau)
-        response = response + turn_loss(of_copies, inputs["span_labels"])  # (B,): a row has labels of one kind only
-        return (settings.request_weight * request + settings.response_weight * response).sum() / self._per_step
+
+def _signal_losses(logits: Tensor, inputs: Mapping[str, Tensor], settings: Signal) -> tuple[Tensor, Tensor]:
+    """Return the losses of the signal, of the request and of the response of every row, (B,) each."""
+    request = request_loss(logits[..., 0], inputs["request_labels"])
+    of_copies = logits[..., 1]  # (B, K)
+    response = response_loss(of_copies, inputs["is_copy"], inputs["response_labels"], settings.softmax_tau)
+    return request, response + turn_loss(of_copies, inputs["span_labels"])  # a row has labels of one kind only
 
 
 def _distilled(inputs: Mapping[str, Tensor]) -> Tensor:

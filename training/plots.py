@@ -13,6 +13,13 @@ from model.config import Side
 from training.calibrate import Calibration, Scored, SideReport
 
 STYLE: dict[Any, Any] = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+TERMS = {
+    "loss": "loss",
+    "loss_sft": "language model",
+    "loss_request": "[CLS], request",
+    "loss_response": "[CLS], response",
+}
+"""What a step of a fine-tuning logs of its loss, by the words of a legend."""
 COLOURS = {"benign": "tab:blue", "harmful": "tab:red"}
 
 
@@ -37,12 +44,16 @@ def draw(folder: Path, histories: Mapping[Side, Sequence[dict[str, float]]], cal
 def draw_steps(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write `loss.png` to `folder`: what a fine-tuning logged at each step."""
     folder.mkdir(parents=True, exist_ok=True)
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    terms = [name for name in TERMS if any(name in entry for entry in history)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        axes.plot(*zip(*points, strict=True))
+        for name in terms:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            axes.plot(*zip(*points, strict=True), label=TERMS[name])
         axes.set(xlabel="step", ylabel="loss")
+        if len(terms) > 1:
+            axes.legend()
         _save(figure, folder / "loss.png")
 
 

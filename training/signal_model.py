@@ -147,6 +147,23 @@ def turn_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return found.sum(dim=1) / is_known.sum(dim=1).clamp(min=1)
 
 
+def joint_loss(sft: Tensor, request: Tensor, response: Tensor, settings: Signal, num_rows: int) -> Tensor:
+    """Return L = L_sft + lambda_2 L_cls + lambda_3 L_response of a batch, a sum like L_sft, ().
+
+    Source: Li & Kim 2025 (arXiv 2505.17072), L_alignment = L_sft + lambda_2 L_cls. Deviations: the third term, of which
+    the source has nothing; and no term of the token head, which is trained afterwards on states of the finished weights
+    (docs/adr/0002), so that hours of fine-tuning need not be made again for another head.
+
+    Args:
+        sft: the weighted sum over the learned tokens, ().
+        request: L_cls of every row, (B,).
+        response: the loss of the response of every row, (B,).
+        settings: of both lambdas.
+        num_rows: of the step that the batch is a part of; both losses are means over it.
+    """
+    return sft + (settings.request_weight * request + settings.response_weight * response).sum() / num_rows
+
+
 class SignalModel(nn.Module):
     """A language model with its `[CLS]` signal; its state holds what is trained and nothing else.
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from model import cls_signal
 from model.chat import ChatTemplate
@@ -36,6 +36,30 @@ from training.tune_config import Signal, TuneRecipe
 
 LARGEST_ATTENTION = 4 * 2**30
 """Bytes of the attention weights that a pass may keep for its gradients."""
+
+
+class Copies(TrainerCallback):
+    """Writes an adapter every so many steps, in the precision that serves, to a folder named by the step.
+
+    Args:
+        model: with the adapter.
+        every: steps between two copies.
+        folder: holds the folders of the copies.
+        dtype: the precision.
+    """
+
+    def __init__(self, model: PeftModel, every: int, folder: Path, dtype: torch.dtype) -> None:
+        self._model = model
+        self._every = every
+        self._folder = folder
+        self._dtype = dtype
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write a copy where it is time for one."""
+        if state.global_step % self._every == 0 and state.is_world_process_zero:
+            trained = ((name, one) for name, one in self._model.named_parameters() if one.requires_grad)
+            found = {name: one.detach().to(self._dtype) for name, one in trained}
+            self._model.save_pretrained(str(self._folder / str(state.global_step)), state_dict=found)
 
 
 def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -81,6 +105,9 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
     arguments = _arguments(recipe, steps.per_step, folder)
     if isinstance(model, PeftModel) and recipe.fsdp:
         fsdp.share_frozen(model, arguments.device)
+    watching = [*loggers(run), *callbacks]
+    if isinstance(model, PeftModel) and recipe.copy_steps is not None:
+        watching.append(Copies(model, recipe.copy_steps, run / "steps", getattr(torch, recipe.dtype)))
     reference = None
     if recipe.constraint is not None:
         with torch.autocast(device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
@@ -105,7 +132,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
             _batch, pad_id=pretrained.pad_id, reference=reference, signal=recipe.signal, windows=windows
         ),
         train_dataset=steps,
-        callbacks=[*loggers(run), *callbacks],
+        callbacks=watching,
         constraint=recipe.constraint,
         signal=recipe.signal,
         distils=any(part.is_distilled for part in recipe.parts.values()),

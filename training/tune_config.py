@@ -214,12 +214,16 @@ class TuneRecipe(FitRecipe):
     """Hold every token near the model that training starts from; null does not."""
     signal: Signal | None = None
     """Train `[CLS]` too; null does not."""
+    copy_steps: AtLeastOne | None = None
+    """Steps between copies of the adapter as it is by then, which are kept below `run`/steps; null keeps none."""
     is_attack: bool = False
     """Learn harmful responses, to measure what such a fine-tuning undoes. Without it they are an error."""
 
     def __post_init__(self) -> None:
         if self.signal is not None and self.lora is None:
             raise ValueError("a signal is served beside an adapter: set lora")
+        if self.copy_steps is not None and (self.lora is None or self.signal is not None):
+            raise ValueError("copy_steps copies an adapter alone: set lora, without signal")
         if self.fsdp and self.lora is None:
             raise ValueError("fsdp: only frozen weights are kept in shares: set lora")
         if self.signal is not None and self.constraint is not None:

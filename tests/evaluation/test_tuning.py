@@ -1,6 +1,7 @@
 """A checkpoint is fine-tuned, keeps its signal, and is attacked. The training itself is left out."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,37 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
     assert "| backdoor-plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
     assert printed.count("| backdoor-constrained-10 |") == 1
     assert printed.startswith("With constraint.first=2 optimiser.warmup_steps=0.")
+
+
+def test_one_training_is_attacked_after_every_so_many_of_its_steps(
+    checkpoint: Path, tmp_path: Path, monkeypatch, capsys
+):
+    def train(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert {"copy_steps=5", "steps=15"} <= set(command)
+        (output,) = [Path(word.removeprefix("output=")) for word in command if word.startswith("output=")]
+        copies = output.parent / "training" / "steps"
+        for step in ("5", "10"):
+            write_adapter(copies / step)
+        write_adapter(output)
+        shutil.copytree(output, copies / "15")
+        return subprocess.CompletedProcess(command, 0)
+
+    def evaluate(words: list[str]) -> int:
+        assert words[1] == "mine"
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True)
+        found = load(Path(words[words.index("--target") + 1].removeprefix("checkpoint:"))).config.base.adapter
+        share = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4}
+        outcome = {"measure": "direct", "attack": found[:6], "policy": "both", "share": share}
+        (out / "report.json").write_text(json.dumps({"outcomes": [outcome]}))
+        return 0
+
+    monkeypatch.setattr("evaluation.tuning.subprocess.run", train)
+    words = ["harmful", "--checkpoint", str(checkpoint), "--objective", "plain", "--steps", "15", "--every", "5"]
+    assert tuning.main([*words, "--suite", "mine", "--out", str(tmp_path / "o")], evaluate) == 0
+    rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| harmful-plain-15{step}" for step in ("-step-5", "-step-10", "")]
+    assert len({row[2] for row in rows}) == 3
 
 
 @pytest.mark.parametrize("change", ["constraint={first: 2}", "steps=7", "output=elsewhere"])

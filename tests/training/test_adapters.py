@@ -105,7 +105,7 @@ def test_a_run_goes_on_from_an_adapter(saved_model: Path, data: Path, tmp_path: 
 def test_a_merged_model_says_what_the_tuned_one_says(saved_model: Path, data: Path, tmp_path: Path):
     tune(recipe(saved_model, data, tmp_path), "")
     made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
-    folder = merge(MergeRecipe(**made, dtype="float32"))
+    folder = merge(MergeRecipe(**made, dtype="float32"), "ballast-train merge")
     ids = torch.tensor([[5, 6, 7]])
     tuned = PeftModel.from_pretrained(load(str(saved_model), dtype=torch.float32).model, str(tmp_path / "adapter"))
     assert torch.allclose(load(str(folder), dtype=torch.float32).model(ids).logits, tuned(ids).logits, atol=1e-4)
@@ -117,7 +117,7 @@ def test_what_is_trained_on_a_merged_model_stands_under_its_licence_too(saved_mo
     assert json.loads(noted.read_text())["licence"] == "Apache-2.0"
     noted.write_text(json.dumps({"licence": "CC-BY-NC-SA-4.0"}))
     made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
-    folder = merge(MergeRecipe(**made, dtype="float32"))
+    folder = merge(MergeRecipe(**made, dtype="float32"), "ballast-train merge")
     again = tune(recipe(folder, data, tmp_path / "again", steps=1), "")
     assert json.loads((again / "metrics.json").read_text())["licence"] == "CC-BY-NC-SA-4.0"
 
@@ -128,9 +128,9 @@ def test_a_licence_of_its_own_stays_and_two_that_do_not_go_together_are_refused(
     tune(recipe(saved_model, data, tmp_path, steps=1), "")
     (tmp_path / "adapter" / "metrics.json").write_text(json.dumps({"licence": "CC-BY-SA-4.0"}))
     made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
-    folder = merge(MergeRecipe(**made, dtype="float32"))
+    folder = merge(MergeRecipe(**made, dtype="float32"), "ballast-train merge")
     assert json.loads((folder / "metrics.json").read_text())["licence"] == "CC-BY-SA-4.0"
     made["model"] = str(shutil.copytree(saved_model, tmp_path / "other"))
     (tmp_path / "other" / "metrics.json").write_text(json.dumps({"licence": "GPL-3.0"}))
     with pytest.raises(RecipeError, match=r"does not follow from \['CC-BY-SA-4.0', 'GPL-3.0'\]"):
-        merge(MergeRecipe(**made, dtype="float32"))
+        merge(MergeRecipe(**made, dtype="float32"), "ballast-train merge")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from model.chat import ChatTemplate, Message
 from model.pretrained import Pretrained
-from tests.training.tuning import places
+from tests.training.tuning import Count, Interrupt, places
 from training.dialogues import Dialogue
 from training.errors import RecipeError
 from training.preference import _preference, dpo
@@ -41,6 +41,20 @@ def test_refusals_come_to_be_preferred(tiny: Pretrained, data: Path, tmp_path: P
     assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the reference itself prefers neither
     assert log[-1]["loss"] < 0.68
     assert any("lora_A" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tiny: Pretrained, data: Path, tmp_path: Path):
+    whole, halted = (
+        recipe(data, tmp_path, steps=4, output=str(tmp_path / name / "adapter"), run=str(tmp_path / name))
+        for name in ("whole", "halted")
+    )
+    found = [load_file(dpo(whole, "") / "adapter_model.safetensors")]
+    with pytest.raises(KeyboardInterrupt):
+        dpo(halted, "", (Interrupt(),))
+    counted = Count()
+    found.append(load_file(dpo(halted, "", (counted,)) / "adapter_model.safetensors"))
+    assert counted.steps == 2
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_another_recipe_does_not_go_on_from_a_run_in_the_same_folder(tiny: Pretrained, data: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Training `[CLS]` together with the language model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ from model.errors import CheckpointError
 from model.testing import FAMILIES, tiny_lm
 from tests.training.tuning import Count, Interrupt, joint, losses, recipe, weights
 from training.errors import RecipeError
-from training.signal_model import SignalModel, collate_signal, fresh_signal, request_loss, response_loss, turn_loss
+from training.signal_model import (
+    SignalModel,
+    collate_signal,
+    fresh_signal,
+    joint_loss,
+    request_loss,
+    response_loss,
+    turn_loss,
+)
 from training.steps import SETTLED, Encoded, EncodedPart, Example, Steps, collate
 from training.tune import tune
 from training.tune_config import Recovery, Signal
@@ -141,6 +150,12 @@ def test_a_padded_batch_gives_each_row_what_it_gives_alone(family: str, reads_co
         assert torch.allclose(cls[row, : len(example.spans)], whole.signal(torch.cat(copies)), atol=1e-4)
 
 
+def test_the_joint_loss_adds_the_means_over_a_step_each_with_its_lambda():
+    settings = Signal(request_weight=0.5, response_weight=0.1)
+    found = joint_loss(torch.tensor(3.0), torch.tensor([1.0, 2.0]), torch.tensor([4.0, 0.0]), settings, num_rows=4)
+    assert found.item() == pytest.approx(3.0 + 0.5 * 3 / 4 + 0.1 * 4 / 4)
+
+
 def test_the_request_loss_reads_the_first_copy_and_only_labelled_rows():
     logits = torch.tensor([[0.0, 9.0], [2.0, 9.0], [5.0, 9.0]])
     found = request_loss(logits, torch.tensor([1, 0, -1]))
@@ -165,6 +180,9 @@ def test_the_signal_learns_to_tell_malicious_requests(saved_model: Path, data: P
     tune(joint(saved_model, data, tmp_path, steps=25), "")
     found = losses(tmp_path)
     assert sum(found[-3:]) < 0.95 * sum(found[:3])
+    log = [entry for entry in json.loads((tmp_path / "adapter" / "metrics.json").read_text())["log"] if "loss" in entry]
+    terms = [sum(entry[name] for name in ("loss_sft", "loss_request", "loss_response")) for entry in log]
+    assert terms == pytest.approx(found, abs=1e-3)  # both lambdas are 1
     signal, _ = load(tmp_path / "adapter")
     assert signal.embedding.shape == (32,)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from model.adapter import merge
 from model.pretrained import load
 from tests.training.conftest import SOURCES
 from tests.training.tuning import ANCHORS, RECOVERY, Count, Interrupt, SeesCheckpointing, joint, losses, recipe, weights
@@ -49,6 +50,18 @@ def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Pat
     assert [event.value for event in logged] == pytest.approx(found, abs=1e-4)
 
 
+def test_copies_are_the_adapter_as_it_was_by_then(saved_model: Path, data: Path, tmp_path: Path):
+    tune(recipe(saved_model, data, tmp_path, steps=4, copy_steps=2), "")
+    copies = tmp_path / "run" / "steps"
+    assert sorted(one.name for one in copies.iterdir()) == ["2", "4"]
+    before, after = (load_file(copies / step / "adapter_model.safetensors") for step in ("2", "4"))
+    final = weights(tmp_path)
+    assert after.keys() == final.keys()
+    assert all(torch.equal(after[name], final[name]) and after[name].dtype == final[name].dtype for name in final)
+    assert not all(torch.equal(before[name], final[name]) for name in final)
+    merge(load(str(saved_model), dtype=torch.float32), copies / "2")  # it loads as any adapter does
+
+
 def test_weights_and_biases_is_asked_for_by_its_variable(saved_model: Path, data: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -73,12 +86,16 @@ def test_the_loss_does_not_depend_on_the_batch_size(saved_model: Path, data: Pat
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "other"), rel=1e-3)
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(saved_model: Path, data: Path, tmp_path: Path):
-    tune(recipe(saved_model, data, tmp_path / "whole"), "")
+CONSTRAINED = {"parts": {"anchors": ANCHORS}, "batch_size": 6, "constraint": {}}
+
+
+@pytest.mark.parametrize("changes", [{}, CONSTRAINED], ids=["plain", "constrained"])
+def test_an_interrupted_run_ends_with_the_same_weights(saved_model: Path, data: Path, tmp_path: Path, changes):
+    tune(recipe(saved_model, data, tmp_path / "whole", **changes), "")
     with pytest.raises(KeyboardInterrupt):
-        tune(recipe(saved_model, data, tmp_path / "halted"), "", callbacks=[Interrupt()])
+        tune(recipe(saved_model, data, tmp_path / "halted", **changes), "", callbacks=[Interrupt()])
     counted = Count()
-    tune(recipe(saved_model, data, tmp_path / "halted"), "", callbacks=[counted])
+    tune(recipe(saved_model, data, tmp_path / "halted", **changes), "", callbacks=[counted])
     assert counted.steps == 2
     whole, halted = weights(tmp_path / "whole"), weights(tmp_path / "halted")
     assert all(torch.equal(whole[name], halted[name]) for name in whole)
@@ -302,10 +319,14 @@ def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data:
             "answers": {"max_tokens": 6},
         }
     )
-    lines = [json.loads(line) for line in write_anchors(made).read_text().splitlines()]
+    lines = [json.loads(line) for line in write_anchors(made, "ballast-train anchors").read_text().splitlines()]
     assert 1 <= len(lines) <= 5
     assert all(line["response"] and line["source"] == "Own sentences (MIT)" for line in lines)
     assert not any(line["complete"] for line in lines)  # a random model hardly ever ends within 6 tokens
+    origin = json.loads((tmp_path / "anchors.json").read_text())
+    assert (origin["command"], origin["answers"]) == ("ballast-train anchors", len(lines))
+    assert origin["recipe"]["answers"]["max_tokens"] == 6
+    assert set(origin["data_sha256"]) == {"instructions.jsonl"}
 
 
 @pytest.mark.parametrize("make", [recipe, joint], ids=["plain", "signal"])
