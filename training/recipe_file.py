@@ -106,6 +106,8 @@ def _explain(error: ValidationError, kind: type) -> str:
         return _unknown(where, _keys_at(kind, [str(part) for part in fault["loc"][:-1]]))
     if fault["type"] == "missing":
         return f"recipe key {where} is missing"
+    if fault["type"] == "value_error":  # of several keys together: all of them would be no help
+        return f"recipe{f' key {where}' if where else ''}: {fault['msg'].removeprefix('Value error, ')}"
     return f"recipe key {where}: {fault['msg']}, got {fault['input']!r}"
 
 

@@ -71,6 +71,11 @@ def test_a_key_deep_in_a_part_is_explained():
         recipe_file.load(TuneRecipe, "deepened", ["parts.recover.share=0.1"])
 
 
+def test_keys_that_do_not_go_together_are_told_in_a_line():
+    with pytest.raises(RecipeError, match=r"^recipe: copy_steps copies an adapter alone: set lora, without signal$"):
+        recipe_file.load(TuneRecipe, "signal", ["copy_steps=5"])
+
+
 def test_overrides_reach_into_groups_and_lists(config: str):
     recipe = recipe_file.load(
         HeadRecipe,
