@@ -129,10 +129,10 @@ def require_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, name: 
 
     short, long = "end", f"end, {COUNTED}"
     ours = len(tokenizer.encode(long)) - len(tokenizer.encode(short))
-    counts = told(short), told(long)
-    if None not in counts and (theirs := counts[1] - counts[0]) != ours:  # type: ignore[operator]
+    first, second = told(short), told(long)
+    if first is not None and second is not None and second - first != ours:
         raise ValueError(
-            f"the server counts {theirs} tokens where the tokenizer of {name} counts {ours}: "
+            f"the server counts {second - first} tokens where the tokenizer of {name} counts {ours}: "
             "name that of the served model with --tokenizer"
         )
 

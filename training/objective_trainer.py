@@ -89,7 +89,8 @@ class ObjectiveTrainer(Trainer):
         loss = (inputs["weights"][row] * per_token).sum()
         if self._signal is not None:
             request, response = _signal_losses(outputs[1], inputs, self._signal)
-            self._note(loss_sft=loss, loss_request=request.sum(), loss_response=response.sum())
+            means = request.sum() / self._per_step, response.sum() / self._per_step
+            self._note(loss_sft=loss, loss_request=means[0], loss_response=means[1])
             loss = joint_loss(loss, request, response, self._signal, self._per_step)
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the loss is a sum
         return (loss, outputs) if return_outputs else loss
@@ -97,8 +98,7 @@ class ObjectiveTrainer(Trainer):
     def _note(self, **terms: Tensor) -> None:
         """Add to what is logged of a step beside its loss: each term's share, before its lambda."""
         for name, term in terms.items():
-            share = term.detach() / (1 if name == "loss_sft" else self._per_step) * self.accelerator.num_processes
-            self._terms[name] = self._terms.get(name, 0.0) + share
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach() * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a step with the terms of its loss, as far as this process has seen them."""
