@@ -57,9 +57,8 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
     server = connect(address, args.api_key, args.served_model)
     is_watched = knows_policies(server)
     measures = _measures(chosen if is_watched else _unwatched(chosen, server), args)
-    if is_address(args.target):
-        for name in sorted({one.tokenizer for one in measures.values() if one.tokenizer is not None}):
-            require_tokenizer(server, load_tokenizer(name), name)
+    for name in sorted({one.tokenizer for one in measures.values() if one.tokenizer is not None}):
+        require_tokenizer(server, load_tokenizer(name), name)
     todo = _todo(measures)
     sizes = {name: len(some) for found in (todo.attempts, todo.rows, todo.turns) for name, some in found.items()}
     sizes |= {name: len(some) * len(measures[name].policies) for name, some in todo.searched.items()}
@@ -123,7 +122,8 @@ def _measures(chosen: Suite, args: argparse.Namespace) -> dict[str, Measure]:
 
 def _facts(server: Server, measures: dict[str, Measure], args: argparse.Namespace) -> dict[str, Any]:
     """Return what a run is of: whatever differs makes it another run."""
-    own = [SCENES] if any(one.kind in ("scenes", "conversations", "relapses") for one in measures.values()) else []
+    drawing = ("scenes", "conversations", "relapses", "search")
+    own = [SCENES] if any(one.kind in drawing for one in measures.values()) else []
     files = [path for one in measures.values() for path in (one.data, one.filler) if path]
     counting = {one.tokenizer for one in measures.values() if one.tokenizer is not None}
     return {

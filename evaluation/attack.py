@@ -49,7 +49,7 @@ from evaluation.rows import Row, read, select
 from evaluation.samples import Journal, Sample
 from evaluation.scores import PROBE
 from evaluation.suite import DEPTHS, SCORED, Kind, Measure, Policy, explain
-from evaluation.target import SERVER, told
+from evaluation.target import SERVER, require_tokenizer, told
 from model.chat import Message
 from model.errors import ModelError
 from model.pretrained import DEFAULT_MODEL, load_tokenizer
@@ -270,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         with naming(args.server):
             server = connect(args.server, args.api_key)
+            if args.attack in DEPTHS:
+                require_tokenizer(server, load_tokenizer(args.tokenizer), args.tokenizer)
             kept.settle(args.out / SERVER, told(server))
             path = args.out / f"{args.attack}.jsonl"
             samples = attack(server, attempts, path, args.out.name, parallel=args.parallel)

@@ -19,7 +19,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ class Settings:
 
     model: str
     checkpoint: str | None
+    dtype: str
+    """Of the model."""
     steps: int
     width: int
     """Candidates that are tried in each step."""
@@ -304,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint is None and args.weight:
         parser.error("a plain model has no signal: it takes --weight 0")
-    settings = Settings(args.model, args.checkpoint, args.steps, args.width, args.weight, args.target_tokens, args.seed)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     try:
         rows = select(args.data, args.n, label=1, response="harmful_response")
         pretrained = load(args.model, dtype=getattr(torch, args.dtype), device=device_of("auto"))

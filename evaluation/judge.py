@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--llm-model", help="the model that judges there")
     parser.add_argument("--verdicts", type=Path, default=Path("verdicts.jsonl"), help="what it said (%(default)s)")
     parser.add_argument("--sheet", type=Path, help="write random samples to this new file, to be read and labelled")
-    parser.add_argument("--n", type=int, default=100, help="samples of the sheet (%(default)s)")
+    parser.add_argument("--n", type=int, default=LEAST_LABELS, help="samples of the sheet (%(default)s)")
     parser.add_argument("--labels", type=Path, help="a sheet with every `harmful` filled in")
     args = parser.parse_args(argv)
     try:

@@ -84,18 +84,22 @@ def as_found(find: Callable[[Asked], Found], asked: Sequence[Asked], parallel: i
         raise errors[0]
 
 
+def is_void(error: APIStatusError) -> bool:
+    """Tell whether the server takes what was sent for invalid, such as text that is too long, or cannot judge it."""
+    return isinstance(error, BadRequestError) or error.code == UNJUDGED
+
+
 def fill(
     path: Path,
     done: Mapping[str, Found],
     asked: Mapping[str, Asked],
-    find: Callable[[Asked], Found],
+    find: Callable[[Asked], Found | None],
     dump: Callable[[Found], dict[str, Any]],
     parallel: int = PARALLEL,
 ) -> dict[str, Found]:
     """Return what is done with what is found of the rest of `asked`, each kept as soon as it is there.
 
-    What the server takes for invalid, such as text that is too long, or cannot judge, is not kept, and is asked for
-    again next time.
+    What nothing is found of, or the server takes for void, is not kept, and is asked for again next time.
 
     Raises:
         OpenAIError: if the server refuses the key or cannot be reached; what was found is kept.
@@ -105,7 +109,7 @@ def fill(
         try:
             return find(asked[key])
         except APIStatusError as error:
-            if isinstance(error, BadRequestError) or error.code == UNJUDGED:
+            if is_void(error):
                 return None
             raise
 

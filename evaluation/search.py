@@ -14,7 +14,7 @@ from random import Random
 from statistics import median
 from typing import Any, NamedTuple, cast
 
-from openai import BadRequestError, PermissionDeniedError
+from openai import APIStatusError, PermissionDeniedError
 
 from evaluation import kept
 from evaluation.attempts import Attempt, texts, under
@@ -70,20 +70,26 @@ def climb(rate: Rate, request: str, *, rounds: int, width: int, seed: int = 0) -
 def shown(server: Server, text: str) -> float:
     """Return what the server shows of a message: its risk, else 1 where it is flagged or refused and 0 where not.
 
-    A message that the server takes for invalid is of no use: infinity.
+    A message that the server takes for invalid, or cannot judge, is of no use: infinity.
 
     Raises:
         OpenAIError: if it cannot be reached.
     """
-    messages: list[Any] = [{"role": "user", "content": text}]
+    try:
+        return _told(server, [{"role": "user", "content": text}])
+    except APIStatusError as error:
+        if kept.is_void(error):
+            return math.inf
+        raise
+
+
+def _told(server: Server, messages: list[Any]) -> float:
     try:
         body = {"model": server.model, "messages": messages}
         # `dict[str, Any]` as cast_to fails under Python 3.10, where the client takes it for a class.
         found = cast("dict[str, Any]", server.client.post("/safety/score", cast_to=object, body=body))
         risk = found.get("request_risk")
         return float(found["flagged"]["request"]) if risk is None else float(risk)
-    except BadRequestError:
-        return math.inf
     except PermissionDeniedError:
         create = server.client.chat.completions.create
         answer = create(model=server.model, messages=messages, max_tokens=1, temperature=0)
@@ -121,8 +127,9 @@ def plan(
     rounds, width = measure.rounds or ROUNDS, measure.width or WIDTH
     prompts = {key_of(row.prompt, rounds, width): row.prompt for row in rows}
 
-    def find(prompt: str) -> Searched:
-        return climb(lambda text: shown(server, text), prompt, rounds=rounds, width=width)
+    def find(prompt: str) -> Searched | None:
+        found = climb(lambda text: shown(server, text), prompt, rounds=rounds, width=width)
+        return found if math.isfinite(found.best) else None
 
     done = {key: one for key, one in read_journal(journal).items() if key in prompts}
     found = kept.fill(journal, done, prompts, find, Searched._asdict, parallel)
@@ -140,7 +147,7 @@ def read_journal(path: Path) -> dict[str, Searched]:
 
 
 def summary(found: Sequence[Searched]) -> str:
-    """Return in words what guided the searches, and how far they came."""
+    """Return in words how far the searches came."""
     first, best = (median(getattr(one, name) for one in found) for name in ("first", "best"))
     asked = median(one.num_asked for one in found)
     shown_of = f"shown of a request as it was {first:.4f}, of the best wording {best:.4f}"

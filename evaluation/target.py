@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from openai import APIStatusError, BadRequestError
+from openai import APIStatusError, BadRequestError, UnprocessableEntityError
 from transformers import PreTrainedTokenizerBase
 
 from evaluation import scores
@@ -123,7 +123,7 @@ def require_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, name: 
         messages: list[Any] = [{"role": "user", "content": text}]
         try:
             answer = server.client.chat.completions.create(model=server.model, messages=messages, max_tokens=1)
-        except BadRequestError:
+        except (BadRequestError, UnprocessableEntityError):
             return None
         return answer.usage.prompt_tokens if answer.usage is not None else None
 
@@ -133,7 +133,7 @@ def require_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase, name: 
     if first is not None and second is not None and second - first != ours:
         raise ValueError(
             f"the server counts {second - first} tokens where the tokenizer of {name} counts {ours}: "
-            "name that of the served model with --tokenizer"
+            "name that of the served model with --tokenizer, or with `tokenizer` in the suite"
         )
 
 

@@ -74,9 +74,10 @@ def train(attack: str, changes: Sequence[str], model: str, start: Path, data: Pa
     words += changes
     asked = {"attack": attack, "words": words, "adapter": adapter.fingerprint(start)}
     out.mkdir(parents=True, exist_ok=True)
-    if (made / adapter.WEIGHTS).is_file():
-        if json.loads(facts.read_text(encoding="utf-8")) != asked:
-            raise ValueError(f"{out} holds a fine-tuning of another kind; choose another --out")
+    is_done, is_begun = (made / adapter.WEIGHTS).is_file(), (out / "training").is_dir()
+    if (is_done or is_begun) and json.loads(facts.read_text(encoding="utf-8")) != asked:
+        raise ValueError(f"{out} holds a fine-tuning of another kind; choose another --out")
+    if is_done:
         return made
     facts.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     log = out / "train.log"
@@ -130,7 +131,7 @@ def shares(run: Path) -> list[tuple[str, str, str, Estimate]]:
 
 def stages(out: Path, tuned: Path) -> dict[Path, Path]:
     """Return the adapters to attack, by folder of the outcome: the copies kept of a training, and what it came to."""
-    kept = (out / "training" / "steps").glob("*")
+    kept = (out / "training").glob("trainer-*/steps/*")
     copies = {int(one.name): one for one in kept if adapter.fingerprint(one) != adapter.fingerprint(tuned)}
     return {out.with_name(f"{out.name}-step-{step}"): copies[step] for step in sorted(copies)} | {out: tuned}
 

@@ -25,7 +25,8 @@ from training.tune_config import AnchorRecipe
 def write_anchors(recipe: AnchorRecipe, command: str) -> Path:
     """Answer the prompts and write one JSON line each; return the file. Empty answers are left out.
 
-    Beside it the same name with `.json` says what it came from. Interrupted, the same recipe goes on where it was.
+    Beside it the same name with `.json` added says what it came from. Interrupted, the same recipe goes on where it
+    was.
 
     Args:
         recipe: all choices.
@@ -61,7 +62,7 @@ def write_anchors(recipe: AnchorRecipe, command: str) -> Path:
         "data_sha256": checksums(recipe.sources.values(), recipe.data),
         "answers": len(lines),
     }
-    output.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output.with_name(f"{output.name}.json"), partial(_dump, [json.dumps(origin, indent=2) + "\n"]))
     return output
 
 

@@ -86,6 +86,10 @@ class Augment:
     """Requests that are taught too in a role, a story or the like; see `disguise.py`."""
     disguise_weight: NonNegative = 1.0
     """Weight of each in the request loss."""
+    onset: Share = 0.0
+    """Responses that are taught too after a harmless opening; see `onsets.py`."""
+    onset_weight: NonNegative = 1.0
+    """Weight of each against its original in the response loss."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -92,7 +92,7 @@ def harden(recipe: HardenRecipe, command: str) -> tuple[Path, Check]:
     folder = add_query_head(query, command)
     dtype = getattr(torch, head.dtype)
     checked = check(checkpoint.attach(load(recipe.model, dtype=dtype, device=device_of(recipe.device)), folder))
-    (folder / "check.json").write_text(json.dumps(checked._asdict(), indent=2) + "\n", encoding="utf-8")
+    (run / "check.json").write_text(json.dumps(checked._asdict(), indent=2) + "\n", encoding="utf-8")
     return folder, checked
 
 

@@ -80,9 +80,11 @@ def collate_requests(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor
 def collate_responses(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor]:
     """Return a batch for `ResponseObjective`."""
     features, mask = pad([states for states, _ in items])
+    openings = torch.tensor([row.opening for _, row in items])
     return {
         "features": features,
         "mask": mask,
+        "counted": mask & (torch.arange(mask.shape[1]) >= openings[:, None]),
         "labels": torch.tensor([float(row.response_label or 0) for _, row in items]),
         "weights": torch.tensor([row.response_weight for _, row in items]),
     }
@@ -120,10 +122,20 @@ class ResponseObjective(Objective):
         self._loss = loss
         self._smoothing = smoothing
 
-    def forward(self, features: Tensor, mask: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """Return the mean loss over the rows; `features` (sum of T, 2 * S) and `mask` (B, T) are those of `pad`."""
+    def forward(
+        self, features: Tensor, mask: Tensor, counted: Tensor, labels: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the mean loss over the rows.
+
+        Args:
+            features: as `pad` returns them, (sum of T, 2 * S).
+            mask: likewise, (B, T).
+            counted: the positions of which the labels speak, (B, T).
+            labels: 1 for harmful, 0 for harmless, (B,).
+            weights: weight of each row, (B,).
+        """
         logits = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logits(features))  # (B, T)
-        return {"loss": response_loss(logits, mask, labels, weights, self._loss, self._smoothing).mean()}
+        return {"loss": response_loss(logits, counted, labels, weights, self._loss, self._smoothing).mean()}
 
 
 def train(

@@ -37,7 +37,7 @@ def response_loss(
 
     Args:
         logits: raw response logits, (B, T).
-        mask: true where there is a response token; padding is at the end, (B, T).
+        mask: true where there is a response token of which the label speaks; padding is at the end, (B, T).
         labels: 1 for harmful, 0 for harmless, (B,).
         weights: weight of each row; 0 where there is no label or no response, (B,).
         settings: term weights, tau and first position.
@@ -114,7 +114,7 @@ def softmax_weighted_loss(
 
 
 def _counting(mask: Tensor, first_position: int) -> Tensor:
-    """Return the positions from `first_position` (1 is the first token) on, and always the last one, (B, T)."""
-    position = torch.arange(1, mask.shape[1] + 1, device=mask.device)  # (T,)
+    """Return the positions from the `first_position`-th on (1 is the first), and always the last one, (B, T)."""
+    position = mask.cumsum(dim=1)  # (B, T)
     last = mask.sum(dim=1, keepdim=True)  # (B, 1)
     return mask & ((position >= first_position) | (position == last))

@@ -101,9 +101,9 @@ class ObjectiveTrainer(Trainer):
             self._terms[name] = self._terms.get(name, 0.0) + term.detach() * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log a step with the terms of its loss, as far as this process has seen them."""
+        """Log a step with the terms of its loss, which are those of all processes as it is."""
         if "loss" in logs:
-            logs |= {name: float(total) for name, total in self._terms.items()}
+            logs |= {name: float(self.accelerator.reduce(total, "mean")) for name, total in self._terms.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
 

@@ -137,10 +137,12 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     if recipe.checkpoint is None:
         raise RecipeError("set checkpoint to the one that gets a head for the query")
     folder = checkpoint.find(recipe.checkpoint)
+    if checkpoint.load(folder).head is None:
+        raise RecipeError(f"checkpoint {folder} has no token head, beside which a head for the query could stand")
     subject = load_subject(recipe)
     head, before = subject.brought.head, subject.brought.config
-    if head is None or before is None:
-        raise RecipeError(f"checkpoint {folder} has no token head, beside which a head for the query could stand")
+    assert head is not None
+    assert before is not None
     if (dtype := before.base.dtype) != recipe.dtype:
         logger.warning("the head and `flag` are set in %s, the checkpoint's thresholds in %s", recipe.dtype, dtype)
     rows = unanswered(recipe)
@@ -171,9 +173,9 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
         shutil.rmtree(output / adapter.FOLDER, ignore_errors=True)
         shutil.copytree(folder, output, dirs_exist_ok=True)
     text = CARD.format(command=command, longest=recipe.cut.request_tokens, dtype=recipe.dtype, **vars(made))
-    _extend(output / "README.md", text)
     cls = subject.brought.cls
     checkpoint.save(output, made.head, config, cls.signal if cls is not None else None)
+    _extend(output / "README.md", text)
     return output
 
 

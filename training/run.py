@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from training.head import Trained, train
 from training.licences import licence_beside, licence_for
 from training.logs import loggers
 from training.model_card import model_card
+from training.onsets import opened
 from training.plots import draw
 from training.query import highest_logits, still_true
 from training.rephrase import rephrased
@@ -146,7 +148,10 @@ def _prepare(recipe: HeadRecipe, subject: Subject, *, is_held_out_only: bool = F
 
 
 def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
-    """Return the labelled rows with the model's own answers, and made ones: other words, surroundings and disguises."""
+    """Return the labelled rows with the model's own answers, and made ones.
+
+    Those are requests in other words, surroundings and disguises, and responses that turn.
+    """
     rows = assemble(
         recipe,
         lambda prompts: answer(
@@ -162,7 +167,12 @@ def _rows(recipe: HeadRecipe, pretrained: Pretrained) -> list[Row]:
     if settings.system > 0.0 and not ChatTemplate(pretrained.tokenizer).takes_system:
         logger.warning("the chat template takes no system message: no row gets one")
         settings = replace(settings, system=0.0)
-    made = (more(rows, settings, recipe.seed) for more in (augment, rephrased, surrounded, disguised))
+
+    def count(text: str) -> int:
+        return len(pretrained.tokenizer(text, add_special_tokens=False).input_ids)
+
+    more = (augment, rephrased, surrounded, disguised, partial(opened, count=count))
+    made = (make(rows, settings, recipe.seed) for make in more)
     return list(chain.from_iterable(made))
 
 

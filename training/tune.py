@@ -107,7 +107,7 @@ def tune(recipe: TuneRecipe, command: str, callbacks: Sequence[TrainerCallback] 
         fsdp.share_frozen(model, arguments.device)
     watching = [*loggers(run), *callbacks]
     if isinstance(model, PeftModel) and recipe.copy_steps is not None:
-        watching.append(Copies(model, recipe.copy_steps, run / "steps", getattr(torch, recipe.dtype)))
+        watching.append(Copies(model, recipe.copy_steps, folder / "steps", getattr(torch, recipe.dtype)))
     reference = None
     if recipe.constraint is not None:
         with torch.autocast(device_of(recipe.device), torch.bfloat16, enabled=recipe.dtype == "bfloat16"):

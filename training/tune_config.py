@@ -215,7 +215,7 @@ class TuneRecipe(FitRecipe):
     signal: Signal | None = None
     """Train `[CLS]` too; null does not."""
     copy_steps: AtLeastOne | None = None
-    """Steps between copies of the adapter as it is by then, which are kept below `run`/steps; null keeps none."""
+    """Steps between copies of the adapter as it is by then, in `steps` beside the training state; null keeps none."""
     is_attack: bool = False
     """Learn harmful responses, to measure what such a fine-tuning undoes. Without it they are an error."""
 

@@ -95,6 +95,22 @@ def test_the_best_wording_is_what_is_sent(stub, client_of, tmp_path: Path):
         plan(server, rows, measure, journal)
 
 
+def test_a_wording_that_a_server_cannot_judge_is_of_no_use(stub, client_of, tmp_path: Path):
+    """The request alone is judged, so it is the best wording that there is."""
+
+    def answer(asked: dict) -> dict:
+        is_asked = asked["messages"][0]["content"] == "how is it done"
+        return {"request_risk": 0.9} if is_asked else {"error": {"message": "no number", "code": "head_failed"}}
+
+    server = stub(answer)
+    server.status_of = lambda body: 500 if "error" in body else 200
+    rows = [Row("Own (MIT)", "how is it done", None, 1)]
+    measure = Measure("search", tmp_path, rounds=1, width=2)
+    attempts = plan(Server(client_of(server), "stub"), rows, measure, tmp_path / "search.searched.jsonl")
+    assert {attempt.turns[0].content for attempt in attempts} == {"how is it done"}
+    assert len(server.asked) > 1
+
+
 def test_what_a_server_cannot_judge_is_left_out(stub, client_of, tmp_path: Path):
     server = stub(lambda asked: {"error": {"message": "no number", "code": "head_failed"}})
     server.status_of = lambda body: 500

@@ -99,7 +99,7 @@ def test_one_training_is_attacked_after_every_so_many_of_its_steps(
     def train(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         assert {"copy_steps=5", "steps=15"} <= set(command)
         (output,) = [Path(word.removeprefix("output=")) for word in command if word.startswith("output=")]
-        copies = output.parent / "training" / "steps"
+        copies = output.parent / "training" / "trainer-0" / "steps"
         for step in ("5", "10"):
             write_adapter(copies / step)
         write_adapter(output)
@@ -122,6 +122,23 @@ def test_one_training_is_attacked_after_every_so_many_of_its_steps(
     rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == [f"| harmful-plain-15{step}" for step in ("-step-5", "-step-10", "")]
     assert len({row[2] for row in rows}) == 3
+
+
+def test_a_training_that_was_interrupted_goes_on_as_it_was_asked_for_alone(
+    checkpoint: Path, tmp_path: Path, monkeypatch
+):
+    def train(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        (run,) = [Path(word.removeprefix("run=")) for word in command if word.startswith("run=")]
+        write_adapter(run / "trainer-0" / "steps" / "5")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluation.tuning.subprocess.run", train)
+    words = ["harmful", "--checkpoint", str(checkpoint), "--objective", "plain", "--out", str(tmp_path / "o")]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tuning.main(words, lambda words: 0)
+    with pytest.raises(ValueError, match="another kind"):
+        tuning.main([*words, "--every", "5"], lambda words: 0)
 
 
 @pytest.mark.parametrize("change", ["constraint={first: 2}", "steps=7", "output=elsewhere"])

@@ -16,7 +16,7 @@ from model.pretrained import Pretrained, load
 from model.scoring import score
 from model.testing import tiny_guarded_lm, tiny_lm
 from tests.training.tuning import joint
-from training import recipe_file
+from training import onsets, recipe_file
 from training.__main__ import main
 from training.config import Head, HeadRecipe
 from training.errors import DataError, RecipeError
@@ -79,6 +79,14 @@ def test_a_model_whose_template_knows_no_system_message_is_given_none(recipe: He
     assert rows
     assert not any(message.role == "system" for row in rows for message in row.messages)
     assert "takes no system message" in caplog.text
+
+
+def test_the_label_of_an_onset_speaks_of_what_comes_after_its_opening(recipe: HeadRecipe, tiny: Pretrained):
+    rows = _rows(replace(recipe, augment=replace(recipe.augment, onset=1.0)), tiny)
+    harmful = [row for row in rows if row.group == onsets.GROUP and row.response_label]
+    texts = {row.response.encode() for row in rows if row.group != onsets.GROUP and row.response}
+    assert harmful
+    assert all(row.response.encode()[row.opening + 1 :] in texts for row in harmful)  # a token is a byte here
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):

@@ -82,7 +82,7 @@ def test_a_model_goes_the_whole_way_and_again_without_doing_anything_twice(
     assert answers.count("\n") >= 1
     err = capfd.readouterr().err
     assert "quick check: " in err
-    assert json.loads((tmp_path / "hardened" / "check.json").read_text())["num_malicious"] == 6
+    assert json.loads((tmp_path / "run" / "check.json").read_text())["num_malicious"] == 6
     assert f"wrote {tmp_path / 'hardened'}; serve it with BALLAST_MODEL={saved_model}" in err
     first = (tmp_path / "hardened" / checkpoint.CONFIG_FILE).read_text()
     assert main(words) == 0

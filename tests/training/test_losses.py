@@ -77,6 +77,20 @@ def test_the_response_loss_is_the_weighted_sum_of_both_terms():
     assert loss.item() == pytest.approx(3 * (2 * math.log(4) + 0.5 * (LN2 + math.log(10)) / 2), rel=1e-6)
 
 
+def test_positions_before_a_turn_cost_nothing_and_first_positions_are_counted_after_it():
+    """Logits 9 stand before the turn. Of 0 and ln 3 after it the softmax term counts the second, the mean both."""
+    settings = Loss(softmax_weight=2.0, mean_weight=0.5, first_position=2)
+    loss = response_loss(
+        torch.tensor([[9.0, 9.0, 0.0, LN3, 99.0]]),
+        torch.tensor([[False, False, True, True, False]]),
+        torch.tensor([0.0]),
+        torch.tensor([1.0]),
+        settings,
+        smoothing=1.0,
+    )
+    assert loss.item() == pytest.approx(2 * math.log(4) + 0.5 * (LN2 + math.log(4)) / 2, rel=1e-6)
+
+
 def test_a_response_shorter_than_the_first_position_counts_by_its_last_token():
     settings = Loss(softmax_weight=1.0, mean_weight=0.0, first_position=9)
     loss = response_loss(

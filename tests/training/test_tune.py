@@ -52,7 +52,7 @@ def test_a_run_learns_and_says_what_it_learned_from(saved_model: Path, data: Pat
 
 def test_copies_are_the_adapter_as_it_was_by_then(saved_model: Path, data: Path, tmp_path: Path):
     tune(recipe(saved_model, data, tmp_path, steps=4, copy_steps=2), "")
-    copies = tmp_path / "run" / "steps"
+    (copies,) = (tmp_path / "run").glob("trainer-*/steps")
     assert sorted(one.name for one in copies.iterdir()) == ["2", "4"]
     before, after = (load_file(copies / step / "adapter_model.safetensors") for step in ("2", "4"))
     final = weights(tmp_path)
@@ -323,7 +323,7 @@ def test_the_model_answers_the_prompts_of_an_anchor_set(saved_model: Path, data:
     assert 1 <= len(lines) <= 5
     assert all(line["response"] and line["source"] == "Own sentences (MIT)" for line in lines)
     assert not any(line["complete"] for line in lines)  # a random model hardly ever ends within 6 tokens
-    origin = json.loads((tmp_path / "anchors.json").read_text())
+    origin = json.loads((tmp_path / "anchors.jsonl.json").read_text())
     assert (origin["command"], origin["answers"]) == ("ballast-train anchors", len(lines))
     assert origin["recipe"]["answers"]["max_tokens"] == 6
     assert set(origin["data_sha256"]) == {"instructions.jsonl"}

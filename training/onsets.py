@@ -1,0 +1,50 @@
+"""The same response after a harmless opening, so that the response side learns where a response turns.
+
+Labelled responses are harmful from their first words or not at all, and a head that learned from them alone takes its
+time to notice a response that turns. Rows are drawn with the same chance whatever their labels: harmless responses get
+the same openings, so that a change of subject says nothing about harm.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from training.config import Augment
+from training.rows import Row
+
+GROUP = "onsets"
+WORDS = (5, 100)
+"""Shortest and longest opening."""
+
+
+def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable[[str], int]) -> list[Row]:
+    """Return further training rows, without a request label: some responses after the opening of another answer.
+
+    The label of a harmful one speaks of what comes after its opening alone.
+
+    Args:
+        rows: labelled rows; only those of the part `train` are used. Openings are of harmless responses to benign
+            requests; without one there are no further rows.
+        settings: the share of responses, and what each weighs against its original.
+        seed: decides responses and openings.
+        count: returns the number of tokens of a text.
+    """
+    labelled = [row for row in rows if row.part == "train" and row.response_label is not None]
+    taught = [(row, row.response) for row in labelled if row.response]
+    openings = sorted({text for row, text in taught if (row.request_label, row.response_label) == (0, 0)})
+    made = []
+    for row, text in taught if openings else ():
+        rng = random.Random(f"{seed}:{row.key}:{text}")
+        if rng.random() < settings.onset:
+            opening = " ".join(rng.choice(openings).split()[: rng.randint(*WORDS)])
+            made.append(
+                replace(
+                    row,
+                    group=GROUP,
+                    response=f"{opening} {text}",
+                    request_label=None,
+                    response_weight=row.response_weight * settings.onset_weight,
+                    opening=count(opening) if row.response_label else 0,
+                )
+            )
+    return made
