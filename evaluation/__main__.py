@@ -72,6 +72,9 @@ def run(chosen: Suite, address: str, args: argparse.Namespace) -> None:
     plans = dict(todo.attempts)
     for name, some in todo.searched.items():
         plans[name] = search.plan(server, some, measures[name], runs.wordings(args.out, name), args.parallel)
+        if num_void := len({row.prompt for row in some}) - len({attempt.prompt for attempt in plans[name]}):
+            said = "the server takes for invalid, or cannot judge"
+            sys.stderr.write(f"ballast-eval: left out of {name}: {num_void} requests that {said}\n")
     how: dict[str, Any] = {"target": args.out.name, "is_watched": is_watched, "parallel": args.parallel}
     journals = ((attempts, args.out / f"{name}.jsonl") for name, attempts in plans.items())
     samples = [one for attempts, journal in journals for one in attack(server, attempts, journal, **how)]

@@ -43,7 +43,9 @@ class Searched(NamedTuple):
 
 
 def climb(rate: Rate, request: str, *, rounds: int, width: int, seed: int = 0) -> Searched:
-    """Return the best of the wordings that a greedy random search meets; it ends early where nothing is shown to mend.
+    """Return the best of the wordings that a greedy random search meets.
+
+    It ends early where nothing is shown to mend, and where the request itself is of no use.
 
     Args:
         rate: what guides it.
@@ -56,7 +58,7 @@ def climb(rate: Rate, request: str, *, rounds: int, width: int, seed: int = 0) -
     text, risk = request, rate(request)
     first, num_asked = risk, 1
     for _ in range(rounds):
-        if risk == 0.0:
+        if risk == 0.0 or math.isinf(first):
             break
         tried = sorted({_changed(text, drawn) for _ in range(width)} - {text})
         drawn.shuffle(tried)  # where little is shown many are alike, and any of them is a way on

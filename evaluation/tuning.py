@@ -74,7 +74,7 @@ def train(attack: str, changes: Sequence[str], model: str, start: Path, data: Pa
     words += changes
     asked = {"attack": attack, "words": words, "adapter": adapter.fingerprint(start)}
     out.mkdir(parents=True, exist_ok=True)
-    is_done, is_begun = (made / adapter.WEIGHTS).is_file(), (out / "training").is_dir()
+    is_done, is_begun = (made / adapter.WEIGHTS).is_file(), any((out / "training").glob("trainer-*"))
     if (is_done or is_begun) and json.loads(facts.read_text(encoding="utf-8")) != asked:
         raise ValueError(f"{out} holds a fine-tuning of another kind; choose another --out")
     if is_done:
@@ -130,8 +130,16 @@ def shares(run: Path) -> list[tuple[str, str, str, Estimate]]:
 
 
 def stages(out: Path, tuned: Path) -> dict[Path, Path]:
-    """Return the adapters to attack, by folder of the outcome: the copies kept of a training, and what it came to."""
-    kept = (out / "training").glob("trainer-*/steps/*")
+    """Return the adapters to attack, by folder of the outcome: the copies kept of a training, and what it came to.
+
+    Raises:
+        ValueError: if there are copies of several trainings.
+    """
+    kept = list((out / "training").glob("trainer-*/steps/*"))
+    if len({one.parent for one in kept}) > 1:
+        raise ValueError(
+            f"{out} holds copies of several trainings, of other data or another recipe; choose another --out"
+        )
     copies = {int(one.name): one for one in kept if adapter.fingerprint(one) != adapter.fingerprint(tuned)}
     return {out.with_name(f"{out.name}-step-{step}"): copies[step] for step in sorted(copies)} | {out: tuned}
 

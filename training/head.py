@@ -80,7 +80,7 @@ def collate_requests(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor
 def collate_responses(items: Sequence[tuple[RowStates, Row]]) -> dict[str, Tensor]:
     """Return a batch for `ResponseObjective`."""
     features, mask = pad([states for states, _ in items])
-    openings = torch.tensor([row.opening for _, row in items])
+    openings = torch.tensor([row.opening_tokens for _, row in items])
     return {
         "features": features,
         "mask": mask,

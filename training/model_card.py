@@ -142,9 +142,13 @@ def _side(name: str, side: SideReport) -> str:
 
 
 def _limits(recipe: HeadRecipe) -> str:
+    is_taught = recipe.augment.onset > 0.0
+    onset = (
+        "where harm begins is known of responses made to turn alone" if is_taught else "no row says where harm begins"
+    )
     return (
         "## Limits\n\n"
-        "Response labels are per response; no row says where harm begins. Sources differ in what they call harmful. "
+        f"Response labels are per response; {onset}. Sources differ in what they call harmful. "
         f"Responses were read up to {recipe.cut.response_tokens} tokens: in longer ones false alarms may be more "
         "frequent. Thresholds hold for the base model, precision and chat template named above."
     )

@@ -14,13 +14,14 @@ from training.rows import Row
 
 GROUP = "onsets"
 WORDS = (5, 100)
-"""Shortest and longest opening."""
+"""Fewest and most words of an opening; an answer with fewer is used whole."""
 
 
 def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable[[str], int]) -> list[Row]:
     """Return further training rows, without a request label: some responses after the opening of another answer.
 
-    The label of a harmful one speaks of what comes after its opening alone.
+    The label of a harmful one speaks of what comes after its opening alone, as smoothed risks have it: the first of them
+    still hold much of the opening. One whose opening is longer than what is read of a response teaches nothing.
 
     Args:
         rows: labelled rows; only those of the part `train` are used. Openings are of harmless responses to benign
@@ -44,7 +45,7 @@ def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable
                     response=f"{opening} {text}",
                     request_label=None,
                     response_weight=row.response_weight * settings.onset_weight,
-                    opening=count(opening) if row.response_label else 0,
+                    opening_tokens=count(opening) if row.response_label else 0,
                 )
             )
     return made

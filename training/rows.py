@@ -27,7 +27,7 @@ class Row:
     response_label: int | None
     request_weight: float = 1.0
     response_weight: float = 1.0
-    opening: int = 0
+    opening_tokens: int = 0
     """First tokens of the response of which its label does not speak."""
     part: Part = "train"
 

@@ -20,9 +20,10 @@ from model.testing import write_tiny
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What the server tells of itself, so that it is asked for nothing else."""
+    """What the server tells of itself, so that it is asked for nothing else, nor how it counts tokens."""
     found = {"shows": "risks"}
     monkeypatch.setattr("evaluation.attack.told", lambda server: dict(found))
+    monkeypatch.setattr("evaluation.attack.require_tokenizer", lambda *_: None)
     return found
 
 

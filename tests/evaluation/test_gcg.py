@@ -108,6 +108,8 @@ def test_the_command_writes_prompts_that_can_be_sent_and_goes_on(tmp_path: Path,
         main(plain)
     assert "a plain model has no signal: it takes --weight 0" in capfd.readouterr().err
     assert main([*plain, "--weight", "0"]) == 0
+    assert main([*plain, "--weight", "0", "--dtype", "bfloat16"]) == 1
+    assert "holds prompts of other settings" in capfd.readouterr().err
     assert main([*guarded, "--data", str(tmp_path / "one.jsonl"), "--target-tokens", "99"]) == 1
     assert main([*guarded, "--data", str(tmp_path / "none.jsonl")]) == 1
     assert "none.jsonl" in capfd.readouterr().err

@@ -117,3 +117,4 @@ def test_what_a_server_cannot_judge_is_left_out(stub, client_of, tmp_path: Path)
     rows = [Row("Own (MIT)", "how is it done", None, 1)]
     journal = tmp_path / "search.searched.jsonl"
     assert plan(Server(client_of(server), "stub"), rows, Measure("search", tmp_path), journal) == []
+    assert len(server.asked) == 1

@@ -41,6 +41,14 @@ def test_a_server_that_counts_tokens_in_another_way_is_an_error(stub, client_of,
         target.require_tokenizer(server, byte_tokenizer(), "tiny")
 
 
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_does_not_answer_the_request_tells_nothing_of_its_tokens(stub, client_of, status: int):
+    server = stub(lambda asked: {"detail": "not so"})
+    server.status_of = lambda body: status
+    target.require_tokenizer(Server(client_of(server), "stub"), byte_tokenizer(), "tiny")
+    assert server.asked
+
+
 @pytest.mark.parametrize("name", ["", "smollm2-135m", "checkpoint:", "hub:", "ftp://host", "file:x"])
 def test_anything_else_is_an_error_that_says_what_there_is(tmp_path: Path, name: str):
     message = "a target is http://ADDRESS, checkpoint:PATH or hub:NAME"

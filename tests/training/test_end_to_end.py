@@ -86,7 +86,7 @@ def test_the_label_of_an_onset_speaks_of_what_comes_after_its_opening(recipe: He
     harmful = [row for row in rows if row.group == onsets.GROUP and row.response_label]
     texts = {row.response.encode() for row in rows if row.group != onsets.GROUP and row.response}
     assert harmful
-    assert all(row.response.encode()[row.opening + 1 :] in texts for row in harmful)  # a token is a byte here
+    assert all(row.response.encode()[row.opening_tokens + 1 :] in texts for row in harmful)  # a token is a byte here
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(recipe: HeadRecipe, tiny: Pretrained, tmp_path: Path):

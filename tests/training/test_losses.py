@@ -77,7 +77,7 @@ def test_the_response_loss_is_the_weighted_sum_of_both_terms():
     assert loss.item() == pytest.approx(3 * (2 * math.log(4) + 0.5 * (LN2 + math.log(10)) / 2), rel=1e-6)
 
 
-def test_positions_before_a_turn_cost_nothing_and_first_positions_are_counted_after_it():
+def test_positions_before_a_turn_have_no_loss_of_their_own_and_the_first_position_is_counted_after_it():
     """Logits 9 stand before the turn. Of 0 and ln 3 after it the softmax term counts the second, the mean both."""
     settings = Loss(softmax_weight=2.0, mean_weight=0.5, first_position=2)
     loss = response_loss(

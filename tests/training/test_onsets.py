@@ -36,10 +36,10 @@ def test_a_response_stands_after_the_first_words_of_a_harmless_answer(rows: list
         opening = one.response.removesuffix(f" {original.response}")
         assert ANSWER.startswith(opening)
         assert WORDS[0] <= words(opening) <= WORDS[1]
-        assert one.opening == (words(opening) if original.response_label else 0)
+        assert one.opening_tokens == (words(opening) if original.response_label else 0)
         assert (one.group, one.messages, one.response_label) == (GROUP, original.messages, original.response_label)
         assert (one.request_label, one.response_weight) == (None, original.response_weight * 0.5)
-    assert len({one.opening for one in made}) > 10
+    assert len({one.opening_tokens for one in made}) > 10
     assert opened(rows, EVERY, seed=0, count=words) == made
 
 

@@ -119,7 +119,7 @@ def test_a_batch_holds_the_passages_of_its_rows_one_after_the_other(rows: list[R
         RowStates(torch.tensor([1.0, 2.0]).half(), torch.tensor([[2.0], [4.0]]).half()),
         RowStates(torch.tensor([3.0, 4.0]).half(), torch.tensor([[6.0]]).half()),
     ]
-    batch = list(zip(items, [replace(rows[0], opening=1), rows[1]], strict=True))
+    batch = list(zip(items, [replace(rows[0], opening_tokens=1), rows[1]], strict=True))
     responses = collate_responses(batch)
     assert responses["features"].tolist() == [[2, 2], [4, 3], [6, 6]]
     assert responses["mask"].tolist() == [[True, True], [True, False]]
