@@ -137,9 +137,7 @@ def stages(out: Path, tuned: Path) -> dict[Path, Path]:
     """
     kept = list((out / "training").glob("trainer-*/steps/*"))
     if len({one.parent for one in kept}) > 1:
-        raise ValueError(
-            f"{out} holds copies of several trainings, of other data or another recipe; choose another --out"
-        )
+        raise ValueError(f"{out} holds copies of a training on other data too; choose another --out")
     copies = {int(one.name): one for one in kept if adapter.fingerprint(one) != adapter.fingerprint(tuned)}
     return {out.with_name(f"{out.name}-step-{step}"): copies[step] for step in sorted(copies)} | {out: tuned}
 

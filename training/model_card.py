@@ -142,10 +142,9 @@ def _side(name: str, side: SideReport) -> str:
 
 
 def _limits(recipe: HeadRecipe) -> str:
-    is_taught = recipe.augment.onset > 0.0
-    onset = (
-        "where harm begins is known of responses made to turn alone" if is_taught else "no row says where harm begins"
-    )
+    onset = "no row says where harm begins"
+    if recipe.augment.onset > 0.0:
+        onset = "where harm begins is known of those alone that were made to turn"
     return (
         "## Limits\n\n"
         f"Response labels are per response; {onset}. Sources differ in what they call harmful. "

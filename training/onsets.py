@@ -20,8 +20,8 @@ WORDS = (5, 100)
 def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable[[str], int]) -> list[Row]:
     """Return further training rows, without a request label: some responses after the opening of another answer.
 
-    The label of a harmful one speaks of what comes after its opening alone, as smoothed risks have it: the first of them
-    still hold much of the opening. One whose opening is longer than what is read of a response teaches nothing.
+    The label of a harmful one speaks of what comes after its opening alone, by smoothed risks, the first of which still
+    hold much of the opening. One whose opening is longer than what is read of a response teaches nothing.
 
     Args:
         rows: labelled rows; only those of the part `train` are used. Openings are of harmless responses to benign
