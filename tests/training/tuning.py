@@ -70,9 +70,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, name: str = "loss") -> list[float]:
     log = json.loads((folder / "adapter" / "metrics.json").read_text())["log"]
-    return [entry["loss"] for entry in log if "loss" in entry]
+    return [entry[name] for entry in log if name in entry]
 
 
 class Interrupt(TrainerCallback):
