@@ -88,8 +88,6 @@ class Augment:
     """Weight of each in the request loss."""
     onset: Share = 0.0
     """Responses that are taught too after a harmless opening; see `onsets.py`."""
-    onset_weight: NonNegative = 1.0
-    """Weight of each against its original in the response loss."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -25,8 +25,8 @@ def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable
 
     Args:
         rows: labelled rows; only those of the part `train` are used. Openings are of harmless responses to benign
-            requests; without one there are no further rows.
-        settings: the share of responses, and what each weighs against its original.
+            requests, other ones than the response itself; without one there are no further rows.
+        settings: the share of responses.
         seed: decides responses and openings.
         count: returns the number of tokens of a text.
     """
@@ -34,17 +34,17 @@ def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable
     taught = [(row, row.response) for row in labelled if row.response]
     openings = sorted({text for row, text in taught if (row.request_label, row.response_label) == (0, 0)})
     made = []
-    for row, text in taught if openings else ():
-        rng = random.Random(f"{seed}:{row.key}:{text}")
-        if rng.random() < settings.onset:
-            opening = " ".join(rng.choice(openings).split()[: rng.randint(*WORDS)])
+    for row, text in taught:
+        rng = random.Random(f"{seed}:{GROUP}:{row.key}:{text}")
+        others = [opening for opening in openings if opening != text]
+        if rng.random() < settings.onset and others:
+            opening = " ".join(rng.choice(others).split()[: rng.randint(*WORDS)])
             made.append(
                 replace(
                     row,
                     group=GROUP,
                     response=f"{opening} {text}",
                     request_label=None,
-                    response_weight=row.response_weight * settings.onset_weight,
                     opening_tokens=count(opening) if row.response_label else 0,
                 )
             )

@@ -8,7 +8,7 @@ from training.onsets import GROUP, WORDS, opened
 from training.rows import Row
 
 ANSWER = " ".join(f"keel{i}" for i in range(200))
-EVERY = Augment(onset=1.0, onset_weight=0.5)
+EVERY = Augment(onset=1.0)
 
 
 def words(text: str) -> int:
@@ -31,14 +31,14 @@ def rows() -> list[Row]:
 
 def test_a_response_stands_after_the_first_words_of_a_harmless_answer(rows: list[Row]):
     made = opened(rows, EVERY, seed=0, count=words)
-    assert len(made) == len(rows)
-    for original, one in zip(rows, made, strict=True):
+    assert rows[0] is TELLER  # which no other answer can open
+    for original, one in zip(rows[1:], made, strict=True):
         opening = one.response.removesuffix(f" {original.response}")
         assert ANSWER.startswith(opening)
         assert WORDS[0] <= words(opening) <= WORDS[1]
         assert one.opening_tokens == (words(opening) if original.response_label else 0)
         assert (one.group, one.messages, one.response_label) == (GROUP, original.messages, original.response_label)
-        assert (one.request_label, one.response_weight) == (None, original.response_weight * 0.5)
+        assert (one.request_label, one.response_weight) == (None, original.response_weight)
     assert len({one.opening_tokens for one in made}) > 10
     assert opened(rows, EVERY, seed=0, count=words) == made
 
@@ -66,5 +66,6 @@ def test_only_harmless_answers_to_benign_training_requests_open_others(rows: lis
     ids=["held out", "no label", "no response", "empty"],
 )
 def test_a_row_that_teaches_no_response_gets_no_opening(changes: dict):
-    made = opened([TELLER, row(**{"response": "response", "label": 1, **changes})], EVERY, seed=0, count=words)
-    assert [one.response.endswith(ANSWER) for one in made] == [True]
+    untaught, taught = row(**{"response": "response", "label": 1, **changes}), row("answer", 1)
+    made = opened([TELLER, untaught, taught], EVERY, seed=0, count=words)
+    assert [one.messages for one in made] == [taught.messages]
