@@ -7,6 +7,7 @@ import torch
 
 from model import adapter
 from model.pretrained import load
+from training import recipe_file
 from training.errors import RecipeError
 from training.licences import licence_beside
 from training.rows import licence_of_weights
@@ -35,6 +36,7 @@ def merge(recipe: MergeRecipe, command: str) -> Path:
     origin = {"model": recipe.model, "adapter": adapter.fingerprint(Path(recipe.adapter))}
     noted = {"command": command, "licence": licence, "merged": origin}
     (output / "metrics.json").write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    recipe_file.dump(recipe, output / "recipe.yaml")
     return output
 
 

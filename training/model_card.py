@@ -84,7 +84,8 @@ def _cls(cls: ClsConfig, *, has_head: bool) -> str:
     shares = f", its logits weighing {cls.request_share:g} (request) and {cls.response_share:g} (response)"
     return (
         f"A `[CLS]` signal (windows {list(cls.windows)}, schedule {cls.schedule}, "
-        f"{'read' if cls.is_read else 'not read'} by response tokens{shares if has_head else ''})."
+        f"{'read' if cls.is_read else 'not read'} by response tokens{shares if has_head else ''}). What it learned "
+        "from is in `adapter/README.md`; training rows below are those of the token head."
     )
 
 
@@ -142,7 +143,7 @@ def _side(name: str, side: SideReport) -> str:
 
 
 def _limits(recipe: HeadRecipe) -> str:
-    onset = "no row says where harm begins"
+    onset = "no row of the tables above says where harm begins"
     if recipe.augment.onset > 0.0:
         onset = "where harm begins is known of those alone that were made to turn"
     return (

@@ -154,6 +154,7 @@ def add_query_head(recipe: HeadRecipe, command: str) -> Path:
     made = _make(recipe, subject, head, before, parts, asked)
     report: dict[str, object] = {
         "command": command,
+        "seed": recipe.seed,
         "data_sha256": checksums(recipe.sources.values(), recipe.data),
         "taught": made.num_taught,
         "flag": made.flag,

@@ -208,8 +208,8 @@ class Steps(Dataset[Example]):
         """Return the example with the assessments that `[CLS]` is trained on: none of the response, and random depths.
 
         Responses to malicious requests are read by rule R1 or R2, whichever a coin says: a rule that followed from the
-        response's label would give the label away. A response that turns has no label as a whole: what is known of it
-        is where it turns.
+        response's label would give the label away. R3 needs the signal's own verdict on where a response turned, and
+        is not trained. A response that turns has no label as a whole: what is known of it is where it turns.
         """
         if self._signal is None:
             return example

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 
 from model import adapter, cls_signal
@@ -106,6 +107,7 @@ def test_a_merged_model_says_what_the_tuned_one_says(saved_model: Path, data: Pa
     tune(recipe(saved_model, data, tmp_path), "")
     made = {"adapter": str(tmp_path / "adapter"), "model": str(saved_model), "output": str(tmp_path / "merged")}
     folder = merge(MergeRecipe(**made, dtype="float32"), "ballast-train merge")
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()).items() >= made.items()
     ids = torch.tensor([[5, 6, 7]])
     tuned = PeftModel.from_pretrained(load(str(saved_model), dtype=torch.float32).model, str(tmp_path / "adapter"))
     assert torch.allclose(load(str(folder), dtype=torch.float32).model(ids).logits, tuned(ids).logits, atol=1e-4)
