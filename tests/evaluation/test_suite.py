@@ -16,7 +16,7 @@ def test_there_is_an_attack_of_every_kind():
 
 
 def test_every_shipped_suite_opens_with_its_command_and_is_valid():
-    assert shipped() == ["full", "paper", "price", "search", "signal", "smoke", "stream", "tuned", "tuned_backdoor"]
+    assert shipped() == ["full", "paper", "price", "scenes", "search", "signal", "smoke", "stream", "tuned", "tuned_backdoor"]
     for name in shipped():
         assert load(name, Path("data")).measures
         opening = (SHIPPED / f"{name}.yaml").read_text().splitlines()[0]
@@ -27,7 +27,7 @@ def test_the_smoke_suite_needs_no_other_file():
     require_files(load("smoke", Path("nowhere")))
 
 
-@pytest.mark.parametrize("name", ["smoke", "paper", "stream", "full", "tuned", "tuned_backdoor"])
+@pytest.mark.parametrize("name", ["smoke", "paper", "scenes", "stream", "full", "tuned", "tuned_backdoor"])
 def test_every_attack_is_reported_three_ways(name: str):
     for measure in load(name, Path("data")).measures.values():
         assert measure.kind in ("benign", *SCORED) or measure.policies == ("both", "output", "none")
