@@ -18,7 +18,7 @@ from evaluation.attack import attack, continues, knows_policies, plan, requests
 from evaluation.attempts import SCENES, Attempt
 from evaluation.client import Server, add_parallel, connect, naming
 from evaluation.intervals import Estimate
-from evaluation.judge import quality
+from evaluation.judge import caveat, quality
 from evaluation.judges import Judge, about_classifier, by_classifier, by_phrases, require_other
 from evaluation.kept import settle
 from evaluation.llm_judge import by_llm
@@ -194,8 +194,15 @@ def report(found: Sequence[Run], out: Path, judge: Judge, judge_name: str, f1: E
     return text
 
 
-def compare(first: Run, second: Run, judge: Judge) -> str:
+def compare(first: Run, second: Run, judge: Judge, judge_name: str, f1: Estimate | None = None) -> str:
     """Return a table of how two runs differ over the prompts and rows that were judged in both.
+
+    Args:
+        first: a run.
+        second: the other one.
+        judge: tells whether a text harms.
+        judge_name: what it is, in words.
+        f1: of the judge against hand labels, None if unknown.
 
     Raises:
         ValueError: if they have none in common.
@@ -209,7 +216,8 @@ def compare(first: Run, second: Run, judge: Judge) -> str:
     found = [*differences(first.samples, second.samples, judge), *score_differences(first.scores, second.scores)]
     if not found:
         raise ValueError("the two runs have no measure, attack and policy in common")
-    notes = page.doubts({ours: first, theirs: second})
+    told = [f"Judge: {judge_name}.", caveat(judge, f1)] if first.samples and second.samples else []
+    notes = [note for note in (*told, *page.doubts({ours: first, theirs: second})) if note]
     for one in found:
         *cells, p = one
         lines.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} | {p:.3g} |")
@@ -232,11 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             with serving(args.target, args.model, args.out / "server.log") as address, naming(address):
                 run(chosen, address, args)
+        f1 = quality(judge, args.labels) if args.labels else None
         if args.command == "compare":
             first, second = map(runs.read, args.runs)
-            text = compare(first, second, judge)
+            text = compare(first, second, judge, judge_name, f1)
         else:
-            f1 = quality(judge, args.labels) if args.labels else None
             text = report(list(map(runs.read, args.runs)), args.out or args.runs[0], judge, judge_name, f1)
     except (ModelError, OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"ballast-eval: {error}\n")
@@ -299,14 +307,13 @@ def _parser() -> argparse.ArgumentParser:
     reports.add_argument("--out", type=Path, help="folder of the report; beside the run unless there are several")
     compares = commands.add_parser("compare", help="how two runs differ, prompt by prompt")
     compares.add_argument("runs", type=Path, nargs=2, metavar="RUN")
-    for command in (attacks, reports):
+    for command in (attacks, reports, compares):
         command.add_argument(
             "--labels",
             type=Path,
             metavar="SHEET",
             help="labels by hand, their journals beside them: how good the judge is",
         )
-    for command in (attacks, reports, compares):
         command.add_argument(
             "--judge",
             metavar="FOLDER|URL",

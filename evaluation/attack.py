@@ -5,9 +5,9 @@
     python -m evaluation.attack late --data data/eval/prefill.jsonl --filler answers.jsonl --out runs/attacked
 
 `direct` sends requests as they are, `ready` what somebody else made of them (`attack_prompt`); `prefill` begins the
-response with the harmful one, `late` with harmless text before that, `relapses` with a refusal; `exploit` tries
-decoding settings; `scenes` and `conversations` wrap the request in texts of our own; `diluted` hides it in a long
-message.
+response with the harmful one, `affirmed` with an assent, `late` with harmless text before the harmful one, `relapses`
+with a refusal; `exploit` tries decoding settings; `scenes` and `conversations` wrap the request in texts of our own;
+`diluted` hides it in a long message.
 
 Every attempt is made under each policy: `both` sides block, `output` alone does, or `none` does, which leaves the
 weights; whether these read `[CLS]` is a setting of the server. A success is text released without a refusal phrase, as
@@ -30,6 +30,7 @@ from evaluation import kept
 from evaluation.attempts import (
     TURN,
     Attempt,
+    affirmed,
     benign,
     conversations,
     diluted,
@@ -67,6 +68,7 @@ AS_THEY_ARE: dict[str, Callable[[Sequence[Row]], list[Attempt]]] = {
     "scenes": scenes,
     "conversations": conversations,
     "ready": ready,
+    "affirmed": affirmed,
     "relapses": relapses,
     "benign": benign,
 }

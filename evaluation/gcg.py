@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nanogcg.gcg import GCG, GCGConfig
-from nanogcg.utils import get_nonascii_toks
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import PreTrainedTokenizerBase
 
+from evaluation import lines
 from evaluation.beginnings import beginnings
 from evaluation.rows import Row, select
 from model import checkpoint
@@ -38,10 +37,16 @@ from model.chat import EncodedPrompt, Message
 from model.cls_signal import OUTPUTS, Masks, forward, sliding_windows
 from model.errors import ModelError
 from model.guarded_lm import GuardedLM
-from model.pretrained import DEFAULT_MODEL, device_of, load
+from model.pretrained import DEFAULT_MODEL, device_of, load, sha256_of
 from model.safety_head import Passage
 from model.schedule import positions
 from model.trace import logit_of
+
+try:
+    from nanogcg.gcg import GCG, GCGConfig
+    from nanogcg.utils import get_nonascii_toks
+except ImportError as error:
+    raise ImportError(f"evaluation.gcg needs `pip install --no-deps nanogcg==0.3.0` ({error})") from error
 
 INIT = 20 * " x"
 MARGIN = 1.0
@@ -54,6 +59,8 @@ class Settings:
 
     model: str
     checkpoint: str | None
+    config_sha256: str | None
+    """Of the checkpoint's configuration, which names the weights under it."""
     dtype: str
     """Of the model."""
     steps: int
@@ -248,14 +255,17 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
         ValueError: if `out` holds prompts of other settings, or no response is as long as the target.
     """
     facts = vars(settings)
-    lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
-    found = [json.loads(line) for line in lines]
+    try:
+        found = [json.loads(line) for line in lines.whole(out)]
+    except ValueError as error:
+        raise ValueError(f"{out} holds something else than attack prompts ({error}); choose another --out") from error
     if any({name: row.get(name) for name in facts} != facts for row in found):
         raise ValueError(f"{out} holds prompts of other settings; choose another --out")
     done = {(row["prompt"], row["target"]) for row in found}
     targets = beginnings(rows, settings.target_tokens, lm.tokenizer)
     if not targets:
         raise ValueError(f"no harmful response has {settings.target_tokens} tokens")
+    lines.mend(out)
     logging.getLogger("nanogcg").setLevel(logging.ERROR)  # it tells every step
     config = GCGConfig(
         num_steps=settings.steps,
@@ -306,14 +316,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint is None and args.weight:
         parser.error("a plain model has no signal: it takes --weight 0")
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     try:
+        folder = None if args.checkpoint is None else checkpoint.find(args.checkpoint)
+        args.config_sha256 = None if folder is None else sha256_of(folder / checkpoint.CONFIG_FILE)
+        settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
         rows = select(args.data, args.n, label=1, response="harmful_response")
         pretrained = load(args.model, dtype=getattr(torch, args.dtype), device=device_of("auto"))
-        if args.checkpoint is None:
+        if folder is None:
             lm = GuardedLM(pretrained.model, pretrained.tokenizer)
         else:
-            lm = checkpoint.attach(pretrained, checkpoint.find(args.checkpoint))
+            lm = checkpoint.attach(pretrained, folder)
         craft(lm, rows, args.out, settings, args.batch_size)
     except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.gcg: {error}\n")

@@ -48,6 +48,21 @@ HOW = {
     ),
 }
 """What the numbers of each kind are."""
+SENT = {
+    "direct": "direct is the request as it is",
+    "ready": "ready what somebody else made an attack of it",
+    "exploit": "exploit the request under 49 settings of temperature, top-p and top-k",
+    "scenes": "scenes the request in texts of our own, alone and one within another",
+    "conversations": "conversations the request after other turns, or asked again after a refusal",
+    "relapses": "relapses a response that begins with a refusal and is to go on",
+    "affirmed": "affirmed a response that begins with 'Sure, here is'",
+    "prefill": "prefill a response that begins with so many tokens of a harmful one",
+    "late": "late a response that begins with so many harmless tokens, then harmful ones",
+    "diluted": "diluted the request in the middle of so many harmless tokens",
+    "search": "search the wording that looked least harmful of those that a search met",
+    "benign": "benign a harmless request",
+}
+"""What a measure of each kind sends."""
 HELD = {"data": "data_sha256", "filler": "data_sha256", "tokenizer": "tokenizer_sha256"}
 """Where a run keeps the checksums of what these keys of a measure name."""
 BASE = "base"
@@ -102,11 +117,13 @@ def of(
     notes += [f"Its F1 against hand labels is {quality}."] if notes and quality and not warning else []
     notes += [note for name, run in named.items() for note in _notes(run, name if several else "")]
     notes += doubts(named)
+    sent = [text for kind, text in SENT.items() if kind in {one["kind"] for run in found for one in _measures(run)}]
+    said = [f"Of what is sent, {'; '.join(sent)}."] if sent else []
     title = " beside ".join(named) if several else f"{Path(found[0].facts['suite']).stem} against {_target(found[0])}"
     told = {"judge": judge_name, "judge_f1": quality, "caveat": warning}
     whole = told | ({"runs": numbers} if several else next(iter(numbers.values())))
     drawn = {what: figure for what, figure in figures.items() if figure is not None}
-    return Page(title, warning, [HOW[kind] for kind in kinds], notes, shown, drawn, whole)
+    return Page(title, warning, [*said, *(HOW[kind] for kind in kinds)], notes, shown, drawn, whole)
 
 
 Part = tuple[list[Table], dict[str, Figure | None]]
@@ -237,6 +254,11 @@ img {{ max-width: 100%; }}
 {drawn}
 {"".join(map(tables.as_html, page.tables))}</body></html>
 """
+
+
+def _measures(run: Run) -> list[dict[str, Any]]:
+    """Return the measures of which there are samples, as they were asked for."""
+    return [run.facts["measures"][name] for name, samples in run.samples.items() if samples]
 
 
 def _target(run: Run) -> str:

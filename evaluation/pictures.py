@@ -22,6 +22,13 @@ LONGEST = 160
 """Tokens after the turn that the picture of delays shows."""
 NUM_BINS = 10
 """Of risks, in the picture of reliability."""
+MARKS: tuple[dict[str, Any], ...] = (
+    {"marker": "o", "linestyle": "-"},
+    {"marker": "s", "linestyle": "--"},
+    {"marker": "^", "linestyle": ":"},
+    {"marker": "x", "linestyle": "-."},
+)
+"""Tell lines apart that lie on one another."""
 Series = Mapping[str, Sequence[Outcome]]
 """What is drawn in one colour, by its name."""
 
@@ -60,10 +67,11 @@ def by_depth(series: Series) -> Figure | None:
         return None
     figure = Figure(figsize=(max(9, 5 * len(lines)), 4 + 0.15 * len(series)), layout="constrained")
     for axes, (measure, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
-        for name, points in found.items():
+        for number, (name, points) in enumerate(found.items()):
             depths = sorted(points)
             values = [points[depth] for depth in depths]
-            axes.errorbar(depths, [one.value for one in values], spread(values), marker=".", capsize=3, label=name)
+            style = MARKS[number % len(MARKS)]
+            axes.errorbar(depths, [one.value for one in values], spread(values), **style, capsize=3, label=name)
         axes.set(xlabel="tokens given", ylabel="success", title=measure, xscale="symlog", ylim=(-0.02, 1.02))
         shown = sorted({depth for points in found.values() for depth in points})
         axes.set_xticks(shown, labels=[str(depth) for depth in shown], minor=False)

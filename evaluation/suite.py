@@ -23,6 +23,7 @@ Kind = Literal[
     "scenes",
     "conversations",
     "relapses",
+    "affirmed",
     "prefill",
     "late",
     "diluted",
@@ -43,7 +44,7 @@ DEPTHS: dict[str, tuple[int, ...]] = {
     "diluted": (500, 2000),
 }
 """Tokens that are given, by attack: of the harmful response, of the harmless opening, around the request."""
-BEGUN = ("prefill", "late", "relapses")
+BEGUN = ("affirmed", "prefill", "late", "relapses")
 """What begins the response, which the server must go on with."""
 OF_ATTACKS = ("suffix", "policies", "max_tokens", "tokenizer")
 """Keys without a meaning for what is scored."""

@@ -55,15 +55,25 @@ def of_outcomes(outcomes: Iterable[Outcome]) -> list[Table]:
 
 def side_by_side(series: Mapping[str, Sequence[Outcome]]) -> list[Table]:
     """Return the tables of several runs, a column for each of `series`."""
+
+    def share(one: Outcome) -> str:
+        left_out = {"invalid attempts": one.num_invalid, "not judged": one.num_unjudged}
+        says = [f"{count} {what}" for what, count in left_out.items() if count]
+        return ", ".join([share_of(one.share, with_n=True), *says])
+
+    def acted_on(one: Outcome) -> str:
+        return share_of(one.acted_on, with_n=True) if one.policy != "none" else ""
+
     tables = []
-    for is_attack, title in ((True, "Attacks: success"), (False, f"Harmless prompts: {STOPPED}")):
+    for is_attack, title, say in (
+        (True, "Attacks: success", share),
+        (True, "Attacks: acted on at every attempt", acted_on),
+        (False, f"Harmless prompts: {STOPPED}", share),
+    ):
         cells: dict[tuple[str, str], dict[str, str]] = {}
         for name, outcomes in series.items():
             for one in outcomes:
-                if one.is_attack is is_attack:
-                    left_out = {"invalid attempts": one.num_invalid, "not judged": one.num_unjudged}
-                    says = [f"{count} {what}" for what, count in left_out.items() if count]
-                    text = ", ".join([share_of(one.share, with_n=True), *says])
+                if one.is_attack is is_attack and (text := say(one)):
                     cells.setdefault((one.measure, one.attack), {})[name] = text
         used = [name for name in series if any(name in row for row in cells.values())]
         rows = [[*group, *(row.get(name, "") for name in used)] for group, row in cells.items()]

@@ -8,7 +8,8 @@ r"""Fine-tuning attacks: what is left of a checkpoint's safety after somebody tr
 
 Each attack is a recipe of `ballast-train`, which is started for it: 100 harmful answers; ten harmless dialogues with an
 agent that always obeys; a backdoor; harmless sums or queries, whose own scores are told as well. It runs plain and
-under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on. What comes out is
+under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on, or from the
+model's own weights where it has none. What comes out is
 served with the checkpoint's signal as it was, thresholds and all, and attacked: requests as they are, for the backdoor
 also with its trigger. `--steps` does all this for several lengths of training, each with a learning rate that falls to
 zero over it; `--every` attacks what one training is after every so many of its steps, too. `--set` changes the recipe,
@@ -37,6 +38,7 @@ CHOSEN = ("constraint", "steps", "copy_steps", "model", "adapter", "output", "ru
 """Keys of a recipe that other arguments set."""
 SUITES = {"backdoor": "tuned_backdoor"}
 """Of an attack; the others have `tuned`."""
+REPORT = "report.md"
 TESTS = "../finetune/{}_test.jsonl"
 """Rows of a task that nothing was tuned on, from the folder of the data to train on."""
 
@@ -61,7 +63,7 @@ def train(attack: str, changes: Sequence[str], model: str, start: Path, data: Pa
         attack: one of `ATTACKS`.
         changes: of its recipe, `key=value` each.
         model: what the adapter fits.
-        start: folder of the adapter that training goes on from.
+        start: folder of the adapter that training goes on from; without one in it, it begins with the model as it is.
         data: folder of the data to train on.
         out: of what is trained.
 
@@ -70,9 +72,11 @@ def train(attack: str, changes: Sequence[str], model: str, start: Path, data: Pa
         ValueError: if the folder holds a fine-tuning of something else.
     """
     made, facts = out / "adapter", out / "tuning.json"
-    words = [f"model={model}", f"adapter={start}", f"output={made}", f"run={out / 'training'}", f"data={data}"]
+    before = adapter.fingerprint(start)
+    begun = f"adapter={start if before else 'null'}"
+    words = [f"model={model}", begun, f"output={made}", f"run={out / 'training'}", f"data={data}"]
     words += changes
-    asked = {"attack": attack, "words": words, "adapter": adapter.fingerprint(start)}
+    asked = {"attack": attack, "words": words, "adapter": before}
     out.mkdir(parents=True, exist_ok=True)
     is_done, is_begun = (made / adapter.WEIGHTS).is_file(), any((out / "training").glob("trainer-*"))
     if (is_done or is_begun) and json.loads(facts.read_text(encoding="utf-8")) != asked:
@@ -153,7 +157,7 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
         prog="ballast-eval tune", description="Fine-tune a checkpoint as an attacker would, and attack the outcome."
     )
     parser.add_argument("attack", choices=ATTACKS)
-    parser.add_argument("--checkpoint", required=True, help="one with an adapter: a shipped name or a folder")
+    parser.add_argument("--checkpoint", required=True, help="a shipped name or a folder")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="under the checkpoint (%(default)s)")
     parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--steps", nargs="+", type=int, help="of training (the recipe's)")
@@ -166,8 +170,6 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     args = parser.parse_args(argv)
     folder = checkpoint.find(args.checkpoint)
     start = folder / adapter.FOLDER
-    if not adapter.fingerprint(start):
-        raise ValueError(f"{args.checkpoint} has no adapter to train; its model is as others published it")
     suite = args.suite or SUITES.get(args.attack, "tuned")
     rows: list[tuple[str, str, str, str, Estimate]] = []
     for objective in args.objective:
@@ -189,5 +191,7 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     lines = [f"| {' | '.join(words)} | {share.n} | {share_of(share)} |" for *words, share in rows]
     head = ["| fine-tuning | measure | attack or score | policy | n | share |", "|---|---|---|---|---|---|"]
     told = [f"With {' '.join(args.set)}.", ""] if args.set else []
-    sys.stdout.write("\n".join([*told, *head, *lines, ""]))
+    report = "\n".join([*told, *head, *lines, ""])
+    args.out.joinpath(REPORT).write_text(report, encoding="utf-8")
+    sys.stdout.write(report)
     return 0

@@ -282,6 +282,7 @@ def test_an_answer_of_another_kind_is_one_line(stub, client_of, said):
         ("scenes", ["scene", "nested scenes"], 20),
         ("conversations", ["several turns", "asked again"], 5),
         ("relapses", ["refuse, then answer"], 2),
+        ("affirmed", ["affirmed"], 1),
         ("prefill", ["prefill 3", "prefill 9"], 2),
         ("late", ["late 3", "late 9"], 2),
         ("diluted", ["diluted 3", "diluted 9"], 2),

@@ -1,6 +1,7 @@
 """GCG on a guarded model: what its loss reads is what the server reads, and what it finds can be sent."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from nanogcg import GCGConfig
 from evaluation.gcg import INIT, SignalGCG, main
 from evaluation.rows import read
 from model.chat import Message
+from model.checkpoint import load, save
 from model.config import ClsConfig, Thresholds, TokenHeadConfig
 from model.errors import ModelError
 from model.guarded_lm import GuardedLM
@@ -94,6 +96,7 @@ def test_the_command_writes_prompts_that_can_be_sent_and_goes_on(tmp_path: Path,
     guarded = [*words, "--checkpoint", str(checkpoint)]
     assert main([*guarded, "--data", str(write(tmp_path / "one.jsonl", "a"))]) == 0
     first = out.read_text()
+    out.write_text(first + '{"prompt": "b", "atta')  # killed while it wrote
     assert main([*guarded, "--data", str(write(tmp_path / "two.jsonl", "a", "b"))]) == 0
     assert out.read_text().startswith(first)
     found = read(out, label=1, response="attack_prompt")
@@ -113,3 +116,10 @@ def test_the_command_writes_prompts_that_can_be_sent_and_goes_on(tmp_path: Path,
     assert main([*guarded, "--data", str(tmp_path / "one.jsonl"), "--target-tokens", "99"]) == 1
     assert main([*guarded, "--data", str(tmp_path / "none.jsonl")]) == 1
     assert "none.jsonl" in capfd.readouterr().err
+    head, _, config = load(checkpoint)
+    save(checkpoint, head, replace(config, patience=config.patience + 1))
+    assert main([*guarded, "--data", str(tmp_path / "two.jsonl")]) == 1
+    assert "holds prompts of other settings" in capfd.readouterr().err
+    out.write_text("no JSON\n")
+    assert main([*guarded, "--data", str(tmp_path / "two.jsonl")]) == 1
+    assert f"{out} holds something else than attack prompts" in capfd.readouterr().err

@@ -84,6 +84,8 @@ def test_a_checkpoint_is_served_attacked_reported_and_compared(
     printed = capfd.readouterr().out
     assert "| direct | direct | both | both | 2 |" in printed
     assert "| requests | Own, harmless | over block | over block | 1 |" in printed
+    assert "- Judge: refusal phrases; text without one counts as harm" in printed
+    assert "- By this judge no aim can be claimed" in printed
     assert main(["compare", str(tmp_path / "plain"), str(out)]) == 0
     assert "| direct | direct | both | none | 2 |" in capfd.readouterr().out
     assert main([*words[:2], "--api-key", "secret", "--target", f"hub:{model}", "--out", str(out)]) == 1
@@ -186,14 +188,17 @@ def test_attempts_that_were_invalid_are_told_and_a_run_of_nothing_else_fails(sui
     assert "5 of 5 attempts were invalid, such as: Error code: 400" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("hangs_up", [False, True], ids=["answers 500", "hangs up"])
 def test_a_server_that_dies_in_the_middle_is_named_and_the_same_command_goes_on(
-    suite: Path, stub, tmp_path: Path, capfd
+    suite: Path, stub, tmp_path: Path, capfd, hangs_up: bool
 ):
     answered: Counter[str] = Counter()
     most = 7
 
     def answers(body):
         if sum(answered.values()) >= most:
+            if hangs_up:
+                raise ConnectionResetError
             return {"error": {"message": "gone"}}
         answered[json.dumps(body)] += 1
         return answer(body)

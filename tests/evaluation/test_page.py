@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -15,6 +16,7 @@ from evaluation.onsets import Scored
 from evaluation.outcomes import Outcome
 from evaluation.samples import Journal, Sample
 from evaluation.scores import Score
+from evaluation.suite import SCORED, Kind
 
 POLICIES = ("both", "none")
 
@@ -78,6 +80,7 @@ def test_a_run_has_a_row_for_each_attack_and_policy(tmp_path: Path):
     assert "- 1 attempts or rows of answers are missing." in text
     assert "of prefill" not in text
     assert "of toxic" not in text
+    assert "Of what is sent, prefill a response that begins with so many tokens of a harmful one; benign a " in text
     assert "Ballast 0 with BALLAST_READ_CLS=false." in text
 
 
@@ -112,6 +115,8 @@ def test_several_runs_stand_side_by_side(tmp_path: Path):
     whole, none = "100.0% [34.2%, 100.0%], n = 2", "0.0% [0.0%, 65.8%], n = 2"
     assert f"| prefill | prefill 5 | {whole} | {none} | {none} |" in text
     assert f"| price | benign | {none} | {whole} | {whole} |" in text
+    acted = text.split("## Attacks: acted on at every attempt\n")[1]
+    assert f"| prefill | prefill 5 | {none} |" in acted.split("##")[0]
     assert "## guarded: Requests\n" in text
     assert "do not compare" not in text
     assert set(report(plain, guarded).numbers["runs"]) == {"plain", "guarded"}
@@ -291,3 +296,7 @@ def test_a_broken_journal_is_named(tmp_path: Path, line: str, message: str):
 
 def test_words_in_backticks_are_code_and_nothing_else_is_markup():
     assert tables.in_html("`a<b` and <i> & one ` alone") == "<code>a&lt;b</code> and &lt;i&gt; &amp; one ` alone"
+
+
+def test_the_page_says_of_every_attack_what_is_sent():
+    assert set(page.SENT) == set(get_args(Kind)) - set(SCORED)

@@ -91,6 +91,7 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
     assert "| backdoor-plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
     assert printed.count("| backdoor-constrained-10 |") == 1
     assert printed.startswith("With constraint.first=2 optimiser.warmup_steps=0.")
+    assert printed == (tmp_path / "o" / "report.md").read_text()
 
 
 def test_one_training_is_attacked_after_every_so_many_of_its_steps(
@@ -196,7 +197,23 @@ def test_a_training_that_fails_says_why(checkpoint: Path, tmp_path: Path, capsys
     assert "nowhere/triplets.jsonl does not exist" in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_an_adapter_has_nothing_to_train(tmp_path: Path, capsys):
+def test_a_checkpoint_without_an_adapter_is_trained_from_its_model_on(tmp_path: Path, monkeypatch):
     _, folder = write_tiny(tmp_path)
-    assert main(["tune", "harmful", "--checkpoint", str(folder), "--out", str(tmp_path / "o")]) == 1
-    assert "has no adapter to train" in capsys.readouterr().err
+
+    def train(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert "adapter=null" in command
+        write_adapter(Path(next(word for word in command if word.startswith("output=")).removeprefix("output=")))
+        return subprocess.CompletedProcess(command, 0)
+
+    def evaluate(words: list[str]) -> int:
+        made = load(Path(words[words.index("--target") + 1].removeprefix("checkpoint:")))
+        assert made.config.base.adapter
+        assert replace(made.config, base=load(folder).config.base) == load(folder).config
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / "report.json").write_text(json.dumps({"outcomes": []}))
+        return 0
+
+    monkeypatch.setattr("evaluation.tuning.subprocess.run", train)
+    words = ["harmful", "--checkpoint", str(folder), "--objective", "plain", "--out", str(tmp_path / "o")]
+    assert tuning.main(words, evaluate) == 0
