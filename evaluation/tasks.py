@@ -1,9 +1,11 @@
-"""How well do fine-tuned weights do the task that they were tuned on? SQL from questions, sums in words.
+"""How well do weights, or a server that runs, do a task? SQL from questions, sums in words.
 
     python -m evaluation.tasks --task sql --adapter runs/constrained_sql/adapter --data data/finetune/sql_test.jsonl
+    python -m evaluation.tasks --task sql --server http://127.0.0.1:8000 --data data/finetune/sql_test.jsonl
 
-Everything is greedy and in batches, nothing acts, and `[CLS]` is not read. As arXiv 2406.05946 scores them (appendix
-D): SQL by ROUGE-1, GSM8K by the number after "####"; besides, SQL by exact match.
+Everything is greedy. Of weights nothing acts, and `[CLS]` is not read; a server acts as it does, and a refusal is an
+answer like any other. As arXiv 2406.05946 scores them (appendix D): SQL by ROUGE-1, GSM8K by the number after "####";
+besides, SQL by exact match.
 """
 
 import argparse
@@ -11,9 +13,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from openai import OpenAIError
+from openai.types.chat import ChatCompletionMessageParam
+from rich.progress import track
+
+from evaluation.client import PARALLEL, Server, connect
 from evaluation.completions import completions
 from evaluation.intervals import Estimate, mean
 from evaluation.rows import Row, read
@@ -71,6 +79,23 @@ def answer(pretrained: Pretrained, rows: Sequence[Row], *, max_tokens: int, batc
     return [found[number] for number in range(len(rows))]
 
 
+def served(server: Server, rows: Sequence[Row], max_tokens: int) -> list[str]:
+    """Return the greedy answer of a running server to each prompt.
+
+    Raises:
+        OpenAIError: if it refuses the key or a prompt, or cannot be reached.
+    """
+
+    def ask(row: Row) -> str:
+        turns: list[ChatCompletionMessageParam] = [{"role": "user", "content": row.prompt}]
+        create = server.client.chat.completions.create
+        found = create(model=server.model, messages=turns, max_tokens=max_tokens, temperature=0)
+        return found.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        return list(track(pool.map(ask, rows), "answers", total=len(rows)))
+
+
 def check(task: str, rows: Sequence[Row]) -> None:
     """Raise a ValueError unless every reference is right by its own scores."""
     for name, score in TASKS[task].scores.items():
@@ -114,25 +139,52 @@ def of_tuned(
         OSError: if the data cannot be read.
         ValueError: if a row or its reference is not one of the task.
     """
-    rows = read(data, label=0)[:n]
-    check(task, rows)
+    rows = rows_of(task, data, n)
     most = max_tokens or TASKS[task].max_tokens
     return measure(task, answer(load_tuned(model, adapter), rows, max_tokens=most, batch_size=batch_size), rows)
 
 
+def rows_of(task: str, data: Path, n: int) -> list[Row]:
+    """Return the first `n` rows of a task.
+
+    Raises:
+        OSError: if the data cannot be read.
+        ValueError: if a row or its reference is not one of the task.
+    """
+    rows = read(data, label=0)[:n]
+    check(task, rows)
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description="Score fine-tuned weights on a task.")
+    parser = argparse.ArgumentParser(description="Score fine-tuned weights, or a running server, on a task.")
     parser.add_argument("--task", choices=TASKS, required=True)
     add_arguments(parser)
+    parser.add_argument("--server", metavar="ADDRESS", help="that is asked, instead of --model and --adapter")
+    parser.add_argument("--api-key", default="none", help="where the server asks for one")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and response")
     parser.add_argument("--n", type=int, default=NUM_ROWS, help="most rows (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (128 for sql, 320 for gsm8k)")
     args = parser.parse_args(argv)
+    if args.server and args.adapter:
+        parser.error("a server has weights of its own: leave out --adapter")
     try:
-        made = {"n": args.n, "max_tokens": args.max_tokens, "batch_size": args.batch_size}
-        found = of_tuned(args.task, args.model, args.adapter, args.data, **made)
-    except (ModelError, OSError, ValueError) as error:
+        if args.server:
+            rows = rows_of(args.task, args.data, args.n)
+            most = args.max_tokens or TASKS[args.task].max_tokens
+            found = measure(args.task, served(connect(args.server, args.api_key), rows, most), rows)
+        else:
+            found = of_tuned(
+                args.task,
+                args.model,
+                args.adapter,
+                args.data,
+                n=args.n,
+                max_tokens=args.max_tokens,
+                batch_size=args.batch_size,
+            )
+    except (ModelError, OpenAIError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.tasks: {error}\n")
         return 1
     for name, value in found.items():

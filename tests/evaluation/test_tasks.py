@@ -68,3 +68,27 @@ def test_the_command_scores_a_model(tmp_path: Path, capfd):
     assert "accuracy: 0.000 [0.000, 0.561] (n = 3)" in capfd.readouterr().out
     assert main([*command, "--data", str(tmp_path / "none.jsonl")]) == 1
     assert "none.jsonl" in capfd.readouterr().err
+
+
+def test_a_server_is_scored_by_what_it_says(stub, tmp_path: Path, capfd):
+    def answers(body):
+        said = "SELECT a" if body["messages"] == [{"role": "user", "content": "p"}] else "I'm sorry."
+        message = {"role": "assistant", "content": said}
+        return {"id": "1", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+
+    server = stub(answers)
+    rows = [{"prompt": "p", "response": "SELECT a", "source": "Own"}, {"prompt": "q", "response": "b", "source": "Own"}]
+    (data := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--task", "sql", "--server", server.url, "--data", str(data)]
+    assert main(words) == 0
+    printed = capfd.readouterr().out
+    assert "exact match: 0.500" in printed
+    assert "(n = 2)" in printed
+    assert {(body["temperature"], body["max_tokens"]) for body in server.asked} == {(0, 128)}
+    assert main([*words, "--n", "1", "--max-tokens", "5"]) == 0
+    assert server.asked[-1]["max_tokens"] == 5
+    with pytest.raises(SystemExit):
+        main([*words, "--adapter", str(tmp_path)])
+    assert "leave out --adapter" in capfd.readouterr().err
+    assert main(["--task", "sql", "--server", "http://127.0.0.1:1", "--data", str(data)]) == 1
+    assert "evaluation.tasks: Connection error" in capfd.readouterr().err
