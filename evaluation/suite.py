@@ -1,9 +1,10 @@
 """What is measured, every choice of it: a measure for each attack, and a suite of them in a YAML file."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -122,7 +123,7 @@ def load(name: str, data: Path) -> Suite:
     """
     path = next((p for p in (Path(name), SHIPPED / f"{name}.yaml") if p.is_file()), None)
     if path is None:
-        raise ValueError(f"no suite {name!r}; shipped suites are {shipped()}")
+        raise ValueError(f"no suite {name!r}; shipped suites are {shipped()}{_nearest(name, shipped())}")
     try:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         suite = TypeAdapter(Suite).validate_python(raw)
@@ -162,8 +163,19 @@ def require_files(suite: Suite) -> None:
 
 def explain(error: ValidationError) -> str:
     """Return the first thing that is wrong, in a line."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "))))
+    first = error.errors(include_url=False)[0]
+    where, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "unexpected_keyword_argument":
+        known = [field.name for field in fields(Measure if len(first["loc"]) > 1 else Suite)]
+        return f"{where} is not one of the keys {known}{_nearest(str(first['loc'][-1]), known)}"
+    hint = _nearest(str(first["input"]), get_args(Kind)) if first["loc"][-1:] == ("kind",) else ""
+    return ": ".join(filter(None, (where, f"{said}{hint}")))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Return a hint at the known name that `name` resembles most."""
+    matches = get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def shipped() -> list[str]:

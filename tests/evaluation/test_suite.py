@@ -73,7 +73,13 @@ def test_other_files_are_those_of_the_data_folder():
     ("text", "message"),
     [
         ("measures: {a: {kind: direkt, data: x}}", "measures.a.kind: Input should be 'direct', "),
-        ("measures: {a: {kind: direct, data: x, m: 3}}", "measures.a.m: Unexpected keyword argument"),
+        ("measures: {a: {kind: direct, data: x, m: 3}}", "measures.a.m is not one of the keys ['kind', 'data', "),
+        ("measures: {a: {kind: direct, data: x, max_token: 3}}", "did you mean 'max_tokens'?"),
+        ("measures: {a: {kind: dircet, data: x}}", "did you mean 'direct'?"),
+        (
+            "{measures: {a: {kind: direct, data: x}}, measure: 1}",
+            "measure is not one of the keys ['measures']; did you mean 'measures'?",
+        ),
         ("measures: {a: {kind: late, data: x}}", "measures.a: filler, a file of harmless responses, is for"),
         (
             "measures: {a: {kind: prefill, data: x, filler: y}}",
