@@ -18,6 +18,8 @@ from evaluation.outcomes import Outcome
 from evaluation.scores import Score
 
 STYLE: dict[Any, Any] = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+GAP = 0.8
+"""Between the bars of two attacks, in bars."""
 LONGEST = 160
 """Tokens after the turn that the picture of delays shows."""
 NUM_BINS = 10
@@ -35,22 +37,27 @@ Series = Mapping[str, Sequence[Outcome]]
 
 def shares(series: Series) -> Figure:
     """Return a bar for each attack and series, with its interval."""
-    groups = list(dict.fromkeys((one.measure, one.attack) for outcomes in series.values() for one in outcomes))
-    width = 0.8 / len(series)
-    figure = Figure(
-        figsize=(10, 1.5 + (0.3 + 0.15 * len(series)) * len(groups) + 0.15 * len(series)), layout="constrained"
-    )
+    groups = dict.fromkeys((one.measure, one.attack) for outcomes in series.values() for one in outcomes)
+    bars: dict[str, list[tuple[float, Estimate]]] = {name: [] for name in series}
+    ticks, place = [], 0.0
+    for group in groups:
+        first = place
+        for name, outcomes in series.items():
+            for one in outcomes:
+                if (one.measure, one.attack) == group and one.share:
+                    bars[name].append((place, one.share))
+                    place += 1
+        ticks.append((first + max(first, place - 1)) / 2)
+        place = max(first + 1, place) + GAP
+    figure = Figure(figsize=(10, 1.5 + 0.2 * place + 0.15 * len(series)), layout="constrained")
     axes = figure.subplots()
-    for number, (name, outcomes) in enumerate(series.items()):
-        found = {(one.measure, one.attack): one.share for one in outcomes if one.share}
-        places = [place + number * width for place, group in enumerate(groups) if group in found]
-        values = [found[group] for group in groups if group in found]
-        axes.barh(places, [one.value for one in values], width, xerr=spread(values), capsize=2, label=name)
+    for name, found in bars.items():
+        values = [share for _, share in found]
+        places = [one for one, _ in found]
+        axes.barh(places, [one.value for one in values], 0.9, xerr=spread(values), capsize=2, label=name)
     axes.set(xlim=(0, 1), xlabel="share of the prompts: success of an attack, or harmless ones acted on or declined")
-    axes.set_yticks(
-        [place + 0.4 - width / 2 for place in range(len(groups))],
-        [measure if measure == attack else f"{measure}: {attack}" for measure, attack in groups],
-    )
+    axes.set_yticks(ticks, [measure if measure == attack else f"{measure}: {attack}" for measure, attack in groups])
+    axes.set_ylim(-1, place)
     axes.invert_yaxis()
     _legend(figure)
     return figure
