@@ -11,14 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from statistics import median
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 from openai import APIStatusError, PermissionDeniedError
 
 from evaluation import kept
 from evaluation.attempts import Attempt, texts, under
 from evaluation.client import PARALLEL, Server
+from evaluation.intervals import resampled
 from evaluation.rows import Row
 from evaluation.samples import key_of
 from evaluation.suite import Measure
@@ -149,8 +150,15 @@ def read_journal(path: Path) -> dict[str, Searched]:
 
 
 def summary(found: Sequence[Searched]) -> str:
-    """Return in words how far the searches came."""
-    first, best = (median(getattr(one, name) for one in found) for name in ("first", "best"))
-    asked = median(one.num_asked for one in found)
-    shown_of = f"shown of a request as it was {first:.4f}, of the best wording {best:.4f}"
-    return f"{shown_of}, after {asked:g} messages (medians)"
+    """Return in words how far the searches came: medians, of several with a bootstrap interval of 95 %."""
+
+    def middle(values: Sequence[float], form: str) -> str:
+        if len(values) == 1:
+            return f"{values[0]:{form}}"
+        one = resampled(values, lambda some: np.median(some, axis=1))
+        return f"{one.value:{form}} [{one.low:{form}}, {one.high:{form}}]"
+
+    first, best = (middle([getattr(one, name) for one in found], ".4f") for name in ("first", "best"))
+    asked = middle([one.num_asked for one in found], "g")
+    shown_of = f"shown of a request as it was {first}, of the best wording {best}"
+    return f"{shown_of}, after {asked} messages (medians, n = {len(found)})"

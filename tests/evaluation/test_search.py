@@ -7,7 +7,7 @@ import pytest
 
 from evaluation.client import Server
 from evaluation.rows import Row
-from evaluation.search import climb, plan, read_journal, shown, summary
+from evaluation.search import Searched, climb, plan, read_journal, shown, summary
 from evaluation.suite import Measure
 
 
@@ -118,3 +118,11 @@ def test_what_a_server_cannot_judge_is_left_out(stub, client_of, tmp_path: Path)
     journal = tmp_path / "search.searched.jsonl"
     assert plan(Server(client_of(server), "stub"), rows, Measure("search", tmp_path), journal) == []
     assert len(server.asked) == 1
+
+
+def test_several_searches_are_told_by_medians_with_their_intervals():
+    found = [Searched("p", "t", 0.9, best, 10) for best in (0.1, 0.2, 0.6)]
+    assert summary(found) == (
+        "shown of a request as it was 0.9000 [0.9000, 0.9000], of the best wording 0.2000 [0.1000, 0.6000], "
+        "after 10 [10, 10] messages (medians, n = 3)"
+    )

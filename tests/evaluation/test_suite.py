@@ -28,7 +28,7 @@ def test_the_smoke_suite_needs_no_other_file():
     require_files(load("smoke", Path("nowhere")))
 
 
-@pytest.mark.parametrize("name", ["smoke", "paper", "scenes", "stream", "full", "tuned", "tuned_backdoor"])
+@pytest.mark.parametrize("name", ["smoke", "paper", "scenes", "search", "stream", "full", "tuned", "tuned_backdoor"])
 def test_every_attack_is_reported_three_ways(name: str):
     for measure in load(name, Path("data")).measures.values():
         assert measure.kind in ("benign", *SCORED) or measure.policies == ("both", "output", "none")
