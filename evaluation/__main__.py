@@ -216,8 +216,10 @@ def compare(first: Run, second: Run, judge: Judge, judge_name: str, f1: Estimate
     found = [*differences(first.samples, second.samples, judge), *score_differences(first.scores, second.scores)]
     if not found:
         raise ValueError("the two runs have no measure, attack and policy in common")
-    told = [f"Judge: {judge_name}.", caveat(judge, f1)] if first.samples and second.samples else []
-    notes = [note for note in (*told, *page.doubts({ours: first, theirs: second})) if note]
+    warning = caveat(judge, f1)
+    told = [*page.of_judge(judge_name, None if warning else f1), *([warning] if warning else [])]
+    is_judged = any(first.samples.values()) and any(second.samples.values())
+    notes = [*(told if is_judged else []), *page.doubts({ours: first, theirs: second})]
     for one in found:
         *cells, p = one
         lines.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} | {p:.3g} |")

@@ -31,13 +31,14 @@ from transformers import PreTrainedTokenizerBase
 from evaluation import lines
 from evaluation.beginnings import beginnings
 from evaluation.rows import Row, select
+from evaluation.target import fingerprint
 from model import checkpoint
 from model.attention import Span, pass_mask, pass_places, window
 from model.chat import EncodedPrompt, Message
 from model.cls_signal import OUTPUTS, Masks, forward, sliding_windows
 from model.errors import ModelError
 from model.guarded_lm import GuardedLM
-from model.pretrained import DEFAULT_MODEL, device_of, load, sha256_of
+from model.pretrained import DEFAULT_MODEL, device_of, load
 from model.safety_head import Passage
 from model.schedule import positions
 from model.trace import logit_of
@@ -49,6 +50,8 @@ except ImportError as error:
     raise ImportError(f"evaluation.gcg needs `pip install --no-deps nanogcg==0.3.0` ({error})") from error
 
 INIT = 20 * " x"
+TORN = b'{"prompt"'
+"""Begins a line of attack prompts, one that was torn too."""
 MARGIN = 1.0
 """Logits below a threshold from which on the signal does not weigh any more."""
 
@@ -59,8 +62,8 @@ class Settings:
 
     model: str
     checkpoint: str | None
-    config_sha256: str | None
-    """Of the checkpoint's configuration, which names the weights under it."""
+    fingerprint: str | None
+    """Of the checkpoint's files, or of the plain model."""
     dtype: str
     """Of the model."""
     steps: int
@@ -256,9 +259,12 @@ def craft(lm: GuardedLM, rows: Sequence[Row], out: Path, settings: Settings, bat
     """
     facts = vars(settings)
     try:
-        found = [json.loads(line) for line in lines.whole(out)]
-    except ValueError as error:
+        found = [dict(json.loads(line)) for line in lines.whole(out)]
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{out} holds something else than attack prompts ({error}); choose another --out") from error
+    torn = b"" if found or not out.is_file() else out.read_bytes()
+    if torn and not torn.startswith(TORN[: len(torn)]):
+        raise ValueError(f"{out} holds something else than attack prompts; choose another --out")
     if any({name: row.get(name) for name in facts} != facts for row in found):
         raise ValueError(f"{out} holds prompts of other settings; choose another --out")
     done = {(row["prompt"], row["target"]) for row in found}
@@ -318,8 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a plain model has no signal: it takes --weight 0")
     try:
         folder = None if args.checkpoint is None else checkpoint.find(args.checkpoint)
-        args.config_sha256 = None if folder is None else sha256_of(folder / checkpoint.CONFIG_FILE)
-        settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+        of = fingerprint(f"hub:{args.model}" if folder is None else f"checkpoint:{folder}")
+        told = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name != "fingerprint"}
+        settings = Settings(**told, fingerprint=of)
         rows = select(args.data, args.n, label=1, response="harmful_response")
         pretrained = load(args.model, dtype=getattr(torch, args.dtype), device=device_of("auto"))
         if folder is None:

@@ -46,8 +46,7 @@ def about_classifier(folder: Path) -> str:
     return (
         f"the classifier {folder}. One that `training/recipes/judge.yaml` makes learned from other rows of the same "
         "sources as the shipped signals, and is a head of the same kind: it is not independent of them, and may miss "
-        "what they miss. One of `judge_unseen.yaml` learned from sources of which those of permissive checkpoints saw "
-        "no row"
+        "what they miss"
     )
 
 

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from evaluation import depth, onsets, pictures, runs, search, signal, tables
+from evaluation.attempts import ASSENT, GRID
 from evaluation.intervals import Estimate
 from evaluation.judge import caveat
 from evaluation.judges import Judge
@@ -49,18 +50,18 @@ HOW = {
 }
 """What the numbers of each kind are."""
 SENT = {
-    "direct": "direct is the request as it is",
-    "ready": "ready what somebody else made an attack of it",
-    "exploit": "exploit the request under 49 settings of temperature, top-p and top-k",
-    "scenes": "scenes the request in texts of our own, alone and one within another",
-    "conversations": "conversations the request after other turns, or asked again after a refusal",
-    "relapses": "relapses a response that begins with a refusal and is to go on",
-    "affirmed": "affirmed a response that begins with 'Sure, here is'",
-    "prefill": "prefill a response that begins with so many tokens of a harmful one",
-    "late": "late a response that begins with so many harmless tokens, then harmful ones",
-    "diluted": "diluted the request in the middle of so many harmless tokens",
-    "search": "search the wording that looked least harmful of those that a search met",
-    "benign": "benign a harmless request",
+    "direct": "the request as it is (`direct`)",
+    "ready": "what somebody else made an attack of it (`ready`)",
+    "exploit": f"the request under {len(GRID)} settings of temperature, top-p and top-k (`exploit`)",
+    "scenes": "the request in texts of our own, alone and one within another (`scenes`)",
+    "conversations": "the request after other turns, or again after a refusal (`conversations`)",
+    "relapses": "a response that begins with a refusal and is to go on (`relapses`)",
+    "affirmed": f'a response that begins with "{ASSENT}" (`affirmed`)',
+    "prefill": "a response that begins with so many tokens of a harmful one (`prefill`)",
+    "late": "a response that begins with so many harmless tokens, then harmful ones (`late`)",
+    "diluted": "the request in the middle of so many harmless tokens (`diluted`)",
+    "search": "the wording that looked least harmful of those that a search met (`search`)",
+    "benign": "a harmless request (`benign`)",
 }
 """What a measure of each kind sends."""
 HELD = {"data": "data_sha256", "filler": "data_sha256", "tokenizer": "tokenizer_sha256"}
@@ -113,17 +114,21 @@ def of(
             figures |= part[1]
     kinds = [kind for kind in HOW if any(any(getattr(run, kind).values()) for run in found)]
     warning = caveat(judge, quality) if "samples" in kinds else ""
-    notes = [f"Judge: {judge_name}."] if "samples" in kinds else []
-    notes += [f"Its F1 against hand labels is {quality}."] if notes and quality and not warning else []
+    notes = of_judge(judge_name, None if warning else quality) if "samples" in kinds else []
     notes += [note for name, run in named.items() for note in _notes(run, name if several else "")]
     notes += doubts(named)
     sent = [text for kind, text in SENT.items() if kind in {one["kind"] for run in found for one in _measures(run)}]
-    said = [f"Of what is sent, {'; '.join(sent)}."] if sent else []
+    said = [f"Sent is {'; '.join(sent)}."] if sent else []
     title = " beside ".join(named) if several else f"{Path(found[0].facts['suite']).stem} against {_target(found[0])}"
     told = {"judge": judge_name, "judge_f1": quality, "caveat": warning}
     whole = told | ({"runs": numbers} if several else next(iter(numbers.values())))
     drawn = {what: figure for what, figure in figures.items() if figure is not None}
     return Page(title, warning, [*said, *(HOW[kind] for kind in kinds)], notes, shown, drawn, whole)
+
+
+def of_judge(name: str, quality: Estimate | None) -> list[str]:
+    """Return what is to be known of a judge; `quality` is its F1 against hand labels, None if not told here."""
+    return [f"Judge: {name}."] + ([f"Its F1 against hand labels is {quality}."] if quality else [])
 
 
 Part = tuple[list[Table], dict[str, Figure | None]]

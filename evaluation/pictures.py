@@ -37,7 +37,8 @@ Series = Mapping[str, Sequence[Outcome]]
 
 def shares(series: Series) -> Figure:
     """Return a bar for each attack and series, with its interval."""
-    groups = dict.fromkeys((one.measure, one.attack) for outcomes in series.values() for one in outcomes)
+    known = (one for outcomes in series.values() for one in outcomes if one.share)
+    groups = dict.fromkeys((one.measure, one.attack) for one in known)
     bars: dict[str, list[tuple[float, Estimate]]] = {name: [] for name in series}
     ticks, place = [], 0.0
     for group in groups:
@@ -47,8 +48,8 @@ def shares(series: Series) -> Figure:
                 if (one.measure, one.attack) == group and one.share:
                     bars[name].append((place, one.share))
                     place += 1
-        ticks.append((first + max(first, place - 1)) / 2)
-        place = max(first + 1, place) + GAP
+        ticks.append((first + place - 1) / 2)
+        place += GAP
     figure = Figure(figsize=(10, 1.5 + 0.2 * place + 0.15 * len(series)), layout="constrained")
     axes = figure.subplots()
     for name, found in bars.items():

@@ -52,7 +52,8 @@ def read(path: Path, *, label: int | None = None, response: str | None = None) -
             rows.append(Row(_source(raw.get("source", path.stem)), *_checked(raw["prompt"], text, found)))
         # A ValueError is raised for bytes that are not UTF-8 too.
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not a labelled row ({error!r})") from error
+            said = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, line {number}: not a labelled row: {said}") from error
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return [row for row in rows if label is None or row.label == label]

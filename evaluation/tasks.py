@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from openai import OpenAIError
+from openai import BadRequestError, OpenAIError
 from openai.types.chat import ChatCompletionMessageParam
 from rich.progress import track
 
+from evaluation.attack import FILTERED
 from evaluation.client import PARALLEL, Server, connect
 from evaluation.completions import completions
 from evaluation.intervals import Estimate, mean
@@ -28,7 +29,7 @@ from evaluation.rows import Row, read
 from evaluation.tuned import add_arguments, load_tuned
 from model.chat import ChatTemplate, Message
 from model.errors import ModelError
-from model.pretrained import Pretrained
+from model.pretrained import DEFAULT_MODEL, Pretrained
 
 Score = Callable[[str, str], float]
 NUM_ROWS = 500
@@ -80,16 +81,21 @@ def answer(pretrained: Pretrained, rows: Sequence[Row], *, max_tokens: int, batc
 
 
 def served(server: Server, rows: Sequence[Row], max_tokens: int) -> list[str]:
-    """Return the greedy answer of a running server to each prompt.
+    """Return the greedy answer of a running server to each prompt; a refusal by an error is an answer without text.
 
     Raises:
-        OpenAIError: if it refuses the key or a prompt, or cannot be reached.
+        OpenAIError: if it refuses the key, takes a prompt for invalid, or cannot be reached.
     """
+    create = server.client.chat.completions.create
 
     def ask(row: Row) -> str:
         turns: list[ChatCompletionMessageParam] = [{"role": "user", "content": row.prompt}]
-        create = server.client.chat.completions.create
-        found = create(model=server.model, messages=turns, max_tokens=max_tokens, temperature=0)
+        try:
+            found = create(model=server.model, messages=turns, max_tokens=max_tokens, temperature=0)
+        except BadRequestError as error:
+            if error.code == FILTERED:
+                return ""
+            raise
         return found.choices[0].message.content or ""
 
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -167,8 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=NUM_ROWS, help="most rows (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (128 for sql, 320 for gsm8k)")
     args = parser.parse_args(argv)
-    if args.server and args.adapter:
-        parser.error("a server has weights of its own: leave out --adapter")
+    if args.server and (args.adapter or args.model != DEFAULT_MODEL):
+        parser.error("a server has weights of its own: leave out --model and --adapter")
     try:
         if args.server:
             rows = rows_of(args.task, args.data, args.n)
@@ -184,7 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_tokens=args.max_tokens,
                 batch_size=args.batch_size,
             )
-    except (ModelError, OpenAIError, OSError, ValueError) as error:
+    except OpenAIError as error:
+        sys.stderr.write(f"evaluation.tasks: {args.server}: {error}\n")
+        return 1
+    except (ModelError, OSError, ValueError) as error:
         sys.stderr.write(f"evaluation.tasks: {error}\n")
         return 1
     for name, value in found.items():

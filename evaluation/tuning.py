@@ -14,7 +14,7 @@ served with the checkpoint's signal as it was, thresholds and all, and attacked:
 also with its trigger. `--steps` does all this for several lengths of training, each with a learning rate that falls to
 zero over it; `--every` attacks what one training is after every so many of its steps, too. `--set` changes the recipe,
 such as the constraint and the warm-up (tables 8 and 9 of that paper); what it says of the constraint is left out of
-plain runs.
+plain runs. The table of one command is printed and written to `ATTACK.md` in its folder.
 """
 
 import argparse
@@ -38,7 +38,6 @@ CHOSEN = ("constraint", "steps", "copy_steps", "model", "adapter", "output", "ru
 """Keys of a recipe that other arguments set."""
 SUITES = {"backdoor": "tuned_backdoor"}
 """Of an attack; the others have `tuned`."""
-REPORT = "report.md"
 TESTS = "../finetune/{}_test.jsonl"
 """Rows of a task that nothing was tuned on, from the folder of the data to train on."""
 
@@ -192,6 +191,6 @@ def main(argv: Sequence[str], evaluate: Callable[[Sequence[str]], int]) -> int:
     head = ["| fine-tuning | measure | attack or score | policy | n | share |", "|---|---|---|---|---|---|"]
     told = [f"With {' '.join(args.set)}.", ""] if args.set else []
     report = "\n".join([*told, *head, *lines, ""])
-    args.out.joinpath(REPORT).write_text(report, encoding="utf-8")
+    args.out.joinpath(f"{args.attack}.md").write_text(report, encoding="utf-8")
     sys.stdout.write(report)
     return 0

@@ -85,7 +85,7 @@ def _cls(cls: ClsConfig, *, has_head: bool) -> str:
     return (
         f"A `[CLS]` signal (windows {list(cls.windows)}, schedule {cls.schedule}, "
         f"{'read' if cls.is_read else 'not read'} by response tokens{shares if has_head else ''}). What it learned "
-        "from is in `adapter/README.md`; training rows below are those of the token head."
+        f"from is in `adapter/README.md`; rows below {'are those of the token head' if has_head else 'set thresholds'}."
     )
 
 

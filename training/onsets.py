@@ -26,7 +26,7 @@ def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable
     Args:
         rows: labelled rows; only those of the part `train` are used. Openings are of harmless responses to benign
             requests, other ones than the response itself; without one there are no further rows.
-        settings: the share of responses.
+        settings: `onset` is the share of responses.
         seed: decides responses and openings.
         count: returns the number of tokens of a text.
     """
@@ -36,8 +36,8 @@ def opened(rows: Sequence[Row], settings: Augment, seed: int, *, count: Callable
     made = []
     for row, text in taught:
         rng = random.Random(f"{seed}:{GROUP}:{row.key}:{text}")
-        others = [opening for opening in openings if opening != text]
-        if rng.random() < settings.onset and others:
+        is_drawn = rng.random() < settings.onset
+        if is_drawn and (others := [opening for opening in openings if opening != text]):
             opening = " ".join(rng.choice(others).split()[: rng.randint(*WORDS)])
             made.append(
                 replace(

@@ -1,7 +1,6 @@
 """GCG on a guarded model: what its loss reads is what the server reads, and what it finds can be sent."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,9 +116,12 @@ def test_the_command_writes_prompts_that_can_be_sent_and_goes_on(tmp_path: Path,
     assert main([*guarded, "--data", str(tmp_path / "none.jsonl")]) == 1
     assert "none.jsonl" in capfd.readouterr().err
     head, _, config = load(checkpoint)
-    save(checkpoint, head, replace(config, patience=config.patience + 1))
+    torch.nn.init.zeros_(head.response.out.bias)
+    save(checkpoint, head, config)
     assert main([*guarded, "--data", str(tmp_path / "two.jsonl")]) == 1
     assert "holds prompts of other settings" in capfd.readouterr().err
-    out.write_text("no JSON\n")
-    assert main([*guarded, "--data", str(tmp_path / "two.jsonl")]) == 1
-    assert f"{out} holds something else than attack prompts" in capfd.readouterr().err
+    for text in ("no JSON\n", "5\n", '{"mine": 1}'):
+        out.write_text(text)
+        assert main([*guarded, "--data", str(tmp_path / "two.jsonl")]) == 1
+        assert f"{out} holds something else than attack prompts" in capfd.readouterr().err
+        assert out.read_text() == text

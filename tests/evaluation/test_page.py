@@ -80,7 +80,7 @@ def test_a_run_has_a_row_for_each_attack_and_policy(tmp_path: Path):
     assert "- 1 attempts or rows of answers are missing." in text
     assert "of prefill" not in text
     assert "of toxic" not in text
-    assert "Of what is sent, prefill a response that begins with so many tokens of a harmful one; benign a " in text
+    assert "Sent is a response that begins with so many tokens of a harmful one (`prefill`); a harmless request" in text
     assert "Ballast 0 with BALLAST_READ_CLS=false." in text
 
 
@@ -300,3 +300,23 @@ def test_words_in_backticks_are_code_and_nothing_else_is_markup():
 
 def test_the_page_says_of_every_attack_what_is_sent():
     assert set(page.SENT) == set(get_args(Kind)) - set(SCORED)
+
+
+def test_bars_of_an_attack_stand_together_without_room_for_those_that_are_not_there():
+    def outcome(attack: str, share: Estimate | None) -> Outcome:
+        return Outcome("m", attack, "both", True, share, None, 0, 0)
+
+    half = wilson(1, 2)
+    series = {"one": [outcome("a", half), outcome("b", half), outcome("c", None)], "two": [outcome("b", half)]}
+    (axes,) = pictures.shares(series).axes
+    middles = sorted(round(bar.get_y() + bar.get_height() / 2, 6) for bar in axes.patches)
+    assert middles == [0, 1 + pictures.GAP, 2 + pictures.GAP]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["m: a", "m: b"]
+
+
+def test_lines_that_lie_on_one_another_have_other_marks():
+    given = [Outcome("p", f"prefill {depth}", "both", True, wilson(1, 2), None, 0, 0) for depth in (5, 10)]
+    figure = pictures.by_depth({"one": given, "two": given})
+    assert figure is not None
+    marks = {bars.lines[0].get_marker() for bars in figure.axes[0].containers}
+    assert len(marks) == 2

@@ -87,8 +87,16 @@ def test_a_server_is_scored_by_what_it_says(stub, tmp_path: Path, capfd):
     assert {(body["temperature"], body["max_tokens"]) for body in server.asked} == {(0, 128)}
     assert main([*words, "--n", "1", "--max-tokens", "5"]) == 0
     assert server.asked[-1]["max_tokens"] == 5
+    refused = {"error": {"message": "no", "code": "content_filter"}}
+    server.answer = lambda body: answers(body) if body["messages"][0]["content"] == "p" else refused
+    server.status_of = lambda body: 400 if "error" in body else 200
+    assert main(words) == 0
+    assert "exact match: 0.500" in capfd.readouterr().out
+    refused["error"]["code"] = "too_long"
+    assert main(words) == 1
+    assert f"evaluation.tasks: {server.url}: Error code: 400" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         main([*words, "--adapter", str(tmp_path)])
-    assert "leave out --adapter" in capfd.readouterr().err
+    assert "leave out --model and --adapter" in capfd.readouterr().err
     assert main(["--task", "sql", "--server", "http://127.0.0.1:1", "--data", str(data)]) == 1
-    assert "evaluation.tasks: Connection error" in capfd.readouterr().err
+    assert "evaluation.tasks: http://127.0.0.1:1: Connection error" in capfd.readouterr().err

@@ -91,7 +91,7 @@ def test_what_was_trained_is_served_with_the_signal_as_it_was(checkpoint: Path, 
     assert "| backdoor-plain-5 | direct | direct | both sides block | 4 | 25.0% [10.0%, 50.0%] |" in printed
     assert printed.count("| backdoor-constrained-10 |") == 1
     assert printed.startswith("With constraint.first=2 optimiser.warmup_steps=0.")
-    assert printed == (tmp_path / "o" / "report.md").read_text()
+    assert printed == (tmp_path / "o" / "backdoor.md").read_text()
 
 
 def test_one_training_is_attacked_after_every_so_many_of_its_steps(

@@ -185,6 +185,7 @@ def test_a_head_beside_a_cls_signal_makes_a_checkpoint_of_both(recipe: HeadRecip
     card = (folder / "README.md").read_text()
     assert "A Ballast token head" in card
     assert "A `[CLS]` signal (windows [3, 4, 5], schedule periodic-6" in card
+    assert "What it learned from is in `adapter/README.md`; rows below are those of the token head." in card
     # An adapter that lies in a checkpoint brings its signal too.
     assert cls_signal.beside(folder / "adapter") == folder
     again = load_subject(replace(recipe, adapter=str(folder / "adapter"))).brought.cls
@@ -203,6 +204,7 @@ def test_a_cls_signal_is_calibrated_without_a_head(
     trace = score(lm, lm.chat.encode([Message("user", "Hello"), Message("assistant", "Hi.")], continue_final=True))
     assert trace.assessments
     assert not (tmp_path / "checkpoint" / "plots" / "loss.png").exists()
+    assert "rows below set thresholds." in (tmp_path / "checkpoint" / "README.md").read_text()
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from model.chat import Message
+from training.augment import augment
 from training.config import Augment
 from training.onsets import GROUP, WORDS, opened
 from training.rows import Row
@@ -48,6 +49,14 @@ def test_the_share_is_drawn_without_regard_to_labels(rows: list[Row]):
     counts = [sum(one.response_label == label for one in made) for label in (0, 1)]
     assert all(10 <= count <= 32 for count in counts), counts
     assert opened(rows, Augment(), seed=0, count=words) == []
+
+
+def test_who_gets_an_opening_says_nothing_of_who_gets_a_history(rows: list[Row]):
+    both = Augment(onset=0.5, history=0.5)
+    openings = {one.messages for one in opened(rows, both, seed=0, count=words)}
+    histories = {one.messages[-1:] for one in augment(rows, both, seed=0) if len(one.messages) > 1}
+    assert openings - histories
+    assert histories - openings
 
 
 @pytest.mark.parametrize(
