@@ -13,7 +13,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from openai import BadRequestError, OpenAIError
 from openai.types.chat import ChatCompletionMessageParam
 from rich.progress import track
 
+from evaluation import kept
 from evaluation.attack import FILTERED
 from evaluation.client import PARALLEL, Server, connect
 from evaluation.completions import completions
@@ -98,8 +98,8 @@ def served(server: Server, rows: Sequence[Row], max_tokens: int) -> list[str]:
             raise
         return found.choices[0].message.content or ""
 
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        return list(track(pool.map(ask, rows), "answers", total=len(rows)))
+    found = dict(track(kept.as_found(ask, rows, PARALLEL), "answers", total=len(rows)))
+    return [found[row] for row in rows]
 
 
 def check(task: str, rows: Sequence[Row]) -> None:

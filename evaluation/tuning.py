@@ -8,13 +8,13 @@ r"""Fine-tuning attacks: what is left of a checkpoint's safety after somebody tr
 
 Each attack is a recipe of `ballast-train`, which is started for it: 100 harmful answers; ten harmless dialogues with an
 agent that always obeys; a backdoor; harmless sums or queries, whose own scores are told as well. It runs plain and
-under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on, or from the
-model's own weights where it has none. What comes out is
-served with the checkpoint's signal as it was, thresholds and all, and attacked: requests as they are, for the backdoor
-also with its trigger. `--steps` does all this for several lengths of training, each with a learning rate that falls to
-zero over it; `--every` attacks what one training is after every so many of its steps, too. `--set` changes the recipe,
-such as the constraint and the warm-up (tables 8 and 9 of that paper); what it says of the constraint is left out of
-plain runs. The table of one command is printed and written to `ATTACK.md` in its folder.
+under the constrained objective (arXiv 2406.05946, section 4), from the checkpoint's own adapter on, or from the model's
+own weights where it has none. What comes out is served with the checkpoint's signal as it was, thresholds and all, and
+attacked: requests as they are, for the backdoor also with its trigger. `--steps` does all this for several lengths of
+training, each with a learning rate that falls to zero over it; `--every` attacks what one training is after every so
+many of its steps, too. `--set` changes the recipe, such as the constraint and the warm-up (tables 8 and 9 of that
+paper); what it says of the constraint is left out of plain runs. The table of one command is printed and written to
+`ATTACK.md` in its folder.
 """
 
 import argparse
